@@ -1,0 +1,292 @@
+"""EIP-712 structs, the only things that are ever signed. Shared with Solidity by tests/vectors/typed_data.json.
+
+Each class is one struct: its Solidity string, its fields in order, `struct_hash()` and `digest(domain)`. Encoding is by
+hand because it sits on the hot path: one voucher and one receipt per job, thousands a second.
+
+Source: EIP-712. `ChannelConfig` and `Voucher` have the struct strings of x402's `batch-settlement` scheme, so that its
+clients can pay; our word for `maxClaimableAmount` is *cumulative*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Final
+
+from protocol.errors import InvalidValue
+from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, keccak256
+
+NAME: Final = "Gristmill"
+VERSION: Final = "1"
+_DOMAIN_TYPE: Final = keccak256(
+    b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)",
+)
+
+
+def _uint(value: int, bits: int) -> bytes:
+    if isinstance(value, bool) or not 0 <= value < 1 << bits:
+        raise InvalidValue(f"{value} does not fit uint{bits}")
+    return value.to_bytes(32)
+
+
+def _address(value: Address) -> bytes:
+    return bytes(12) + value
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Where a signature is good: one chain, one contract."""
+
+    chain_id: int
+    verifying_contract: Address
+    separator: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        encoded = (
+            _DOMAIN_TYPE
+            + keccak256(NAME.encode())
+            + keccak256(VERSION.encode())
+            + _uint(self.chain_id, 256)
+            + _address(self.verifying_contract)
+        )
+        object.__setattr__(self, "separator", keccak256(encoded))
+
+
+class _Struct:
+    """Shared digest rule; subclasses give `TYPE` (the Solidity string) and `_encode()` (fields, 32 bytes each)."""
+
+    __slots__ = ()
+    TYPE: ClassVar[str]
+    _HASH: ClassVar[bytes]
+
+    def __init_subclass__(cls) -> None:
+        # `dataclass(slots=True)` makes the class a second time; the hash is the same both times.
+        if "TYPE" in cls.__dict__:
+            cls._HASH = keccak256(cls.TYPE.encode())
+
+    def _encode(self) -> bytes:
+        raise NotImplementedError
+
+    def struct_hash(self) -> bytes:
+        return keccak256(self._HASH + self._encode())
+
+    def digest(self, domain: Domain) -> bytes:
+        """The 32 bytes that are signed."""
+        return keccak256(b"\x19\x01" + domain.separator + self.struct_hash())
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelConfig(_Struct):
+    """What a channel is. Its digest is the channel's id, so every field is fixed for life."""
+
+    TYPE: ClassVar[str] = (
+        "ChannelConfig(address payer,address payerAuthorizer,address receiver,address receiverAuthorizer,"
+        "address token,uint40 withdrawDelay,bytes32 salt)"
+    )
+    payer: Address
+    """Cold owner of the vault balance; signs `Allocation`."""
+    payer_authorizer: Address
+    """Session key; signs `Voucher` and `Ask`."""
+    receiver: Address
+    """The worker's hot key; the payout address is looked up in the Workers contract when it settles."""
+    receiver_authorizer: Address
+    """Signs `Close` and `Receipt`; the hot key again, unless the operator separates them."""
+    token: Address
+    """ERC-20 of the channel; the zero address is the native coin."""
+    withdraw_delay: int
+    """Seconds between the payer's wish to withdraw and the money; the worker claims in between."""
+    salt: Hash32
+
+    def _encode(self) -> bytes:
+        return (
+            _address(self.payer)
+            + _address(self.payer_authorizer)
+            + _address(self.receiver)
+            + _address(self.receiver_authorizer)
+            + _address(self.token)
+            + _uint(self.withdraw_delay, 40)
+            + self.salt
+        )
+
+    def channel_id(self, domain: Domain) -> ChannelId:
+        return ChannelId(self.digest(domain))
+
+
+@dataclass(frozen=True, slots=True)
+class Voucher(_Struct):
+    """The client's promise: the receiver may have claimed up to `cumulative` in this channel's life."""
+
+    TYPE: ClassVar[str] = "Voucher(bytes32 channelId,uint128 maxClaimableAmount)"
+    channel_id: ChannelId
+    cumulative: int
+    """Smallest unit of the channel's token, summed over all jobs; never falls."""
+
+    def _encode(self) -> bytes:
+        return self.channel_id + _uint(self.cumulative, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation(_Struct):
+    """The payer's order to lock vault balance for one channel. Anyone may submit it."""
+
+    TYPE: ClassVar[str] = "Allocation(bytes32 channelId,uint128 allocated,uint40 validBefore)"
+    channel_id: ChannelId
+    allocated: int
+    """Cumulative total over the channel's life, so a replay changes nothing."""
+    valid_before: int
+    """Unix seconds of chain time."""
+
+    def _encode(self) -> bytes:
+        return self.channel_id + _uint(self.allocated, 128) + _uint(self.valid_before, 40)
+
+
+@dataclass(frozen=True, slots=True)
+class Close(_Struct):
+    """The worker's consent to end a channel at a final claimed total; the rest goes back at once."""
+
+    TYPE: ClassVar[str] = "Close(bytes32 channelId,uint128 claimed)"
+    channel_id: ChannelId
+    claimed: int
+
+    def _encode(self) -> bytes:
+        return self.channel_id + _uint(self.claimed, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask(_Struct):
+    """The client's signed request: what is asked, of whom, under which offer, paid by which channel."""
+
+    TYPE: ClassVar[str] = (
+        "Ask(bytes32 jobId,uint32 part,bytes32 channelId,address worker,bytes32 modelId,bytes32 requestHash,"
+        "bytes32 paramsHash,bytes32 offerHash,uint64 deadline)"
+    )
+    job_id: JobId
+    part: int
+    """0 for the first worker of a job; counts up when another one continues the stream."""
+    channel_id: ChannelId
+    worker: Address
+    model_id: ModelId
+    request_hash: Hash32
+    params_hash: Hash32
+    offer_hash: Hash32
+    deadline: int
+    """Unix milliseconds after which the client no longer wants tokens."""
+
+    def _encode(self) -> bytes:
+        return (
+            self.job_id
+            + _uint(self.part, 32)
+            + self.channel_id
+            + _address(self.worker)
+            + self.model_id
+            + self.request_hash
+            + self.params_hash
+            + self.offer_hash
+            + _uint(self.deadline, 64)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(_Struct):
+    """The worker's signed result: what ran, what came out, what it costs. Unverifiable means unpaid."""
+
+    TYPE: ClassVar[str] = (
+        "Receipt(bytes32 jobId,uint32 part,bytes32 channelId,uint64 sequence,bytes32 modelId,bytes32 requestHash,"
+        "bytes32 paramsHash,bytes32 outputDigest,uint32 inputTokens,uint32 outputTokens,uint128 cost,"
+        "bytes32 commitment,uint64 started,uint64 finished,uint8 finishReason)"
+    )
+    job_id: JobId
+    part: int
+    channel_id: ChannelId
+    sequence: int
+    """Counts the receipts of a channel from 1; two different receipts with one number are proof of fraud."""
+    model_id: ModelId
+    request_hash: Hash32
+    params_hash: Hash32
+    output_digest: Hash32
+    """`protocol.digest.OutputDigest` over token ids and text."""
+    input_tokens: int
+    output_tokens: int
+    cost: int
+    """Smallest unit of the channel's token."""
+    commitment: Hash32
+    """Root of the verification scheme's evidence; zero when the offer names no scheme."""
+    started: int
+    """Unix milliseconds by the worker's clock."""
+    finished: int
+    finish_reason: int
+    """`protocol.messages.FinishReason`."""
+
+    def _encode(self) -> bytes:
+        return (
+            self.job_id
+            + _uint(self.part, 32)
+            + self.channel_id
+            + _uint(self.sequence, 64)
+            + self.model_id
+            + self.request_hash
+            + self.params_hash
+            + self.output_digest
+            + _uint(self.input_tokens, 32)
+            + _uint(self.output_tokens, 32)
+            + _uint(self.cost, 128)
+            + self.commitment
+            + _uint(self.started, 64)
+            + _uint(self.finished, 64)
+            + _uint(self.finish_reason, 8)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer(_Struct):
+    """Signature frame of an offer document (`protocol.offers`)."""
+
+    TYPE: ClassVar[str] = "Offer(address worker,bytes32 documentHash,uint64 issued,uint64 expires)"
+    worker: Address
+    document_hash: Hash32
+    issued: int
+    """Unix milliseconds."""
+    expires: int
+
+    def _encode(self) -> bytes:
+        return _address(self.worker) + self.document_hash + _uint(self.issued, 64) + _uint(self.expires, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(_Struct):
+    """A worker's signed no, so that "why not" can be shown to others."""
+
+    TYPE: ClassVar[str] = "Refusal(bytes32 jobId,uint8 reason,uint64 at)"
+    job_id: JobId
+    reason: int
+    """`protocol.errors.RefusalReason`."""
+    at: int
+    """Unix milliseconds."""
+
+    def _encode(self) -> bytes:
+        return self.job_id + _uint(self.reason, 8) + _uint(self.at, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class HotKey(_Struct):
+    """A hot key's consent to be registered by an owner. Domain: the Workers contract."""
+
+    TYPE: ClassVar[str] = "HotKey(address owner,address hotKey,address payout,uint256 nonce,uint40 deadline)"
+    owner: Address
+    hot_key: Address
+    payout: Address
+    nonce: int
+    deadline: int
+    """Unix seconds of chain time."""
+
+    def _encode(self) -> bytes:
+        return (
+            _address(self.owner)
+            + _address(self.hot_key)
+            + _address(self.payout)
+            + _uint(self.nonce, 256)
+            + _uint(self.deadline, 40)
+        )
+
+
+STRUCTS: Final = (ChannelConfig, Voucher, Allocation, Close, Ask, Receipt, Offer, Refusal, HotKey)
+"""Every struct that is signed or hashed; the vectors and the docs walk this list."""
