@@ -1,0 +1,107 @@
+"""Errors of the node, each with a stable code, an exit status and a hint where one helps.
+
+Client errors are typed by blame: `NoWorker`, `Refused` and `InsufficientFunds` are for the caller to mend, `WorkerFault` and
+`VerificationFailed` are the worker's, `ChainError` and `NetworkError` are the world's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from protocol.errors import GristmillError, RefusalReason
+
+
+class NodeError(GristmillError):
+    """An error shown to a person: what happened, and what to do about it."""
+
+    code: ClassVar[str] = "failure"
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(NodeError):
+    code = "config"
+    exit_status = 3
+
+
+class KeyError_(NodeError):
+    """A key cannot be opened or does not fit."""
+
+    code = "key"
+    exit_status = 4
+
+
+class NetworkError(NodeError):
+    code = "network"
+    exit_status = 5
+
+
+class ChainError(NodeError):
+    code = "chain"
+    exit_status = 6
+
+
+class ModelError(NodeError):
+    code = "model"
+    exit_status = 7
+
+
+class PromptInvalid(ModelError):
+    """The request cannot become a prompt: empty, a role out of order, a template that refuses it."""
+
+    code = "prompt_invalid"
+
+
+class InsufficientFunds(NodeError):
+    code = "insufficient_funds"
+    exit_status = 8
+
+
+class LedgerError(NodeError):
+    code = "ledger"
+    exit_status = 1
+
+
+class Timeout(NodeError):
+    code = "timeout"
+    exit_status = 5
+
+
+class NoWorker(NodeError):
+    """No offer fits the request and the policy; `reasons` says why, per worker."""
+
+    code = "no_worker"
+    exit_status = 5
+
+    def __init__(self, message: str, reasons: Mapping[str, tuple[str, ...]], *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.reasons = dict(reasons)
+
+
+class Refused(NodeError):
+    """The chosen worker signed a refusal."""
+
+    code = "refused"
+    exit_status = 1
+
+    def __init__(self, reason: RefusalReason, detail: str, *, hint: str = "") -> None:
+        super().__init__(f"the worker refused: {reason.code}" + (f" ({detail})" if detail else ""), hint=hint)
+        self.reason = reason
+        self.detail = detail
+
+
+class WorkerFault(NodeError):
+    """The worker broke off or broke the protocol; what was delivered until then stays with the caller."""
+
+    code = "worker_fault"
+
+
+class VerificationFailed(NodeError):
+    """The worker's receipt does not follow from what it sent. Nothing more is paid."""
+
+    code = "verification_failed"

@@ -1,0 +1,242 @@
+"""The ports: what the rest of the node may ask of the network, the chain and a model runtime.
+
+A port exists only where a real and a fake implementation exist: `node.network.host` and `node.network.memory`,
+`node.chain.client` and `node.chain.memory`, `node.runtime.backend` and `node.testing.fake_backend`. Everything above works
+on these types; `node.app` is the only place where concrete classes meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from protocol.ids import Address, ChannelId, ModelId, PeerId
+from protocol.messages import ChatMessage, FinishReason, Params
+from protocol.typed_data import ChannelConfig, Domain
+
+# ----------------------------------------------------------------------------------------------------------- network
+
+
+class StreamClosed(Exception):
+    """The stream or its connection ended under us: reset, broken, or the peer went away."""
+
+
+class ByteStream(Protocol):
+    """One bidirectional stream with one remote peer. One writer task at a time."""
+
+    @property
+    def remote_peer(self) -> PeerId: ...
+
+    async def send_all(self, data: bytes) -> None:
+        """Raises `StreamClosed`. A cancelled write resets the stream, never tears the connection."""
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """Some bytes, or ``b""`` when the far end has closed its side. Raises `StreamClosed` after a reset."""
+
+    async def aclose(self) -> None: ...
+
+    async def reset(self) -> None: ...
+
+
+StreamHandler = Callable[[ByteStream], Awaitable[None]]
+
+
+class Network(Protocol):
+    """Reach peers by PeerId; serve protocols by name; gossip."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Full multiaddrs, each ending in ``/p2p/<PeerId>``."""
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """Peers with a live connection."""
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None: ...
+
+    async def connect(self, multiaddr: str) -> PeerId:
+        """Dial and authenticate. Raises `node.errors.NetworkError` with what failed."""
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> ByteStream: ...
+
+    async def publish(self, topic: str, data: bytes) -> None: ...
+
+    async def subscribe(
+        self,
+        topic: str,
+        accept: Callable[[bytes], bool],
+        receive: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        """`accept` is the gossip validator: what it refuses is not forwarded. It must be fast and never raise."""
+
+
+# ------------------------------------------------------------------------------------------------------------- chain
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    number: int
+    hash: bytes
+    timestamp: int
+    """Unix seconds, chain time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelOnChain:
+    allocated: int
+    claimed: int
+    withdraw_at: int
+    """Chain seconds from which the payer may take the rest; 0 when no withdrawal has begun."""
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TxResult:
+    purpose: str
+    hash: bytes
+    block: int
+    gas_used: int
+    ok: bool
+    error: str = ""
+    """Name of the contract's custom error when it reverted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimEntry:
+    config: ChannelConfig
+    cumulative: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChainEvent:
+    """One log of our contracts, delivered in order; `removed` undoes it after a reorg."""
+
+    name: str
+    block_number: int
+    block_hash: bytes
+    log_index: int
+    args: Mapping[str, Any] = field(default_factory=dict)
+    removed: bool = False
+
+
+class Chain(Protocol):
+    """Our contracts on one chain, seen and changed by one account.
+
+    Writes are journaled before they are sent and return after the receipt. Every method may raise
+    `node.errors.ChainError`; a revert is a `TxResult` with ``ok=False`` and the custom error's name.
+    """
+
+    @property
+    def chain_id(self) -> int: ...
+
+    @property
+    def domain(self) -> Domain:
+        """Domain of the Channels contract."""
+
+    @property
+    def workers_domain(self) -> Domain: ...
+
+    @property
+    def token(self) -> Address:
+        """The default token of this deployment."""
+
+    @property
+    def account(self) -> Address:
+        """The account that signs and pays for our transactions."""
+
+    async def head(self) -> Head: ...
+
+    async def native_balance(self, account: Address) -> int: ...
+
+    async def token_balance(self, token: Address, account: Address) -> int: ...
+
+    async def vault_balance(self, token: Address, account: Address) -> int: ...
+
+    async def channel(self, channel_id: ChannelId) -> ChannelOnChain: ...
+
+    async def owed(self, receiver: Address, token: Address) -> int: ...
+
+    async def payout_of(self, worker: Address) -> Address: ...
+
+    async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]: ...
+
+    async def withdraw(self, token: Address, amount: int, to: Address) -> TxResult: ...
+
+    async def allocate(self, config: ChannelConfig, allocated: int, valid_before: int, signature: bytes) -> TxResult: ...
+
+    async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult: ...
+
+    async def settle(self, receiver: Address, token: Address) -> TxResult: ...
+
+    async def close_channel(
+        self,
+        config: ChannelConfig,
+        final: int,
+        voucher: int,
+        voucher_signature: bytes,
+        close_signature: bytes,
+    ) -> TxResult: ...
+
+    async def initiate_withdraw(self, config: ChannelConfig) -> TxResult: ...
+
+    async def finalize_withdraw(self, config: ChannelConfig) -> TxResult: ...
+
+    async def register_worker(self, hot_key: Address, payout: Address, deadline: int, signature: bytes) -> TxResult: ...
+
+    def events(self) -> AsyncIterator[ChainEvent]:
+        """Logs of our contracts from the stored cursor on, each once per canonical block; reorgs as ``removed``."""
+
+
+# ----------------------------------------------------------------------------------------------------------- runtime
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a runtime says of a model that it has loaded or can load."""
+
+    id: ModelId
+    name: str
+    context_length: int
+    dtype: str
+    numerics_class: str
+    """Hash of a golden probe's outputs: equal classes can be compared bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request made ready for the engine."""
+
+    model: ModelId
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one engine step adds to one stream."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    """The text these ids complete; bytes of an unfinished character wait for the next step."""
+    finish_reason: FinishReason | None = None
+
+
+class Backend(Protocol):
+    """A model runtime. Prompt text, templates and token counts are decided here and nowhere else."""
+
+    @property
+    def models(self) -> Mapping[ModelId, ModelInfo]: ...
+
+    def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
+        """Render the template and tokenise. Raises `node.errors.PromptInvalid`."""
+
+    def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncIterator[Step]:
+        """Stream one completion; closing the iterator aborts it within a step. `resume`: ids already delivered."""
+
+    @property
+    def free_slots(self) -> int:
+        """How many more streams can start now."""
