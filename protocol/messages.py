@@ -1,0 +1,348 @@
+"""Every message of the wire: typed, bounded, versioned by protocol id, unknown fields refused.
+
+Three conversations, each one protocol id and one union of messages:
+
+- ``/gristmill/offer/1``: `GetOffer` -> `OfferMessage`
+- ``/gristmill/channel/1``: `OpenChannel` or `QueryChannel` -> `ChannelStatus`; `RequestClose` -> `CloseConsent`
+- ``/gristmill/job/1``: `AskMessage`, then vouchers one way and chunks the other, ended by receipt and ack (`protocol.job`)
+
+`Abort` may end any of them. The schema page docs/spec/messages.md is generated from these classes. A message is a msgpack
+map whose ``t`` field names it. Amounts are 16 bytes big-endian (uint128), because msgpack integers end at 64 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+
+from protocol.errors import InvalidValue, LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
+from protocol.ids import Hash32
+
+OFFER_PROTOCOL: Final = "/gristmill/offer/1"
+CHANNEL_PROTOCOL: Final = "/gristmill/channel/1"
+JOB_PROTOCOL: Final = "/gristmill/job/1"
+OFFER_TOPIC: Final = "/gristmill/offers/1"
+
+TEXT_LIMIT: Final = 512 * 1024
+"""Characters in one request, all messages together (a frame is 1 MiB)."""
+TOKENS_PER_CHUNK: Final = 4096
+TOKENS_LIMIT: Final = 131_072
+"""Tokens one part may generate, or resume from."""
+
+_Meta = msgspec.Meta
+Bytes16 = Annotated[bytes, _Meta(min_length=16, max_length=16)]
+Bytes20 = Annotated[bytes, _Meta(min_length=20, max_length=20)]
+Bytes32 = Annotated[bytes, _Meta(min_length=32, max_length=32)]
+SignatureBytes = Annotated[bytes, _Meta(min_length=65, max_length=65)]
+Millis = Annotated[int, _Meta(ge=0, le=2**53)]
+Seconds40 = Annotated[int, _Meta(ge=0, le=2**40 - 1)]
+Count32 = Annotated[int, _Meta(ge=0, le=2**32 - 1)]
+TokenId = Annotated[int, _Meta(ge=0, le=2**32 - 1)]
+
+
+class FinishReason(IntEnum):
+    """Why generation ended; signed in the receipt."""
+
+    STOP = 1
+    """The model ended its turn."""
+    LENGTH = 2
+    """`max_tokens` or the context length was reached."""
+    STOP_STRING = 3
+    """A string of `Params.stop` appeared; the text ends before it."""
+    CANCELLED = 4
+    """The client cancelled, stopped paying or went away; the receipt covers what was delivered."""
+
+    @property
+    def code(self) -> str:
+        return self.name.lower()
+
+
+class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A value inside messages."""
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    """A message; subclasses name their tag."""
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+class ChatMessage(_Value):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, _Meta(max_length=TEXT_LIMIT)]
+
+
+class Params(_Value):
+    """What decides the tokens besides prompt and model. `protocol.sampling` says in which order."""
+
+    max_tokens: Annotated[int, _Meta(ge=1, le=TOKENS_LIMIT)] = 256
+    temperature: Annotated[float, _Meta(ge=0, le=2)] = 0.0
+    """0 is greedy."""
+    top_p: Annotated[float, _Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, _Meta(ge=0, le=2**20)] = 0
+    """0 keeps every token."""
+    min_p: Annotated[float, _Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, _Meta(gt=0, le=10)] = 1.0
+    frequency_penalty: Annotated[float, _Meta(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, _Meta(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[tuple[tuple[TokenId, Annotated[float, _Meta(ge=-100, le=100)]], ...], _Meta(max_length=300)] = ()
+    """Pairs (token id, bias), ids rising."""
+    stop: Annotated[tuple[Annotated[str, _Meta(min_length=1, max_length=64)], ...], _Meta(max_length=16)] = ()
+    seed: Annotated[int, _Meta(ge=0, le=2**63 - 1)] = 0
+    """Fixed by the client's signature, so that every draw can be replayed."""
+
+
+class ChannelConfigWire(_Value):
+    """`typed_data.ChannelConfig` on the wire."""
+
+    payer: Bytes20
+    payer_authorizer: Bytes20
+    receiver: Bytes20
+    receiver_authorizer: Bytes20
+    token: Bytes20
+    withdraw_delay: Seconds40
+    salt: Bytes32
+
+
+class ReceiptWire(_Value):
+    """`typed_data.Receipt` on the wire."""
+
+    job_id: Bytes32
+    part: Count32
+    channel_id: Bytes32
+    sequence: Annotated[int, _Meta(ge=0, le=2**63 - 1)]
+    model_id: Bytes32
+    request_hash: Bytes32
+    params_hash: Bytes32
+    output_digest: Bytes32
+    input_tokens: Count32
+    output_tokens: Count32
+    cost: Bytes16
+    commitment: Bytes32
+    started: Millis
+    finished: Millis
+    finish_reason: FinishReason
+
+
+# ------------------------------------------------------------------------------------------------------------- offer
+
+
+class GetOffer(_Message, tag="get_offer"):
+    """Client: what do you sell now?"""
+
+
+class OfferMessage(_Message, tag="offer"):
+    """A signed offer, as gossiped on the topic and as answered to `GetOffer`."""
+
+    document: Annotated[bytes, _Meta(min_length=1, max_length=32 * 1024)]
+    """msgpack of `protocol.offers.OfferDocument`; the signature is over exactly these bytes."""
+    signature: SignatureBytes
+
+
+# ----------------------------------------------------------------------------------------------------------- channel
+
+
+class OpenChannel(_Message, tag="open_channel"):
+    """Client: serve me on this channel; here is the payer's signed allocation for you to submit."""
+
+    config: ChannelConfigWire
+    allocated: Bytes16
+    valid_before: Seconds40
+    signature: SignatureBytes
+    """The payer's, over `typed_data.Allocation`."""
+
+
+class QueryChannel(_Message, tag="query_channel"):
+    """Client: where do we stand? Asked after a restart."""
+
+    channel_id: Bytes32
+
+
+class ChannelStatus(_Message, tag="channel_status"):
+    """Worker: the channel as it is journaled here."""
+
+    channel_id: Bytes32
+    allocated: Bytes16
+    """Confirmed on chain."""
+    claimed: Bytes16
+    cumulative: Bytes16
+    """Highest voucher held."""
+    voucher_signature: bytes
+    """That voucher's signature, so a client that lost its journal can check it; empty when there is none."""
+    spent: Bytes16
+    """Sum of all receipts."""
+    sequence: Annotated[int, _Meta(ge=0, le=2**63 - 1)]
+    """Receipts signed so far."""
+    transaction: bytes
+    """Hash of the allocation's transaction when this call submitted one, else empty."""
+
+
+class RequestClose(_Message, tag="request_close"):
+    """Client: let us end this channel now, at what I owe you."""
+
+    channel_id: Bytes32
+
+
+class CloseConsent(_Message, tag="close_consent"):
+    """Worker: agreed; either side may submit this with the voucher it names."""
+
+    channel_id: Bytes32
+    final: Bytes16
+    signature: SignatureBytes
+
+
+# --------------------------------------------------------------------------------------------------------------- job
+
+
+class AskMessage(_Message, tag="ask"):
+    """Client: run this. Carries the request, its signature and the first voucher: one write, no round trip before prefill."""
+
+    job_id: Bytes32
+    part: Count32
+    channel_id: Bytes32
+    worker: Bytes20
+    model_id: Bytes32
+    offer_hash: Bytes32
+    deadline: Millis
+    messages: Annotated[tuple[ChatMessage, ...], _Meta(min_length=1, max_length=1024)]
+    params: Params
+    signature: SignatureBytes
+    """The session key's, over `typed_data.Ask`."""
+    cumulative: Bytes16
+    voucher_signature: SignatureBytes
+    resume: Annotated[tuple[TokenId, ...], _Meta(max_length=TOKENS_LIMIT)] = ()
+    """Token ids that earlier parts delivered; generation goes on after them. Billed as input."""
+
+
+class VoucherMessage(_Message, tag="voucher"):
+    """Client: a higher cumulative amount, written as the stream goes without waiting for anything."""
+
+    cumulative: Bytes16
+    signature: SignatureBytes
+
+
+class Cancel(_Message, tag="cancel"):
+    """Client: stop. The worker answers with the receipt for what it delivered."""
+
+
+class Ack(_Message, tag="ack"):
+    """Client: receipt verified and journaled; with the voucher that pays the rest. The worker may forget the result."""
+
+    cumulative: Bytes16
+    signature: SignatureBytes
+
+
+class Accept(_Message, tag="accept"):
+    """Worker: taken. Sent before prefill, so the client knows the prompt's price before the first token."""
+
+    input_tokens: Count32
+    sequence: Annotated[int, _Meta(ge=1, le=2**63 - 1)]
+    """The number the receipt will carry."""
+    started: Millis
+
+
+class Refuse(_Message, tag="refuse"):
+    """Worker: no, for this signed reason; with the current offer, so that a retry needs no question."""
+
+    reason: RefusalReason
+    detail: Annotated[str, _Meta(max_length=500)]
+    at: Millis
+    signature: SignatureBytes
+    offer: OfferMessage | None = None
+
+
+class Chunk(_Message, tag="chunk"):
+    """Worker: some tokens, coalesced over 10 to 20 ms."""
+
+    token_ids: Annotated[tuple[TokenId, ...], _Meta(max_length=TOKENS_PER_CHUNK)]
+    text: Annotated[str, _Meta(max_length=64 * 1024)]
+
+
+class ReceiptMessage(_Message, tag="receipt"):
+    """Worker: the signed result. Ends what the worker has to say."""
+
+    receipt: ReceiptWire
+    signature: SignatureBytes
+
+
+class Abort(_Message, tag="abort"):
+    """Either side: this conversation is over, and why."""
+
+    code: WireCode
+    detail: Annotated[str, _Meta(max_length=500)] = ""
+
+
+OfferConversation = GetOffer | OfferMessage | Abort
+ChannelConversation = OpenChannel | QueryChannel | ChannelStatus | RequestClose | CloseConsent | Abort
+JobConversation = AskMessage | VoucherMessage | Cancel | Ack | Accept | Refuse | Chunk | ReceiptMessage | Abort
+Message = OfferConversation | ChannelConversation | JobConversation
+
+CONVERSATIONS: Final[dict[str, Any]] = {
+    OFFER_PROTOCOL: OfferConversation,
+    CHANNEL_PROTOCOL: ChannelConversation,
+    JOB_PROTOCOL: JobConversation,
+}
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    name: msgspec.msgpack.Decoder(union) for name, union in CONVERSATIONS.items()
+}
+_T = TypeVar("_T")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """msgpack bytes; fields in declared order, so equal values give equal bytes."""
+    return _encoder.encode(message)
+
+
+def decode(protocol: str, payload: bytes) -> Any:
+    """A message of that conversation. Raises `RemoteProtocolError(MALFORMED)` for anything else, whatever it is."""
+    try:
+        return _decoders[protocol].decode(payload)
+    except KeyError:
+        raise LocalProtocolError(f"no conversation is called {protocol}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, OverflowError) as error:
+        raise RemoteProtocolError(WireCode.MALFORMED, _short(error)) from None
+
+
+def decode_value(kind: type[_T], payload: bytes) -> _T:
+    """Decode one bounded value (an offer document, say) with the same blame."""
+    try:
+        return msgspec.msgpack.decode(payload, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, OverflowError) as error:
+        raise RemoteProtocolError(WireCode.MALFORMED, _short(error)) from None
+
+
+def checked(message: _T) -> _T:
+    """The same value, proved to be within its bounds (Struct constructors do not check). Raises `InvalidValue`."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(message, builtin_types=(bytes,)), type(message), strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidValue(str(error)) from None
+
+
+def amount_to_wire(amount: int) -> bytes:
+    if isinstance(amount, bool) or not 0 <= amount < 1 << 128:
+        raise InvalidValue(f"amount {amount} does not fit uint128")
+    return amount.to_bytes(16)
+
+
+def amount_from_wire(raw: bytes) -> int:
+    return int.from_bytes(raw)
+
+
+def request_hash(messages: tuple[ChatMessage, ...], resume: tuple[int, ...] = ()) -> Hash32:
+    """What the receipt binds as the request: sha256 over a tag and the canonical msgpack of messages and resumed ids."""
+    return Hash32(hashlib.sha256(b"gristmill/request/1" + _encoder.encode((messages, resume))).digest())
+
+
+def params_hash(params: Params) -> Hash32:
+    return Hash32(hashlib.sha256(b"gristmill/params/1" + _encoder.encode(params)).digest())
+
+
+def _short(error: Exception) -> str:
+    return str(error)[:200]
