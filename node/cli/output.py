@@ -1,0 +1,88 @@
+"""What a command says, and where: stdout is data, stderr is for people.
+
+With `--json` stdout carries one object (or one per line, for lists and streams) and nothing else; errors too are an object there.
+Without it results are text on stdout, and an error is `error: ...` with an optional `hint: ...` on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+def to_json(value: object) -> Any:
+    """How our values look in JSON: bytes as 0x hex, enums as their lower-case name, paths and ids as text."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "0x" + bytes(value).hex()
+    if isinstance(value, Enum):
+        return value.name.lower()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    return str(value)
+
+
+def dumps(value: object) -> str:
+    """One line of JSON. Money goes in as decimal strings: JSON readers round integers over 2^53."""
+    return json.dumps(value, default=to_json, ensure_ascii=False, allow_nan=False)
+
+
+class Output:
+    """The one place where a command writes. Flushes each line, so that a pipe sees a stream as it comes."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
+        """True: stdout is for machines."""
+
+    def result(self, data: Mapping[str, Any], text: str | None = None) -> None:
+        """The command's result: `data` as JSON, or `text` for people (by default `key: value` lines)."""
+        if self.json:
+            self._line(dumps(data))
+        elif text is None:
+            self._line("\n".join(f"{key}: {_plain(value)}" for key, value in data.items()))
+        elif text:
+            self._line(text)
+
+    row = result
+    """One element of a list or a stream: NDJSON, or a line of text. An empty list prints nothing and is success."""
+
+    def write(self, text: str) -> None:
+        """A piece of a text stream, without a line end. Only for people: with `--json` send rows."""
+        if not self.json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """Progress and remarks, on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def error(self, code: str, message: str, hint: str = "") -> None:
+        """An error in the form that both people and machines rely on."""
+        if self.json:
+            self._line(dumps({"error": {"code": code, "message": message, "hint": hint}}))
+            return
+        label = "\x1b[31merror\x1b[0m" if color(sys.stderr) else "error"
+        print(f"{label}: {message}", file=sys.stderr)
+        if hint:
+            print(f"\nhint: {hint}", file=sys.stderr)
+
+    def _line(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def color(stream: Any) -> bool:
+    """Whether to colour this stream: a terminal, and NO_COLOR is not set (https://no-color.org)."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else str(value) if isinstance(value, int) else dumps(value).strip('"')
