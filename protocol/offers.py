@@ -1,0 +1,147 @@
+"""Signed, expiring offers: what a worker sells, at which price, until when, on which chain.
+
+The document is msgpack bytes; the signature covers exactly those bytes through their sha256, so nobody re-encodes what
+was signed. `open_offer` is the only way in: bounds, signature, signer = peer, domain and time are checked there, each with
+its own wire code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+
+from protocol.errors import InvalidValue, LocalProtocolError, RemoteProtocolError, WireCode
+from protocol.ids import Address, Hash32, ModelId, PeerId
+from protocol.keys import PrivateKey, require_signer
+from protocol.messages import Bytes20, Bytes32, Millis, OfferMessage, Seconds40, decode_value, encode
+from protocol.pricing import Price
+from protocol.typed_data import Domain, Offer
+
+OFFER_TTL_MAX_MS: Final = 3_600_000
+"""An offer that promises a price for longer than an hour is refused: prices and hardware change."""
+CLOCK_SKEW_MS: Final = 120_000
+"""How far in the future an offer may be issued before it counts as not yet valid."""
+
+_Meta = msgspec.Meta
+
+
+class ModelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model that the worker serves now."""
+
+    model_id: Bytes32
+    name: Annotated[str, _Meta(min_length=1, max_length=128)]
+    price: Price
+    context_length: Annotated[int, _Meta(ge=1, le=2**24)]
+    """Prompt and output tokens together."""
+    max_tokens: Annotated[int, _Meta(ge=1, le=2**20)]
+    dtype: Annotated[str, _Meta(max_length=16)]
+    """What the weights are computed in: quantisation is declared, because a client must know what it buys."""
+    numerics_class: Annotated[str, _Meta(max_length=64)] = ""
+    params: Annotated[tuple[Annotated[str, _Meta(max_length=32)], ...], _Meta(max_length=32)] = ()
+    """Names of `Params` fields that are honoured; a request that sets another one is refused, never trimmed."""
+    tokens_per_second: Annotated[float, _Meta(ge=0, le=1e9)] = 0.0
+    """Measured by this worker for one stream; 0 = not measured. A claim, until receipts confirm it."""
+    ttft_ms: Annotated[float, _Meta(ge=0, le=1e9)] = 0.0
+    """Measured time to first token of a short prompt; 0 = not measured."""
+
+
+class OfferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything a client needs to choose and to ask."""
+
+    peer_id: Annotated[str, _Meta(max_length=64)]
+    addresses: Annotated[tuple[Annotated[str, _Meta(max_length=256)], ...], _Meta(max_length=16)]
+    """Multiaddrs to dial."""
+    chain_id: Annotated[int, _Meta(ge=1, le=2**63 - 1)]
+    contract: Bytes20
+    """The Channels contract: verifying contract of every signature."""
+    token: Bytes20
+    models: Annotated[tuple[ModelOffer, ...], _Meta(min_length=1, max_length=64)]
+    issued: Millis
+    expires: Millis
+    tick_tokens: Annotated[int, _Meta(ge=1, le=65536)] = 64
+    """A voucher is due at least every so many tokens ..."""
+    tick_ms: Annotated[int, _Meta(ge=10, le=60_000)] = 2000
+    """... or so many milliseconds."""
+    credit_tokens: Annotated[int, _Meta(ge=0, le=65536)] = 64
+    """Output tokens the worker delivers beyond what vouchers cover: its loss, at most."""
+    min_withdraw_delay: Seconds40 = 900
+    """Channels whose payer can leave sooner are refused."""
+    free_slots: Annotated[int, _Meta(ge=0, le=65536)] = 1
+    """Streams that could start at once when the offer was signed."""
+    version: Annotated[str, _Meta(max_length=32)] = ""
+
+    def model(self, model_id: bytes) -> ModelOffer | None:
+        return next((m for m in self.models if m.model_id == model_id), None)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedOffer:
+    """An offer that has passed every check that does not need the network."""
+
+    document: OfferDocument
+    message: OfferMessage
+    worker: Address
+    hash: Hash32
+    """sha256 of the document; asks name the offer by it."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        return PeerId(self.document.peer_id)
+
+    def valid_at(self, now_ms: int) -> bool:
+        return now_ms < self.document.expires
+
+
+def sign_offer(document: OfferDocument, key: PrivateKey, domain: Domain) -> OfferMessage:
+    """Raises `LocalProtocolError` when the document is not about this key and domain."""
+    if document.peer_id != key.peer_id:
+        raise LocalProtocolError("an offer is signed by the key of the peer it names")
+    if (document.chain_id, document.contract) != (domain.chain_id, domain.verifying_contract):
+        raise LocalProtocolError("an offer is signed in the domain it names")
+    raw = encode(document)
+    return OfferMessage(document=raw, signature=key.sign(_frame(document, raw).digest(domain)))
+
+
+def open_offer(message: OfferMessage, *, domain: Domain, now_ms: int, peer: PeerId | None = None) -> VerifiedOffer:
+    """Check an offer from anywhere. `peer`: who it was fetched from, when it came from the worker itself.
+
+    Raises `RemoteProtocolError`: MALFORMED, WRONG_DOMAIN, EXPIRED or BAD_SIGNATURE.
+    """
+    document = decode_value(OfferDocument, message.document)
+    try:
+        named = PeerId(document.peer_id)
+    except InvalidValue as error:
+        raise RemoteProtocolError(WireCode.MALFORMED, str(error)) from None
+    if peer is not None and named != peer:
+        raise RemoteProtocolError(WireCode.BAD_SIGNATURE, f"{peer} sent an offer of {named} as its own")
+    if (document.chain_id, document.contract) != (domain.chain_id, domain.verifying_contract):
+        raise RemoteProtocolError(
+            WireCode.WRONG_DOMAIN,
+            f"offer is for chain {document.chain_id} and contract {Address(document.contract)}, "
+            f"we are on chain {domain.chain_id} and {domain.verifying_contract}",
+        )
+    if not document.issued < document.expires <= document.issued + OFFER_TTL_MAX_MS:
+        raise RemoteProtocolError(WireCode.MALFORMED, "an offer lives between 0 and 3600 seconds")
+    if now_ms >= document.expires:
+        raise RemoteProtocolError(WireCode.EXPIRED, f"offer expired {(now_ms - document.expires) / 1000:.1f} s ago")
+    if document.issued > now_ms + CLOCK_SKEW_MS:
+        raise RemoteProtocolError(WireCode.EXPIRED, "offer is issued in the future: a clock is wrong")
+    frame = _frame(document, message.document)
+    require_signer(frame.digest(domain), message.signature, named.address, "offer")
+    return VerifiedOffer(document=document, message=message, worker=named.address, hash=frame.document_hash)
+
+
+def _frame(document: OfferDocument, raw: bytes) -> Offer:
+    return Offer(
+        worker=PeerId(document.peer_id).address,
+        document_hash=Hash32(hashlib.sha256(raw).digest()),
+        issued=document.issued,
+        expires=document.expires,
+    )
+
+
+def model_id(offer: ModelOffer) -> ModelId:
+    return ModelId(offer.model_id)
