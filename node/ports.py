@@ -108,7 +108,10 @@ class TxResult:
 @dataclass(frozen=True, slots=True)
 class ClaimEntry:
     config: ChannelConfig
+    amount: int
+    """New claimed total that the worker asks for: what its receipts add up to, at most `cumulative`."""
     cumulative: int
+    """The voucher's amount."""
     signature: bytes
 
 
