@@ -1,0 +1,1 @@
+"""The journal: one append-only, hash-chained SQLite file, and what is kept beside it. See `ledger`."""

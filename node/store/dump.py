@@ -1,0 +1,47 @@
+"""The journal as NDJSON: one record a line, in order, bodies decoded, bytes as 0x hex. Reads only.
+
+Integers are written in full; a reader in a language with 53-bit numbers must take care (amounts of money are stored as text
+or bytes, never as numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from node.store.ledger import Ledger, Record
+
+
+def dump(ledger: Ledger, after: int = 0) -> Iterator[str]:
+    """One JSON object per record with seq > `after`, without line ends."""
+    for record in ledger.records(after):
+        yield msgspec.json.encode(as_json(record)).decode()
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """The record as JSON values. A body that is not msgpack (never written by us) is shown as hex."""
+    try:
+        body = _plain(msgspec.msgpack.decode(record.body))
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        body = _plain(record.body)
+    return {
+        "seq": record.seq,
+        "at_ms": record.at_ms,
+        "kind": record.kind,
+        "subject": _plain(record.subject),
+        "body": body,
+        "hash": _plain(record.hash),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no bytes and only text as keys."""
+    if isinstance(value, bytes):
+        return "0x" + value.hex()
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

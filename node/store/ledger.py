@@ -1,0 +1,408 @@
+"""The journal: append-only, hash-chained, the one writer of money.
+
+Rules
+- Journal first, then speak: `append` returns only when the records are durable, and nothing may be signed or sent before.
+- State is the fold of the records (`node.store.fold`); nobody keeps money anywhere else.
+- The chain: `hash = sha256(previous hash | fixed-width seq, at_ms and lengths | kind | subject | body)`. The first previous hash
+  binds the record format and `chain_tag`, the identity that the journal belongs to. Record formats never change within
+  a file; the schema version (tables) may.
+- Opening verifies everything, once. A journal that is damaged, foreign, too new, too widely readable or in use is refused.
+- A failed write is final until the next start (see `node.store.writer`).
+
+What this cannot see: the loss of the very last transaction out of the write-ahead log looks like a power cut before the
+commit, and an old but sound copy looks like the past. Peers and the chain know the high-water marks that fence those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+import trio
+
+from node.store import database, wal
+from node.store.errors import (
+    EntryInvalid,
+    LedgerClosed,
+    LedgerDamaged,
+    LedgerFailed,
+    LedgerForeign,
+    LedgerMissing,
+    LedgerTooNew,
+)
+from node.store.faults import fault_point
+from node.store.migrations import MIGRATIONS, SCHEMA_VERSION
+from node.store.writer import Work, Writer
+
+T = TypeVar("T")
+
+RECORD_FORMAT = 1
+MAX_KIND = 64
+MAX_SUBJECT = 32
+MAX_BODY = 1 << 20
+PAGE_ROWS = 4096
+
+_WIDTHS = struct.Struct(">QqHHI")  # seq, at_ms, length of kind, of subject, of body
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a caller wants recorded."""
+
+    kind: str
+    """What happened, e.g. "voucher.signed": 1 to 64 printable ASCII characters."""
+    subject: bytes
+    """What it happened to, e.g. a channel or job id: at most 32 bytes."""
+    body: msgspec.Struct | Mapping[str, Any]
+    """The facts, stored as msgpack: at most 1 MiB. Integers beyond 64 bits must be given as bytes or text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An entry that is durable."""
+
+    seq: int
+    """Position in the journal, from 1 without gaps."""
+    at_ms: int
+    """The writer's clock, Unix milliseconds. Informative: it may go backwards, and no money decision rests on it."""
+    kind: str
+    subject: bytes
+    body: bytes
+    """msgpack"""
+    hash: bytes
+    """32 bytes; binds this record and all before it."""
+
+
+class Head(NamedTuple):
+    """The last durable record: its number (0 in an empty journal) and its hash (then the genesis hash)."""
+
+    seq: int
+    hash: bytes
+
+
+def genesis_hash(chain_tag: bytes) -> bytes:
+    """The hash before the first record of the journal of this identity."""
+    return hashlib.sha256(b"gristmill journal" + struct.pack(">HI", RECORD_FORMAT, len(chain_tag)) + chain_tag).digest()
+
+
+def record_hash(previous: bytes, seq: int, at_ms: int, kind: bytes, subject: bytes, body: bytes) -> bytes:
+    """The link of one record to everything before it. All widths are fixed or stated first, so no two records meet."""
+    widths = _WIDTHS.pack(seq, at_ms, len(kind), len(subject), len(body))
+    return hashlib.sha256(b"".join((previous, widths, kind, subject, body))).digest()
+
+
+def wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Ledger:
+    """One open journal. Made by `Ledger.open`; a context manager that closes it."""
+
+    def __init__(
+        self, path: Path, head: Head, writer: Writer | None, lock: database.FileLock | None, clock: Callable[[], int]
+    ) -> None:
+        self.path = path
+        self._head = head
+        self._tail = head  # belongs to the writer thread: the head as it will be when the open group is committed
+        self._writer = writer
+        self._lock = lock
+        self._clock = clock
+        self._connection: sqlite3.Connection | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        chain_tag: bytes,
+        create: bool = True,
+        read_only: bool = False,
+        clock: Callable[[], int] = wall_clock_ms,
+        factory: database.Factory = sqlite3.Connection,
+    ) -> Ledger:
+        """Open and verify a journal; make it when it is missing and `create` is true.
+
+        A read-only ledger takes no lock, so it works beside a running writer, and shows the journal as it was at that
+        moment. `clock` gives Unix milliseconds; `factory` lets tests watch or break the connection.
+
+        Raises LedgerMissing, LedgerUnsafe, LedgerLocked, LedgerDamaged, LedgerForeign, LedgerTooNew, LedgerFailed.
+        """
+        path = path.resolve()
+        try:
+            if read_only:
+                return cls._open_read_only(path, chain_tag, clock)
+            return cls._open_writer(path, chain_tag, create, clock, factory)
+        except sqlite3.Error as error:
+            raise database.blame(error) from error
+        except OSError as error:
+            raise LedgerFailed(f"cannot open the journal: {error}") from error
+
+    @classmethod
+    def _open_read_only(cls, path: Path, chain_tag: bytes, clock: Callable[[], int]) -> Ledger:
+        if not path.exists():
+            raise LedgerMissing(f"there is no journal at {path}")
+        database.check_private(path.parent)
+        database.check_private(path)
+        with closing(database.connect(path, read_only=True)) as connection:
+            connection.execute("BEGIN")  # one snapshot for all checks, whatever a writer does meanwhile
+            database.check_structure(connection)
+            if _schema_version(connection) < SCHEMA_VERSION:
+                raise LedgerFailed("the journal has an older schema; start the node once to bring it up to date")
+            return cls(path, _verify(connection, chain_tag), None, None, clock)
+
+    @classmethod
+    def _open_writer(
+        cls, path: Path, chain_tag: bytes, create: bool, clock: Callable[[], int], factory: database.Factory
+    ) -> Ledger:
+        if not create and not path.exists():
+            raise LedgerMissing(f"there is no journal at {path}")
+        database.prepare_folder(path.parent)
+        lock = database.FileLock.acquire(path)
+        connection: sqlite3.Connection | None = None
+        try:
+            if not path.exists():
+                if wal.path_of(path).exists() and wal.path_of(path).stat().st_size:
+                    raise LedgerDamaged(0, f"{path.name} is gone but its write-ahead log is there")
+                database.create(path, lambda fresh: _found(fresh, chain_tag))
+            database.check_private(path)
+            wal.check(path)
+            connection = database.connect(path, factory=factory)
+            database.check_structure(connection)
+            _migrate(connection)
+            ledger = cls(path, _verify(connection, chain_tag), None, lock, clock)
+            # Start with an empty log: leftovers of a torn transaction must not be mixed with new ones (see `wal`).
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            ledger._connection = connection
+            ledger._writer = Writer(connection, ledger._publish)
+            return ledger
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            lock.release()
+            raise
+
+    @property
+    def head(self) -> Head:
+        """The last durable record, as (seq, hash)."""
+        return self._head
+
+    @property
+    def failure(self) -> str | None:
+        """Why the journal takes no more records, or None while it does."""
+        return self._writer.failure if self._writer else None
+
+    @property
+    def commits(self) -> int:
+        """Transactions committed since it was opened (each one fsync, shared by everything in its group)."""
+        return self._writer.commits if self._writer else 0
+
+    async def append(self, entries: Sequence[Entry], *, also: Work[object] | None = None) -> tuple[Record, ...]:
+        """Record the entries, all or none, in order; returns when they are durable.
+
+        `also` is more work for the same transaction (`Results.keeping`); when it refuses, nothing is recorded. A cancellation
+        arrives before anything is queued or not at all: a half-known append would be worse than one slow disk write.
+
+        Raises EntryInvalid (nothing was written), LedgerClosed, LedgerFailed (final), or what `also` refuses with.
+        """
+        return await self.write(self._appending(entries, also))
+
+    def append_sync(self, entries: Sequence[Entry], *, also: Work[object] | None = None) -> tuple[Record, ...]:
+        """`append` for code outside trio. Blocks the calling thread."""
+        return self.write_sync(self._appending(entries, also))
+
+    async def write(self, work: Work[T]) -> T:
+        """Run other work on the same file in the next group, e.g. for `Results`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        future = self._submit(work)
+        done, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+        def wake(_: Future[T]) -> None:
+            try:
+                token.run_sync_soon(done.set)
+            except trio.RunFinishedError:
+                pass  # the caller's world is gone; what it wrote is not
+
+        future.add_done_callback(wake)
+        with trio.CancelScope(shield=True):
+            await done.wait()
+        return future.result()
+
+    def write_sync(self, work: Work[T]) -> T:
+        """`write` for code outside trio."""
+        return self._submit(work).result()
+
+    def records(self, after: int = 0) -> Iterator[Record]:
+        """The durable records with seq > after, in order, up to the head at the time of the call.
+
+        Reads page by page through a connection of its own: a slow reader neither blocks the writer nor pins the log.
+        """
+        return self._read(after, self._head.seq)
+
+    def _read(self, after: int, last: int) -> Iterator[Record]:
+        with self.reading() as connection:
+            while after < last:
+                rows = connection.execute(
+                    "SELECT seq, at_ms, kind, subject, body, hash FROM records WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+                    (after, last, PAGE_ROWS),
+                ).fetchall()
+                if not rows:
+                    raise LedgerDamaged(after + 1, "the record has gone since the journal was opened")
+                for row in rows:
+                    yield Record(*row)
+                after = rows[-1][0]
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A short-lived read-only connection that sees what is committed."""
+        with closing(database.connect(self.path, read_only=True)) as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Finish what is queued, fold the write-ahead log into the file, give back the lock. Idempotent."""
+        if self._writer is not None:
+            self._writer.stop()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                if self.failure is None:
+                    connection.execute("PRAGMA optimize")
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error:
+                pass  # everything acknowledged is in the log, and the next start reads it from there
+            finally:
+                connection.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, work: Work[T]) -> Future[T]:
+        if self._writer is None:
+            raise LedgerClosed("the journal is open for reading only")
+        return self._writer.submit(work)
+
+    def _publish(self) -> None:
+        self._head = self._tail
+
+    def _appending(self, entries: Sequence[Entry], also: Work[object] | None) -> Work[tuple[Record, ...]]:
+        encoded = [_encode(entry) for entry in entries]
+
+        def work(connection: sqlite3.Connection) -> tuple[Record, ...]:
+            fault_point("journal.before_append")
+            if also is not None:
+                also(connection)
+            at_ms = self._clock()
+            start = self._tail
+            seq, link = start
+            records = []
+            for kind, subject, body in encoded:
+                seq += 1
+                link = record_hash(link, seq, at_ms, kind.encode(), subject, body)
+                records.append(Record(seq, at_ms, kind, subject, body, link))
+            connection.executemany(
+                "INSERT INTO records (seq, at_ms, kind, subject, body, hash) VALUES (?, ?, ?, ?, ?, ?)",
+                [(r.seq, r.at_ms, r.kind, r.subject, r.body, r.hash) for r in records],
+            )
+            moved = connection.execute(
+                "UPDATE head SET seq = ?, hash = ? WHERE id = 1 AND seq = ? AND hash = ?",
+                (seq, link, start.seq, start.hash),
+            )
+            if moved.rowcount != 1:
+                raise LedgerFailed("somebody else has written to this journal")
+            self._tail = Head(seq, link)
+            return tuple(records)
+
+        return work
+
+
+def _encode(entry: Entry) -> tuple[str, bytes, bytes]:
+    kind, subject = entry.kind, bytes(entry.subject)
+    if not (1 <= len(kind) <= MAX_KIND and kind.isascii() and kind.isprintable()):
+        raise EntryInvalid(f"kind must be 1 to {MAX_KIND} printable ASCII characters: {kind[:80]!r}")
+    if len(subject) > MAX_SUBJECT:
+        raise EntryInvalid(f"subject has {len(subject)} bytes, at most {MAX_SUBJECT} fit")
+    try:
+        body = msgspec.msgpack.encode(entry.body)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise EntryInvalid(f"the body of {kind} cannot be stored: {error}") from error
+    if len(body) > MAX_BODY:
+        raise EntryInvalid(f"the body of {kind} has {len(body)} bytes, at most {MAX_BODY} fit")
+    return kind, subject, body
+
+
+def _found(connection: sqlite3.Connection, chain_tag: bytes) -> None:
+    """Fill a new file: all tables, who it belongs to, an empty head."""
+    for migration in MIGRATIONS:
+        migration(connection)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("INSERT INTO about (id, chain_tag, schema) VALUES (1, ?, ?)", (chain_tag, SCHEMA_VERSION))
+    connection.execute("INSERT INTO head (id, seq, hash) VALUES (1, 0, ?)", (genesis_hash(chain_tag),))
+
+
+def _schema_version(connection: sqlite3.Connection) -> int:
+    """The schema version, which the file states twice. Raises LedgerTooNew before anything else is read."""
+    version = int(database.pragma(connection, "user_version") or 0)
+    if version > SCHEMA_VERSION:
+        raise LedgerTooNew(version, SCHEMA_VERSION)
+    row = connection.execute("SELECT schema FROM about").fetchone()
+    if version < 1 or row is None or row[0] != version:
+        raise LedgerDamaged(0, f"the header says schema {version}, the file says {row[0] if row else 'nothing'}")
+    return version
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    version = _schema_version(connection)
+    if version == SCHEMA_VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    for migration in MIGRATIONS[version:]:
+        migration(connection)
+    connection.execute("UPDATE about SET schema = ?", (SCHEMA_VERSION,))
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+
+
+def _verify(connection: sqlite3.Connection, chain_tag: bytes) -> Head:
+    """Walk the whole chain in one pass and return its end. Raises LedgerDamaged at the first record that does not hold."""
+    (owner,) = connection.execute("SELECT chain_tag FROM about").fetchone()
+    if not isinstance(owner, bytes):
+        raise LedgerDamaged(0, "the owner's tag is not readable")
+    if owner != chain_tag:
+        raise LedgerForeign(f"this journal belongs to {owner.hex()}, not to {chain_tag.hex()}")
+    pack, sha256, join = _WIDTHS.pack, hashlib.sha256, b"".join  # this loop is what the start-up time is made of
+    seq, link = 0, genesis_hash(chain_tag)
+    rows = connection.execute("SELECT seq, at_ms, kind, subject, body, hash FROM records ORDER BY seq")
+    try:
+        for found, at_ms, text, subject, body, stored in rows:
+            seq += 1
+            kind = text.encode()
+            if found != seq:
+                raise LedgerDamaged(seq, f"the record after it is {found}")
+            widths = pack(seq, at_ms, len(kind), len(subject), len(body))
+            link = sha256(join((link, widths, kind, subject, body))).digest()
+            if link != stored:
+                raise LedgerDamaged(seq, "its hash does not match")
+    except (AttributeError, TypeError, struct.error) as error:
+        raise LedgerDamaged(seq, f"a field has the wrong type: {error}") from error
+    head = connection.execute("SELECT seq, hash FROM head WHERE id = 1").fetchone()
+    if head != (seq, link):
+        raise LedgerDamaged(
+            seq + 1, f"the journal once had {head[0] if head else 'an unknown number of'} records, now {seq}"
+        )
+    return Head(seq, link)

@@ -1,0 +1,34 @@
+"""The tables of the journal file, version by version. `PRAGMA user_version` is the number of migrations applied.
+
+Rules: a released migration is never edited; a migration never touches a row of `records`, because their hashes bind what
+was written; every released version has a fixture in the tests that must open. Older programs refuse newer files.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+
+Migration = Callable[[sqlite3.Connection], None]
+
+
+def _v1(connection: sqlite3.Connection) -> None:
+    for statement in (
+        # What the file is: the identity it belongs to and the schema version a second time, against a flipped header bit.
+        "CREATE TABLE about (id INTEGER PRIMARY KEY CHECK (id = 1), chain_tag BLOB NOT NULL, schema INTEGER NOT NULL)",
+        """CREATE TABLE records (seq INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, kind TEXT NOT NULL,
+                                 subject BLOB NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL)""",
+        "CREATE TRIGGER records_never_change BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+        "CREATE TRIGGER records_never_go BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+        # The last record once more: a lost tail is seen, and a second writer fails its compare-and-swap.
+        "CREATE TABLE head (id INTEGER PRIMARY KEY CHECK (id = 1), seq INTEGER NOT NULL, hash BLOB NOT NULL)",
+        """CREATE TABLE results (job_id BLOB PRIMARY KEY, payload BLOB NOT NULL, size INTEGER NOT NULL,
+                                 expires_ms INTEGER NOT NULL, acknowledged_ms INTEGER)""",
+        "CREATE INDEX results_by_state ON results (acknowledged_ms, expires_ms, size)",
+    ):
+        connection.execute(statement)
+
+
+MIGRATIONS: tuple[Migration, ...] = (_v1,)
+
+SCHEMA_VERSION = len(MIGRATIONS)

@@ -1,0 +1,64 @@
+"""Tells a torn write-ahead log from a damaged one, before SQLite opens it.
+
+SQLite stops reading its log at the first frame whose checksum fails and drops the rest, because that is what an unfinished
+write looks like. A flipped bit in the middle looks the same, and would silently drop acknowledged records behind it. But
+with `synchronous=FULL` a transaction is synced before the next one begins, so only the last one can be torn: a bad frame that
+is followed by a later transaction of the same generation of the log (same salts) is damage, and the journal is refused.
+
+Format: https://www.sqlite.org/fileformat2.html section 4 (32-byte header; frames of 24 bytes and a page).
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from node.store.errors import LedgerDamaged
+
+_HEADER = 32
+_FRAME = 24
+_MAGIC = 0x377F0682  # the lowest bit says that the checksums are over big-endian words
+
+
+def path_of(journal: Path) -> Path:
+    return journal.with_name(journal.name + "-wal")
+
+
+def check(journal: Path) -> None:
+    """Raise LedgerDamaged when committed transactions lie behind a frame that SQLite would not read."""
+    try:
+        log = path_of(journal).read_bytes()
+    except FileNotFoundError:
+        return
+    if not log.strip(b"\0") or len(log) < _HEADER:
+        return  # sized but never written
+    magic, _, page, _, salt1, salt2, sum1, sum2 = struct.unpack_from(">8I", log)
+    order = ">" if magic & 1 else "<"
+    if magic & ~1 != _MAGIC or _checksum(order, log[:24], 0, 0) != (sum1, sum2):
+        raise LedgerDamaged(0, "the header of the write-ahead log does not hold")
+    salts = log[16:24]
+    running = (sum1, sum2)
+    torn = False
+    committed_after = False
+    for start in range(_HEADER, len(log) - _FRAME - page + 1, _FRAME + page):
+        ours = log[start + 8 : start + 16] == salts
+        if not torn:  # the checksums run on from frame to frame but leave out the salts
+            body = log[start : start + 8] + log[start + _FRAME : start + _FRAME + page]
+            running = _checksum(order, body, *running)
+            torn = running != struct.unpack_from(">2I", log, start + 16)
+            if not torn and not ours:
+                raise LedgerDamaged(0, "the salts of a frame of the write-ahead log do not hold")
+        if not torn or not ours:
+            continue  # what SQLite reads, or a frame of an older generation: the usual end of a reused log
+        if committed_after:
+            raise LedgerDamaged(0, "transactions in the write-ahead log lie behind one that does not hold")
+        if log[start + 4 : start + 8] != b"\0\0\0\0":
+            committed_after = True
+
+
+def _checksum(order: str, data: bytes, first: int, second: int) -> tuple[int, int]:
+    words = struct.unpack(f"{order}{len(data) // 4}I", data)
+    for even, odd in zip(words[::2], words[1::2], strict=True):
+        first = (first + even + second) & 0xFFFFFFFF
+        second = (second + odd + first) & 0xFFFFFFFF
+    return first, second
