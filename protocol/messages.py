@@ -71,12 +71,12 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 # ------------------------------------------------------------------------------------------------------------ values
 
 
-class ChatMessage(_Value):
+class ChatMessage(_Value, frozen=True):
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, _Meta(max_length=TEXT_LIMIT)]
 
 
-class Params(_Value):
+class Params(_Value, frozen=True):
     """What decides the tokens besides prompt and model. `protocol.sampling` says in which order."""
 
     max_tokens: Annotated[int, _Meta(ge=1, le=TOKENS_LIMIT)] = 256
@@ -96,7 +96,7 @@ class Params(_Value):
     """Fixed by the client's signature, so that every draw can be replayed."""
 
 
-class ChannelConfigWire(_Value):
+class ChannelConfigWire(_Value, frozen=True):
     """`typed_data.ChannelConfig` on the wire."""
 
     payer: Bytes20
@@ -108,7 +108,7 @@ class ChannelConfigWire(_Value):
     salt: Bytes32
 
 
-class ReceiptWire(_Value):
+class ReceiptWire(_Value, frozen=True):
     """`typed_data.Receipt` on the wire."""
 
     job_id: Bytes32
@@ -131,11 +131,11 @@ class ReceiptWire(_Value):
 # ------------------------------------------------------------------------------------------------------------- offer
 
 
-class GetOffer(_Message, tag="get_offer"):
+class GetOffer(_Message, frozen=True, tag="get_offer"):
     """Client: what do you sell now?"""
 
 
-class OfferMessage(_Message, tag="offer"):
+class OfferMessage(_Message, frozen=True, tag="offer"):
     """A signed offer, as gossiped on the topic and as answered to `GetOffer`."""
 
     document: Annotated[bytes, _Meta(min_length=1, max_length=32 * 1024)]
@@ -146,7 +146,7 @@ class OfferMessage(_Message, tag="offer"):
 # ----------------------------------------------------------------------------------------------------------- channel
 
 
-class OpenChannel(_Message, tag="open_channel"):
+class OpenChannel(_Message, frozen=True, tag="open_channel"):
     """Client: serve me on this channel; here is the payer's signed allocation for you to submit."""
 
     config: ChannelConfigWire
@@ -156,13 +156,13 @@ class OpenChannel(_Message, tag="open_channel"):
     """The payer's, over `typed_data.Allocation`."""
 
 
-class QueryChannel(_Message, tag="query_channel"):
+class QueryChannel(_Message, frozen=True, tag="query_channel"):
     """Client: where do we stand? Asked after a restart."""
 
     channel_id: Bytes32
 
 
-class ChannelStatus(_Message, tag="channel_status"):
+class ChannelStatus(_Message, frozen=True, tag="channel_status"):
     """Worker: the channel as it is journaled here."""
 
     channel_id: Bytes32
@@ -181,13 +181,13 @@ class ChannelStatus(_Message, tag="channel_status"):
     """Hash of the allocation's transaction when this call submitted one, else empty."""
 
 
-class RequestClose(_Message, tag="request_close"):
+class RequestClose(_Message, frozen=True, tag="request_close"):
     """Client: let us end this channel now, at what I owe you."""
 
     channel_id: Bytes32
 
 
-class CloseConsent(_Message, tag="close_consent"):
+class CloseConsent(_Message, frozen=True, tag="close_consent"):
     """Worker: agreed; either side may submit this with the voucher it names."""
 
     channel_id: Bytes32
@@ -198,7 +198,7 @@ class CloseConsent(_Message, tag="close_consent"):
 # --------------------------------------------------------------------------------------------------------------- job
 
 
-class AskMessage(_Message, tag="ask"):
+class AskMessage(_Message, frozen=True, tag="ask"):
     """Client: run this. Carries the request, its signature and the first voucher: one write, no round trip before prefill."""
 
     job_id: Bytes32
@@ -218,25 +218,25 @@ class AskMessage(_Message, tag="ask"):
     """Token ids that earlier parts delivered; generation goes on after them. Billed as input."""
 
 
-class VoucherMessage(_Message, tag="voucher"):
+class VoucherMessage(_Message, frozen=True, tag="voucher"):
     """Client: a higher cumulative amount, written as the stream goes without waiting for anything."""
 
     cumulative: Bytes16
     signature: SignatureBytes
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, frozen=True, tag="cancel"):
     """Client: stop. The worker answers with the receipt for what it delivered."""
 
 
-class Ack(_Message, tag="ack"):
+class Ack(_Message, frozen=True, tag="ack"):
     """Client: receipt verified and journaled; with the voucher that pays the rest. The worker may forget the result."""
 
     cumulative: Bytes16
     signature: SignatureBytes
 
 
-class Accept(_Message, tag="accept"):
+class Accept(_Message, frozen=True, tag="accept"):
     """Worker: taken. Sent before prefill, so the client knows the prompt's price before the first token."""
 
     input_tokens: Count32
@@ -245,7 +245,7 @@ class Accept(_Message, tag="accept"):
     started: Millis
 
 
-class Refuse(_Message, tag="refuse"):
+class Refuse(_Message, frozen=True, tag="refuse"):
     """Worker: no, for this signed reason; with the current offer, so that a retry needs no question."""
 
     reason: RefusalReason
@@ -255,21 +255,21 @@ class Refuse(_Message, tag="refuse"):
     offer: OfferMessage | None = None
 
 
-class Chunk(_Message, tag="chunk"):
+class Chunk(_Message, frozen=True, tag="chunk"):
     """Worker: some tokens, coalesced over 10 to 20 ms."""
 
     token_ids: Annotated[tuple[TokenId, ...], _Meta(max_length=TOKENS_PER_CHUNK)]
     text: Annotated[str, _Meta(max_length=64 * 1024)]
 
 
-class ReceiptMessage(_Message, tag="receipt"):
+class ReceiptMessage(_Message, frozen=True, tag="receipt"):
     """Worker: the signed result. Ends what the worker has to say."""
 
     receipt: ReceiptWire
     signature: SignatureBytes
 
 
-class Abort(_Message, tag="abort"):
+class Abort(_Message, frozen=True, tag="abort"):
     """Either side: this conversation is over, and why."""
 
     code: WireCode

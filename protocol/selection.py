@@ -26,7 +26,7 @@ class Exclusion(StrEnum):
     MAX_TOKENS_EXCEEDED = "max_tokens_exceeded"
     UNSUPPORTED_PARAM = "unsupported_param"
     PRICE_TOO_HIGH = "price_too_high"
-    TOKEN_NOT_HELD = "token_not_held"
+    TOKEN_NOT_HELD = "token_not_held"  # noqa: S105 (a reason, not a secret)
     EXCLUDED_BY_POLICY = "excluded_by_policy"
     RECENT_FAILURE = "recent_failure"
     BUSY = "busy"

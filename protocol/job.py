@@ -1,0 +1,415 @@
+"""The job conversation, without I/O: one transition table, both roles.
+
+Rules of this file:
+
+1. Everything that moves a conversation is in `TABLE`. An illegal message is a missing key; it is the sender's fault and
+   changes nothing.
+2. A machine sees its own messages when it sends them and the peer's when they arrive. Both directions are checked against
+   the same table, so each side detects what the other may not say.
+
+A stream carries one part of one job. The two sides talk at once, so each has a state of its own; the table says how a
+message moves its *sender*, and `REQUIRES` what its sender must have seen from the other side before. A message that crosses
+one that ends the talk is legal by construction, because the table only looks at its sender.
+
+    client  IDLE -ask-> ASKED -(voucher)*-> ... -cancel-> CANCELLED ... -ack-> DONE
+    worker  IDLE -accept-> STREAMING -(chunk)*-> ... -receipt-> FINISHED        or IDLE -refuse-> REFUSED
+    either  -abort-> ABORTED
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from protocol.channel import Role
+from protocol.digest import OutputDigest
+from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
+from protocol.frames import FrameReader, encode_frame
+from protocol.ids import ZERO_HASH, Address, ChannelId, Hash32, JobId, ModelId
+from protocol.keys import require_signer
+from protocol.messages import (
+    JOB_PROTOCOL,
+    Abort,
+    Accept,
+    Ack,
+    AskMessage,
+    Cancel,
+    Chunk,
+    FinishReason,
+    JobConversation,
+    Params,
+    ReceiptMessage,
+    ReceiptWire,
+    Refuse,
+    VoucherMessage,
+    amount_from_wire,
+    amount_to_wire,
+    decode,
+    encode,
+    params_hash,
+    request_hash,
+)
+from protocol.pricing import Price, cost
+from protocol.typed_data import Ask, Domain, Receipt, Refusal, Voucher
+
+
+class Client(StrEnum):
+    """Where the client's side of the talk is."""
+
+    IDLE = "idle"
+    ASKED = "asked"
+    CANCELLED = "cancelled"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+class Worker(StrEnum):
+    """Where the worker's side of the talk is."""
+
+    IDLE = "idle"
+    STREAMING = "streaming"
+    FINISHED = "finished"
+    REFUSED = "refused"
+    ABORTED = "aborted"
+
+
+State = Client | Worker
+MessageType = type[msgspec.Struct]
+
+TABLE: Final[dict[Role, dict[State, dict[MessageType, State]]]] = {
+    Role.CLIENT: {
+        Client.IDLE: {AskMessage: Client.ASKED, Abort: Client.ABORTED},
+        Client.ASKED: {
+            VoucherMessage: Client.ASKED,
+            Cancel: Client.CANCELLED,
+            Ack: Client.DONE,
+            Abort: Client.ABORTED,
+        },
+        Client.CANCELLED: {Ack: Client.DONE, Abort: Client.ABORTED},
+        Client.DONE: {},
+        Client.ABORTED: {},
+    },
+    Role.WORKER: {
+        Worker.IDLE: {Accept: Worker.STREAMING, Refuse: Worker.REFUSED, Abort: Worker.ABORTED},
+        Worker.STREAMING: {
+            Chunk: Worker.STREAMING,
+            ReceiptMessage: Worker.FINISHED,
+            Abort: Worker.ABORTED,
+        },
+        Worker.FINISHED: {},
+        Worker.REFUSED: {},
+        Worker.ABORTED: {},
+    },
+}
+"""sender's role -> sender's state -> message -> sender's next state."""
+
+REQUIRES: Final[dict[MessageType, frozenset[State]]] = {
+    Accept: frozenset({Client.ASKED, Client.CANCELLED, Client.ABORTED}),
+    Refuse: frozenset({Client.ASKED, Client.CANCELLED, Client.ABORTED}),
+    Ack: frozenset({Worker.FINISHED}),
+}
+"""message -> states of the other side, as its sender has seen them, in which it may be said."""
+
+TERMINAL: Final[frozenset[State]] = frozenset(
+    {Client.DONE, Client.ABORTED, Worker.REFUSED, Worker.ABORTED},
+)
+"""When either side is here the talk is over. `Worker.FINISHED` is not: the ack may still come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What both sides must agree on before a token flows. Each derives it from the ask, the offer and the channel."""
+
+    domain: Domain
+    ask: Ask
+    params: Params
+    price: Price
+    input_limit: int
+    """Client: the most prompt tokens it believes in. Worker: the count itself."""
+    receiver_authorizer: Address
+    """Signs the receipt."""
+    payer_authorizer: Address
+    """Signs vouchers."""
+    tick_tokens: int
+    credit_tokens: int
+    """Output tokens beyond vouchers: the worker's exposure."""
+
+    @property
+    def limit(self) -> int:
+        """The most this part can cost."""
+        return cost(self.price, self.input_limit, self.params.max_tokens)
+
+    def spent(self, input_tokens: int, output_tokens: int) -> int:
+        return cost(self.price, input_tokens, output_tokens)
+
+    @property
+    def tick(self) -> int:
+        """Cost of one tick of output: what one side may be ahead of the other."""
+        return cost(Price(output=self.price.output), 0, self.tick_tokens)
+
+    @property
+    def credit(self) -> int:
+        return cost(Price(output=self.price.output), 0, self.credit_tokens)
+
+
+def ask_struct(message: AskMessage) -> Ask:
+    """The signed struct of an ask, with the hashes recomputed from its content."""
+    return Ask(
+        job_id=JobId(message.job_id),
+        part=message.part,
+        channel_id=ChannelId(message.channel_id),
+        worker=Address(message.worker),
+        model_id=ModelId(message.model_id),
+        request_hash=request_hash(message.messages, message.resume),
+        params_hash=params_hash(message.params),
+        offer_hash=Hash32(message.offer_hash),
+        deadline=message.deadline,
+    )
+
+
+class _Machine:
+    """Both directions of one stream against the table; content checks are the subclasses'."""
+
+    role: Role
+
+    def __init__(self) -> None:
+        self._reader = FrameReader()
+        self._waiting: deque[bytes] = deque()
+        self._broken: RemoteProtocolError | None = None
+        self.states: dict[Role, State] = {Role.CLIENT: Client.IDLE, Role.WORKER: Worker.IDLE}
+
+    @property
+    def over(self) -> bool:
+        """Nothing more may be sent by either side."""
+        return any(state in TERMINAL for state in self.states.values())
+
+    def send(self, message: JobConversation) -> bytes:
+        """Frame a message of ours. Raises `LocalProtocolError` when the table has no key for it."""
+        self._move(self.role, message, LocalProtocolError)
+        return encode_frame(encode(message))
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes as they come, at any split; `b""` says that the peer has closed its side."""
+        try:
+            if data:
+                self._waiting.extend(self._reader.feed(data))
+            else:
+                self._reader.end()
+        except RemoteProtocolError as error:
+            self._broken = error
+
+    def next_message(self) -> JobConversation | None:
+        """The next message that is complete and legal; None when more bytes are needed.
+
+        One at a time, so that the driver may act on a message (agree to an ask) before the one behind it is judged.
+        Raises `RemoteProtocolError` for a message that may not be; the stream is over then.
+        """
+        if not self._waiting:
+            if self._broken is not None:
+                raise self._broken
+            return None
+        message: JobConversation = decode(JOB_PROTOCOL, self._waiting.popleft())
+        self._move(Role.WORKER if self.role is Role.CLIENT else Role.CLIENT, message, _unexpected)
+        self._check(message)
+        return message
+
+    def _move(self, sender: Role, message: JobConversation, error: Callable[[str], Exception]) -> None:
+        kind = type(message)
+        state = self.states[sender]
+        target = TABLE[sender][state].get(kind)
+        other = self.states[Role.WORKER if sender is Role.CLIENT else Role.CLIENT]
+        if target is None:
+            raise error(f"{sender.value} may not send {kind.__name__} in state {state.value}")
+        needed = REQUIRES.get(kind)
+        if needed is not None and other not in needed:
+            raise error(f"{sender.value} sent {kind.__name__} while the other side is {other.value}")
+        self.states[sender] = target
+
+    def _check(self, message: JobConversation) -> None:
+        raise NotImplementedError
+
+
+def _unexpected(message: str) -> RemoteProtocolError:
+    return RemoteProtocolError(WireCode.UNEXPECTED, message)
+
+
+class JobClient(_Machine):
+    """The client's side: asks, counts, recomputes, and believes nothing it cannot check."""
+
+    role = Role.CLIENT
+
+    def __init__(self, terms: Terms) -> None:
+        super().__init__()
+        self.terms = terms
+        self.digest = OutputDigest(terms.ask.job_id, terms.ask.part)
+        self.input_tokens: int | None = None
+        """Prompt tokens as the worker counts them; bounded by `Terms.input_limit`."""
+        self.sequence = 0
+        self.started = 0
+        self.receipt: Receipt | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return self.digest.count
+
+    @property
+    def spent(self) -> int:
+        """Cost of what has been delivered."""
+        return 0 if self.input_tokens is None else self.terms.spent(self.input_tokens, self.digest.count)
+
+    def _check(self, message: JobConversation) -> None:
+        match message:
+            case Accept():
+                if message.input_tokens > self.terms.input_limit:
+                    raise RemoteProtocolError(
+                        WireCode.BAD_RECEIPT,
+                        f"the worker counts {message.input_tokens} prompt tokens, we count at most {self.terms.input_limit}",
+                    )
+                self.input_tokens, self.sequence, self.started = message.input_tokens, message.sequence, message.started
+            case Chunk():
+                if self.digest.count + len(message.token_ids) > self.terms.params.max_tokens:
+                    raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more tokens than max_tokens")
+                self.digest.extend(message.token_ids, message.text)
+            case ReceiptMessage():
+                self.receipt = self._verify(message)
+            case Refuse():
+                refusal = Refusal(self.terms.ask.job_id, message.reason, message.at)
+                require_signer(
+                    refusal.digest(self.terms.domain), message.signature, self.terms.ask.worker, "refusal"
+                )
+            case _:
+                pass
+
+    def _verify(self, message: ReceiptMessage) -> Receipt:
+        """The receipt must follow, field by field, from what we asked, what we received and what was agreed."""
+        receipt = receipt_from_wire(message.receipt)
+        ask = self.terms.ask
+        expected: dict[str, object] = {
+            "job_id": ask.job_id,
+            "part": ask.part,
+            "channel_id": ask.channel_id,
+            "sequence": self.sequence,
+            "model_id": ask.model_id,
+            "request_hash": ask.request_hash,
+            "params_hash": ask.params_hash,
+            "output_digest": self.digest.value,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.digest.count,
+            "cost": self.spent,
+            "started": self.started,
+        }
+        for name, value in expected.items():
+            if getattr(receipt, name) != value:
+                raise RemoteProtocolError(
+                    WireCode.BAD_RECEIPT, f"receipt says {name} = {getattr(receipt, name)}, we have {value}"
+                )
+        if receipt.finished < receipt.started:
+            raise RemoteProtocolError(WireCode.BAD_RECEIPT, "receipt ends before it starts")
+        full = self.digest.count >= self.terms.params.max_tokens
+        if receipt.finish_reason == FinishReason.CANCELLED and self.states[Role.CLIENT] is Client.ASKED and full:
+            raise RemoteProtocolError(WireCode.BAD_RECEIPT, "a complete answer is not a cancelled one")
+        require_signer(
+            receipt.digest(self.terms.domain), message.signature, self.terms.receiver_authorizer, "receipt"
+        )
+        return receipt
+
+
+class JobWorker(_Machine):
+    """The worker's side: before `agree` it only takes the ask; after it, vouchers are checked as they come."""
+
+    role = Role.WORKER
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: Terms | None = None
+        self.input_tokens = 0
+        self.sequence = 0
+        self.started = 0
+        self.cumulative = 0
+        """Highest voucher on this stream."""
+
+    def agree(self, terms: Terms, *, input_tokens: int, sequence: int, started: int, cumulative: int) -> bytes:
+        """Admission said yes: the frame of `Accept`."""
+        self.terms = terms
+        self.digest = OutputDigest(terms.ask.job_id, terms.ask.part)
+        self.input_tokens, self.sequence, self.started, self.cumulative = input_tokens, sequence, started, cumulative
+        return self.send(Accept(input_tokens=input_tokens, sequence=sequence, started=started))
+
+    def deliver(self, token_ids: tuple[int, ...], text: str) -> bytes:
+        """The frame of one chunk; it counts from here on."""
+        frame = self.send(Chunk(token_ids=token_ids, text=text))
+        self.digest.extend(token_ids, text)
+        return frame
+
+    @property
+    def spent(self) -> int:
+        """Cost of what has been delivered; 0 before the first agreement."""
+        return 0 if self.terms is None else self.terms.spent(self.input_tokens, self.digest.count)
+
+    def make_receipt(self, finish_reason: FinishReason, finished: int) -> Receipt:
+        """The receipt of everything delivered so far; the driver signs and journals it before it sends it."""
+        if self.terms is None:
+            raise LocalProtocolError("no receipt without an agreement")
+        ask = self.terms.ask
+        return Receipt(
+            job_id=ask.job_id,
+            part=ask.part,
+            channel_id=ask.channel_id,
+            sequence=self.sequence,
+            model_id=ask.model_id,
+            request_hash=ask.request_hash,
+            params_hash=ask.params_hash,
+            output_digest=self.digest.value,
+            input_tokens=self.input_tokens,
+            output_tokens=self.digest.count,
+            cost=self.spent,
+            commitment=ZERO_HASH,
+            started=self.started,
+            finished=max(finished, self.started),
+            finish_reason=int(finish_reason),
+        )
+
+    def _check(self, message: JobConversation) -> None:
+        if not isinstance(message, VoucherMessage | Ack) or self.terms is None:
+            return
+        cumulative = amount_from_wire(message.cumulative)
+        lower = cumulative < self.cumulative or (cumulative == self.cumulative and isinstance(message, VoucherMessage))
+        if lower:
+            raise RemoteProtocolError(
+                WireCode.BAD_VOUCHER, f"voucher of {cumulative} after one of {self.cumulative} on the same stream"
+            )
+        voucher = Voucher(self.terms.ask.channel_id, cumulative)
+        require_signer(voucher.digest(self.terms.domain), message.signature, self.terms.payer_authorizer, "voucher")
+        self.cumulative = cumulative
+
+
+def receipt_to_wire(receipt: Receipt) -> ReceiptWire:
+    values = {name: getattr(receipt, name) for name in ReceiptWire.__struct_fields__}
+    values["cost"] = amount_to_wire(receipt.cost)
+    values["finish_reason"] = FinishReason(receipt.finish_reason)
+    return ReceiptWire(**values)
+
+
+def receipt_from_wire(wire: ReceiptWire) -> Receipt:
+    return Receipt(
+        job_id=JobId(wire.job_id),
+        part=wire.part,
+        channel_id=ChannelId(wire.channel_id),
+        sequence=wire.sequence,
+        model_id=ModelId(wire.model_id),
+        request_hash=Hash32(wire.request_hash),
+        params_hash=Hash32(wire.params_hash),
+        output_digest=Hash32(wire.output_digest),
+        input_tokens=wire.input_tokens,
+        output_tokens=wire.output_tokens,
+        cost=amount_from_wire(wire.cost),
+        commitment=Hash32(wire.commitment),
+        started=wire.started,
+        finished=wire.finished,
+        finish_reason=int(wire.finish_reason),
+    )
