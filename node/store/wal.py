@@ -32,7 +32,7 @@ def check(journal: Path) -> None:
         return
     if not log.strip(b"\0") or len(log) < _HEADER:
         return  # sized but never written
-    magic, _, page, _, salt1, salt2, sum1, sum2 = struct.unpack_from(">8I", log)
+    magic, _, page, _, _, _, sum1, sum2 = struct.unpack_from(">8I", log)
     order = ">" if magic & 1 else "<"
     if magic & ~1 != _MAGIC or _checksum(order, log[:24], 0, 0) != (sum1, sum2):
         raise LedgerDamaged(0, "the header of the write-ahead log does not hold")
