@@ -1,0 +1,475 @@
+"""The configuration: one frozen `Config`, made once, in which every value knows where it came from.
+
+Rules
+- Precedence: flag > `GRISTMILL_*` environment > project file `gristmill.toml` > user file > what `devnet up` left (only on the
+  network `devnet`, only the two keys of the chain) > default.
+- A key that nobody knows is an error that names file and key; a typing error must never run with the default.
+- The user file is `<data_dir>/config.toml` when flag or environment name a data dir, so that `--data-dir` moves everything;
+  otherwise `$XDG_CONFIG_HOME/gristmill/config.toml`.
+- A file that another user can write is refused: it decides where money goes.
+- No secret is a setting. Passwords come from a file, a descriptor or the prompt.
+
+Amounts of money are whole numbers in the token's smallest unit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from node.errors import ConfigError
+from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, setting, web_address
+
+PREFIX: Final = "GRISTMILL_"
+NOT_SETTINGS: Final = frozenset(
+    {"GRISTMILL_DEBUG", "GRISTMILL_FAULT", "GRISTMILL_TESTING", "GRISTMILL_NODE_TRIED", "GRISTMILL_CONFIG"}
+)
+"""Variables of ours that are no settings."""
+PROJECT_FILE: Final = "gristmill.toml"
+MAX_FILE_BYTES: Final = 1 << 20
+AMOUNT_MAX: Final = 2**63 - 1
+DELAY_MIN: Final = 900
+DELAY_MAX: Final = 30 * 24 * 3600
+"""The Channels contract refuses withdraw delays outside of these (seconds)."""
+
+_multiaddrs = each(matching(r"/\S+", "a multiaddr such as /ip4/127.0.0.1/tcp/4001"))
+
+
+@dataclass(frozen=True, slots=True)
+class ChainConfig:
+    """The chain and our contracts on it."""
+
+    rpc_urls: tuple[str, ...] = setting(
+        (),
+        "JSON-RPC servers, the preferred one first. On devnet empty means the one that `devnet up` started.",
+        check=each(web_address),
+        values="http or https addresses",
+    )
+    deployment: Path | None = setting(
+        None, "Deployment file (JSON): chain id, contract addresses, token. On devnet empty means that of `devnet up`."
+    )
+    confirmations: int = setting(
+        0, "How many blocks must stand on a block before we act on it.", unit="blocks", low=0, high=1000
+    )
+    poll_ms: int = setting(200, "How often the head is asked for.", unit="ms", low=5, high=60_000)
+    tx_timeout_s: int = setting(
+        120, "How long a transaction may wait for its receipt before it is an error.", unit="s", low=1, high=86_400
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class P2PConfig:
+    """The peer-to-peer network."""
+
+    listen: tuple[str, ...] = setting(
+        ("/ip4/127.0.0.1/tcp/0",),
+        "Where to listen. A worker for the world needs a fixed port on a public address, e.g. /ip4/0.0.0.0/tcp/4001.",
+        check=_multiaddrs,
+        values="multiaddrs",
+    )
+    bootstrap: tuple[str, ...] = setting(
+        (), "Peers to connect to at start, each with its /p2p/ id.", check=_multiaddrs, values="multiaddrs"
+    )
+    gossip: bool = setting(True, "Spread and hear offers by gossip.")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """The worker: what it serves, for how much, and how far it trusts."""
+
+    models: tuple[str, ...] = setting((), "Names or ids of the models to serve; empty means all in the model store.")
+    price_request: int = setting(0, "Price of one accepted job.", unit="smallest unit", low=0, high=AMOUNT_MAX)
+    price_input: int = setting(
+        100_000, "Price of prompt tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
+    )
+    price_output: int = setting(
+        400_000, "Price of generated tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
+    )
+    tick_tokens: int = setting(
+        64, "Payment falls due at least every so many generated tokens.", unit="tokens", low=1, high=65_536
+    )
+    tick_ms: int = setting(2000, "Payment falls due at least this often.", unit="ms", low=10, high=600_000)
+    credit_ticks: int = setting(
+        1, "How many ticks of one stream may be unpaid before it pauses.", unit="ticks", low=1, high=1000
+    )
+    global_credit: int = setting(
+        100_000,
+        "Most that may be unpaid over all channels together: a thousand identities with one tick each are free compute otherwise.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    max_streams: int = setting(4, "Jobs that run at once.", unit="streams", low=1, high=4096)
+    queue: int = setting(16, "Accepted jobs that may wait for a place.", unit="jobs", low=0, high=65_536)
+    offer_ttl_s: int = setting(60, "How long a signed offer stands.", unit="s", low=1, high=86_400)
+    coalesce_ms: int = setting(
+        15, "Tokens that come within this time travel in one chunk.", unit="ms", low=0, high=1000
+    )
+    min_withdraw_delay_s: int = setting(
+        DELAY_MIN,
+        "Channels that can be emptied faster than this are refused.",
+        unit="s",
+        low=DELAY_MIN,
+        high=DELAY_MAX,
+    )
+    claim_min: int = setting(
+        100_000, "Claim a channel when this much has accrued.", unit="smallest unit", low=0, high=AMOUNT_MAX
+    )
+    claim_every_s: int = setting(
+        300, "How often accrued vouchers are looked at for a claim.", unit="s", low=1, high=604_800
+    )
+    stall_ms: int = setting(
+        10_000, "How long a stream waits for an overdue voucher before it ends unpaid.", unit="ms", low=10, high=600_000
+    )
+    payout: str = setting(
+        "",
+        "Account that earnings go to; empty means the registered payout address, or the worker's own.",
+        check=account,
+        values="an address",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """The client: what it is ready to pay and how long it waits."""
+
+    allocation: int = setting(
+        1_000_000,
+        "Amount locked for a worker when a channel to it opens.",
+        unit="smallest unit",
+        low=1,
+        high=AMOUNT_MAX,
+    )
+    withdraw_delay_s: int = setting(3600, "Withdraw delay of our channels.", unit="s", low=DELAY_MIN, high=DELAY_MAX)
+    max_cost: int = setting(
+        0, "Most that one job may cost; 0 means no limit.", unit="smallest unit", low=0, high=AMOUNT_MAX
+    )
+    max_price_request: int = setting(
+        0, "Highest price per job that we accept; 0 means no limit.", unit="smallest unit", low=0, high=AMOUNT_MAX
+    )
+    max_price_input: int = setting(
+        0,
+        "Highest price of prompt tokens that we accept; 0 means no limit.",
+        unit="smallest unit per 1,000,000 tokens",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    max_price_output: int = setting(
+        0,
+        "Highest price of generated tokens that we accept; 0 means no limit.",
+        unit="smallest unit per 1,000,000 tokens",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    deadline_ms: int = setting(120_000, "A job must have ended after this time.", unit="ms", low=1, high=86_400_000)
+    first_token_ms: int = setting(
+        30_000, "A worker that has sent no token after this time is given up.", unit="ms", low=1, high=86_400_000
+    )
+    stall_ms: int = setting(
+        15_000, "A stream that stands still this long is given up.", unit="ms", low=1, high=86_400_000
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The model runtime."""
+
+    device: str = setting(
+        "cpu",
+        "Where models run.",
+        check=matching(r"cpu|cuda(:\d{1,3})?", "cpu, cuda or cuda:N"),
+        values="cpu, cuda, cuda:N",
+    )
+    dtype: str = setting(
+        "float32",
+        "Number format of weights and activations.",
+        check=one_of("float32", "bfloat16", "float16"),
+        values="float32, bfloat16, float16",
+    )
+    threads: int = setting(1, "CPU threads of the engine.", unit="threads", low=1, high=1024)
+    kv_bytes: int = setting(
+        256 << 20, "Memory for the keys and values of running sequences.", unit="bytes", low=1 << 20, high=1 << 44
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """The journal."""
+
+    group_commit_ms: int = setting(3, "Records that come within this time share one fsync.", unit="ms", low=0, high=5)
+
+
+@dataclass(frozen=True, slots=True)
+class KeysConfig:
+    """The keystore."""
+
+    scrypt_n: int = setting(
+        1 << 18,
+        "scrypt's cost of new key files: memory is 1 KiB times this. A power of two.",
+        low=1 << 12,
+        high=1 << 18,
+        check=power_of_two,
+    )
+    password_file: Path | None = setting(
+        None,
+        "File that holds the keystore's password, mode 0600. Empty: `keys/password` in the data dir, else the prompt.",
+    )
+
+
+def _default_data_dir() -> Path:
+    import platformdirs
+
+    return platformdirs.user_data_path("gristmill").absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, each checked. Made by `load`; the defaults alone are `Config(data_dir=...)`."""
+
+    data_dir: Path = setting(None, "Folder of everything: keys, journal, models. `--data-dir` moves it.")
+    network: str = setting(
+        "devnet",
+        "Name of the network. `devnet` is the chain that `devnet up` starts on this machine.",
+        check=matching(r"[a-z][a-z0-9-]{0,31}", "a name of lower-case letters, digits and hyphens"),
+        values="a name",
+    )
+    chain: ChainConfig = field(default_factory=ChainConfig)
+    p2p: P2PConfig = field(default_factory=P2PConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    keys: KeysConfig = field(default_factory=KeysConfig)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """By key: where its value came from, e.g. `default`, `flag`, `environment GRISTMILL_NETWORK` or a file's path."""
+
+    def __post_init__(self) -> None:
+        if self.data_dir is None:
+            object.__setattr__(self, "data_dir", _default_data_dir())
+        object.__setattr__(self, "origins", MappingProxyType(dict(self.origins)))
+
+    def get(self, key: str) -> Any:
+        """The value of a setting by its dotted name."""
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(self, section) if section else self, name)
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.data_dir / "keys"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.data_dir / "models"
+
+    @property
+    def devnet_state(self) -> Path:
+        """What `devnet up` writes and `devnet down` removes."""
+        return self.data_dir / "devnet" / "state.json"
+
+    def journal(self, role: str) -> Path:
+        """The journal of a role, `worker` or `client`."""
+        return self.data_dir / "journal" / f"{role}.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting as the tables and the reference see it."""
+
+    name: str
+    """Dotted, e.g. `worker.tick_tokens`."""
+    kind: str
+    """The type's annotation."""
+    default: Any
+    setting: Setting
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.replace(".", "_").upper()
+
+
+def _walk(of: Any, prefix: str = "") -> Iterator[Key]:
+    for one in fields(of):
+        if METADATA in one.metadata:
+            yield Key(prefix + one.name, str(one.type), one.default, one.metadata[METADATA])
+        elif one.default_factory is not dict and is_dataclass(one.default_factory):
+            yield from _walk(one.default_factory, f"{prefix}{one.name}.")
+
+
+KEYS: Final[Mapping[str, Key]] = MappingProxyType({key.name: key for key in _walk(Config)})
+"""All settings by dotted name, in the order of their declaration."""
+_BY_VARIABLE: Final = MappingProxyType({key.variable: key for key in KEYS.values()})
+SECTIONS: Final = tuple(dict.fromkeys(name.partition(".")[0] for name in KEYS if "." in name))
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Raw values of one origin."""
+
+    origin: str
+    folder: Path
+    """Where relative paths start."""
+    values: Mapping[str, object]
+
+    def where(self, key: str) -> str:
+        return self.origin if self.origin != "environment" else f"environment {KEYS[key].variable}"
+
+
+def _near(name: str, known: Mapping[str, object]) -> str:
+    last = {key.rpartition(".")[2]: key for key in known}
+    found = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(
+        name.rpartition(".")[2], last, 1, 0.6
+    )
+    return last.get(found[0], found[0]) if found else ""
+
+
+def _unknown(origin: str, name: str, known: Mapping[str, object]) -> ConfigError:
+    near = _near(name, known)
+    hint = f"did you mean {near}?" if near else "`gristmill config show` lists all keys"
+    return ConfigError(f"{origin}: unknown key {name[:100]!r}", hint=hint)
+
+
+def _flat(table: Mapping[str, object], origin: str) -> dict[str, object]:
+    """TOML tables as dotted keys; every key is known afterwards."""
+    flat: dict[str, object] = {}
+    for name, value in table.items():
+        if name in SECTIONS:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{origin}: {name} is a section", hint=f"write [{name}] on a line of its own")
+            flat.update({f"{name}.{inner}": deeper for inner, deeper in value.items()})
+        else:
+            flat[name] = value
+    for name in flat:
+        if name not in KEYS:
+            raise _unknown(origin, name, {**KEYS, **dict.fromkeys(SECTIONS)})
+    return flat
+
+
+def _file(path: Path) -> _Source | None:
+    """A TOML file of settings, or None when it does not exist. Raises ConfigError."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path} is not a file")
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002:
+            raise ConfigError(
+                f"{path} can be written by another user; it decides where money goes",
+                hint=f"read it, then: chown $(id -u) {path} && chmod go-w {path}",
+            )
+        if found.st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_FILE_BYTES} bytes")
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8 errors are ValueErrors
+        raise ConfigError(f"{path} is not valid TOML: {str(error)[:200]}") from None
+    return _Source(str(path), path.parent, _flat(table, str(path)))
+
+
+def _environment(environ: Mapping[str, str]) -> _Source:
+    values: dict[str, object] = {}
+    for name, value in environ.items():
+        if not name.startswith(PREFIX) or name in NOT_SETTINGS:
+            continue
+        if name in _BY_VARIABLE:
+            values[_BY_VARIABLE[name].name] = value
+        elif name.startswith(tuple(f"{PREFIX}{one.upper()}_" for one in SECTIONS)) or difflib.get_close_matches(
+            name, _BY_VARIABLE, 1, 0.85
+        ):
+            raise _unknown("environment", name, _BY_VARIABLE)
+    return _Source("environment", Path.cwd(), values)
+
+
+def _devnet(data_dir: Path, network: str) -> _Source | None:
+    """The chain that `devnet up` left running for this data dir."""
+    path = data_dir / "devnet" / "state.json"
+    if network != "devnet":
+        return None
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError("too large")
+        state = json.loads(path.read_text("utf-8"))
+        values = {"chain.rpc_urls": [state["url"]], "chain.deployment": state["deployment"]}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {error}", hint=f"rm {path}; gristmill devnet up") from None
+    return _Source(str(path), path.parent, values)
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    project: Path | None = None,
+    project_folder: Path | None = None,
+) -> Config:
+    """The effective configuration. `flags`: values by dotted name. `project`: read this file, which must exist, instead of
+    `gristmill.toml` in `project_folder` (default: the current folder).
+
+    Raises ConfigError naming origin and key for an unknown key, a wrong type or a value out of bounds.
+    """
+    environ = os.environ if environ is None else environ
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name in given:
+        if name not in KEYS:
+            raise _unknown("flag", name, KEYS)
+    sources = [_Source("flag", Path.cwd(), given), _environment(environ)]
+    moved = any("data_dir" in source.values for source in sources)
+    named = project or (Path(environ["GRISTMILL_CONFIG"]) if environ.get("GRISTMILL_CONFIG") else None)
+    found = _file((named or (project_folder or Path.cwd()) / PROJECT_FILE).absolute())
+    if named is not None and found is None:
+        raise ConfigError(f"{named} does not exist")
+    sources += [found] if found else []
+    user = user_file(_pick(sources, "data_dir")[0] if moved else None, environ)
+    found = _file(user)
+    sources += [found] if found else []
+    left = _devnet(_pick(sources, "data_dir")[0] or _default_data_dir(), _pick(sources, "network")[0])
+    sources += [left] if left else []
+    picked = {name: _pick(sources, name) for name in KEYS}
+    return _build(
+        {name: value for name, (value, _) in picked.items()}, {name: origin for name, (_, origin) in picked.items()}
+    )
+
+
+def user_file(data_dir: Path | None, environ: Mapping[str, str]) -> Path:
+    """Where the user's settings are: in the data dir when one was named, else where XDG says."""
+    if data_dir is not None:
+        return data_dir / "config.toml"
+    home = environ.get("XDG_CONFIG_HOME", "")
+    return (Path(home) if home.startswith("/") else Path("~/.config").expanduser()) / "gristmill" / "config.toml"
+
+
+def _pick(sources: list[_Source], name: str) -> tuple[Any, str]:
+    """The checked value of the first source that has the key, and where it came from."""
+    key = KEYS[name]
+    for source in sources:
+        if name in source.values:
+            try:
+                return key.setting.parse(key.kind, source.values[name], source.folder), source.where(name)
+            except ValueError as error:
+                what = key.setting.doc + (f" Unit: {key.setting.unit}." if key.setting.unit else "")
+                raise ConfigError(f"{source.where(name)}: {name} {error}", hint=what) from None
+    return key.default, "default"
+
+
+def _build(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    sections: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        sections[section][last] = value
+    kinds = {one.name: one.default_factory for one in fields(Config)}
+    made = {name: kinds[name](**sections[name]) for name in SECTIONS}  # type: ignore[operator]
+    return Config(**sections[""], **made, origins=origins)
