@@ -12,6 +12,7 @@ Rules
 Amounts of money are whole numbers in the token's smallest unit.
 """
 
+# ruff: noqa: RUF009 (`setting` returns a dataclass field)
 from __future__ import annotations
 
 import difflib
@@ -102,7 +103,7 @@ class WorkerConfig:
     )
     global_credit: int = setting(
         100_000,
-        "Most that may be unpaid over all channels together: a thousand identities with one tick each are free compute otherwise.",
+        "Most that may be unpaid over all channels together: else a thousand identities with one tick each are free compute.",
         unit="smallest unit",
         low=0,
         high=AMOUNT_MAX,
