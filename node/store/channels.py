@@ -1,0 +1,73 @@
+"""The channel book: every channel's money, journaled before anyone hears of it.
+
+`change` applies in memory and queues the record in one synchronous step, so the journal's order is the order of
+application; it returns when the record is durable, and only then may the caller speak. It cannot be cancelled in between.
+At start the book is the fold of the journal (L1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import trio
+
+from node.store.fold import replay
+from node.store.ledger import Entry, Ledger, Record
+from node.store.writer import Work
+from protocol.channel import Change, ChannelOpened, ChannelState, Effect, Role, apply, opened
+from protocol.errors import LocalProtocolError
+from protocol.ids import ChannelId
+from protocol.records import KINDS, fold, from_body, kind_of, to_body
+
+
+class ChannelBook:
+    """All channels of one role in one journal."""
+
+    def __init__(self, ledger: Ledger, role: Role) -> None:
+        self.ledger = ledger
+        self.role = role
+        self._states: dict[ChannelId, ChannelState] = {}
+
+    @classmethod
+    def restore(cls, ledger: Ledger, role: Role) -> ChannelBook:
+        """Fold the journal. Raises `LocalProtocolError` when it breaks a rule: then nothing is signed."""
+        book = cls(ledger, role)
+        book._states = replay(ledger, lambda states, record: fold_record(role, states, record), {})
+        return book
+
+    @property
+    def channels(self) -> Mapping[ChannelId, ChannelState]:
+        return self._states
+
+    def get(self, channel_id: ChannelId) -> ChannelState | None:
+        return self._states.get(channel_id)
+
+    async def change(self, changes: Sequence[Change], *, also: Work[object] | None = None) -> list[Effect]:
+        """Apply and journal, all or none. Raises `ProtocolError` (nothing changed) or `LedgerError` (nothing is to be said)."""
+        staged = dict(self._states)
+        effects: list[Effect] = []
+        for change in changes:
+            if isinstance(change, ChannelOpened):
+                if change.channel_id in staged:
+                    raise LocalProtocolError(f"channel {change.channel_id} is already open")
+                staged[change.channel_id] = opened(self.role, change)
+                continue
+            if change.channel_id not in staged:
+                raise LocalProtocolError(f"channel {change.channel_id} is not in this journal")
+            staged[change.channel_id], more = apply(staged[change.channel_id], change)
+            effects.extend(more)
+        entries = [Entry(kind_of(c), bytes(c.channel_id), to_body(c)) for c in changes]
+        with trio.CancelScope(shield=True):
+            self._states = staged
+            await self.ledger.append(entries, also=also)
+        return effects
+
+
+def fold_record(
+    role: Role, states: dict[ChannelId, ChannelState], record: Record
+) -> dict[ChannelId, ChannelState]:
+    """Reducer for `replay`; records of other kinds (transactions, say) are not about channels."""
+    if record.kind in KINDS:
+        fold(role, states, from_body(record.kind, msgspec.msgpack.decode(record.body)))
+    return states

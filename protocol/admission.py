@@ -1,0 +1,163 @@
+"""Does this worker take this job? Pure: everything the answer depends on is an argument.
+
+Two steps, cheap before dear: `check_ask` needs no tokenizer, so a stranger cannot make us tokenise for nothing;
+`check_prompt` then knows the prompt's length. A no is a `Rejected` with one reason of the closed set; the driver signs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.channel import ChannelState
+from protocol.errors import GristmillError, RefusalReason, RemoteProtocolError
+from protocol.ids import Address, Hash32
+from protocol.job import Terms, ask_struct
+from protocol.keys import require_signer
+from protocol.messages import AskMessage, amount_from_wire
+from protocol.offers import ModelOffer, VerifiedOffer
+from protocol.selection import changed_params
+from protocol.typed_data import Domain, Voucher
+
+DEADLINE_MAX_MS: Final = 24 * 3_600_000
+"""Results are kept this long, so an ask that is sent again within its deadline finds its result, and never a second bill."""
+
+
+class Rejected(GristmillError):
+    """The answer is no."""
+
+    def __init__(self, reason: RefusalReason, detail: str = "") -> None:
+        super().__init__(f"{reason.code}: {detail}" if detail else reason.code)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the worker is."""
+
+    free_slots: int
+    draining: bool
+    credit_in_use: int
+    """Unpaid work on all channels, smallest unit."""
+    credit_limit: int
+    """The most of it that the operator risks; 0 = no limit."""
+    chain_age_ms: int
+    """Since the chain was last seen."""
+    chain_age_limit_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An ask that is sound as far as that can be told without tokenising."""
+
+    ask: AskMessage
+    offer: VerifiedOffer
+    model: ModelOffer
+    channel: ChannelState
+    cumulative: int
+
+
+def check_ask(
+    ask: AskMessage,
+    *,
+    worker: Address,
+    domain: Domain,
+    offers: Mapping[Hash32, VerifiedOffer],
+    channel: ChannelState | None,
+    load: Load,
+    now_ms: int,
+) -> Checked:
+    """Everything but the prompt's length. Raises `Rejected`."""
+    if load.draining:
+        raise Rejected(RefusalReason.DRAINING)
+    if ask.worker != worker:
+        raise Rejected(RefusalReason.WRONG_WORKER, f"asked of {Address(ask.worker)}")
+    offer = offers.get(Hash32(ask.offer_hash))
+    if offer is None:
+        raise Rejected(RefusalReason.OFFER_UNKNOWN, "not an offer of this worker, or long gone")
+    if not offer.valid_at(now_ms):
+        raise Rejected(RefusalReason.OFFER_EXPIRED)
+    model = offer.document.model(ask.model_id)
+    if model is None:
+        raise Rejected(RefusalReason.MODEL_UNKNOWN)
+    refused = sorted(set(changed_params(ask.params)) - set(model.params))
+    if refused:
+        raise Rejected(RefusalReason.UNSUPPORTED_PARAM, ", ".join(refused))
+    if ask.params.max_tokens > model.max_tokens:
+        raise Rejected(RefusalReason.MAX_TOKENS_EXCEEDED, f"at most {model.max_tokens}")
+    if not now_ms < ask.deadline <= now_ms + DEADLINE_MAX_MS:
+        raise Rejected(RefusalReason.DEADLINE_INVALID, "a deadline lies in the next 24 hours")
+    checked = _check_channel(ask, offer, model, channel, domain)
+    if load.chain_age_ms > load.chain_age_limit_ms:
+        raise Rejected(RefusalReason.CHAIN_STALE, f"the chain was last seen {load.chain_age_ms // 1000} s ago")
+    if load.free_slots <= 0:
+        raise Rejected(RefusalReason.BUSY)
+    return checked
+
+
+def _check_channel(
+    ask: AskMessage,
+    offer: VerifiedOffer,
+    model: ModelOffer,
+    channel: ChannelState | None,
+    domain: Domain,
+) -> Checked:
+    if channel is None:
+        raise Rejected(RefusalReason.CHANNEL_UNKNOWN, "open it first")
+    if channel.leaving:
+        raise Rejected(RefusalReason.CHANNEL_CLOSING)
+    if channel.config.token != offer.document.token:
+        raise Rejected(RefusalReason.WRONG_DOMAIN, "the channel is in another token than the offer")
+    signer = channel.config.payer_authorizer
+    try:
+        require_signer(ask_struct(ask).digest(domain), ask.signature, signer, "ask")
+    except RemoteProtocolError as error:
+        raise Rejected(RefusalReason.SIGNER_MISMATCH, error.detail[:200]) from None
+    cumulative = amount_from_wire(ask.cumulative)
+    try:
+        voucher = Voucher(channel.channel_id, cumulative)
+        require_signer(voucher.digest(domain), ask.voucher_signature, signer, "voucher")
+    except RemoteProtocolError as error:
+        raise Rejected(RefusalReason.VOUCHER_INVALID, error.detail[:200]) from None
+    if cumulative > channel.allocated:
+        raise Rejected(
+            RefusalReason.ALLOCATION_INSUFFICIENT, f"voucher of {cumulative}, {channel.allocated} allocated"
+        )
+    return Checked(ask, offer, model, channel, cumulative)
+
+
+def check_prompt(checked: Checked, input_tokens: int, *, domain: Domain, running: int, load: Load) -> Terms:
+    """The rest, once the prompt is tokenised. `running`: cost so far of the channel's other parts under way.
+
+    Raises `Rejected`. The terms it returns are what the client must arrive at as well.
+    """
+    ask, model, channel, document = checked.ask, checked.model, checked.channel, checked.offer.document
+    if input_tokens + ask.params.max_tokens > model.context_length:
+        raise Rejected(
+            RefusalReason.CONTEXT_EXCEEDED,
+            f"{input_tokens} prompt tokens and {ask.params.max_tokens} to generate, context {model.context_length}",
+        )
+    terms = Terms(
+        domain=domain,
+        ask=ask_struct(ask),
+        params=ask.params,
+        price=model.price,
+        input_limit=input_tokens,
+        receiver_authorizer=channel.config.receiver_authorizer,
+        payer_authorizer=channel.config.payer_authorizer,
+        tick_tokens=document.tick_tokens,
+        credit_tokens=document.credit_tokens,
+    )
+    if terms.limit > channel.free:
+        raise Rejected(
+            RefusalReason.ALLOCATION_INSUFFICIENT, f"up to {terms.limit} needed, {channel.free} free on the channel"
+        )
+    due = channel.spent + running + terms.spent(input_tokens, 0)
+    covered = max(checked.cumulative, channel.cumulative)
+    if due - covered > terms.credit:
+        raise Rejected(RefusalReason.VOUCHER_INSUFFICIENT, f"{due} due, {covered} covered, credit {terms.credit}")
+    if load.credit_limit and load.credit_in_use + terms.credit > load.credit_limit:
+        raise Rejected(RefusalReason.CREDIT_EXHAUSTED, "unpaid work is at the operator's limit")
+    return terms
