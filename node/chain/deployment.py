@@ -1,0 +1,109 @@
+"""Where our contracts are on one chain: a small JSON file that deploy writes and every node reads.
+
+The file names a chain by its id, never by a URL. It is checked against the chain at connect: code at each address, the code
+ours, the domains ours (`node.chain.client`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from node.errors import ConfigError
+from protocol.errors import InvalidValue
+from protocol.ids import ZERO_ADDRESS, Address
+from protocol.typed_data import Domain
+
+VERSION: Final = 1
+MAX_BYTES: Final = 16_384
+"""Longest deployment file read."""
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    chain_id: int
+    vault: str
+    workers: str
+    channels: str
+    token: str
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    chain_id: int
+    vault: Address
+    workers: Address
+    channels: Address
+    token: Address
+    """The default token; the zero address is the native coin."""
+    block: int
+    """No event of ours is older than this block."""
+
+    @property
+    def domain(self) -> Domain:
+        """Domain of the Channels contract."""
+        return Domain(self.chain_id, self.channels)
+
+    @property
+    def workers_domain(self) -> Domain:
+        return Domain(self.chain_id, self.workers)
+
+    def to_json(self) -> bytes:
+        file = _File(
+            version=VERSION,
+            chain_id=self.chain_id,
+            vault=str(self.vault),
+            workers=str(self.workers),
+            channels=str(self.channels),
+            token=str(self.token),
+            block=self.block,
+        )
+        return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> Deployment:
+        """Raises `ConfigError` that says what is wrong."""
+        hint = "write it anew with the deploy command, or copy the one published for this chain"
+        if len(raw) > MAX_BYTES:
+            raise ConfigError(f"a deployment file has at most {MAX_BYTES} bytes", hint=hint)
+        try:
+            file = msgspec.json.decode(raw, type=_File)
+            found = cls(
+                chain_id=file.chain_id,
+                vault=Address(file.vault),
+                workers=Address(file.workers),
+                channels=Address(file.channels),
+                token=Address(file.token),
+                block=file.block,
+            )
+        except (msgspec.MsgspecError, InvalidValue, RecursionError) as error:
+            raise ConfigError(f"not a deployment file: {error}", hint=hint) from error
+        if file.version != VERSION:
+            raise ConfigError(f"deployment file of version {file.version}, this program reads {VERSION}", hint=hint)
+        named = (found.vault, found.workers, found.channels)
+        if not 0 < found.chain_id < 2**63 or not 0 <= found.block < 2**63:
+            raise ConfigError("not a deployment file: chain_id or block is out of range", hint=hint)
+        if ZERO_ADDRESS in named or len(set(named)) != 3:
+            raise ConfigError("not a deployment file: the three contracts need three addresses", hint=hint)
+        return found
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Deployment:
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(f"cannot read the deployment file {path}: {error.strerror}") from error
+        return cls.from_json(raw)
+
+    def describe(self) -> dict[str, Any]:
+        """For people and JSON output."""
+        plain: dict[str, Any] = msgspec.json.decode(self.to_json())
+        return plain

@@ -1,0 +1,94 @@
+"""The JSON-RPC methods that we use, typed: one thin function each, over anything that can `call` and `submit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from node.chain.values import Header, Log, Receipt, blob, hex_data, hex_quantity, quantity
+from protocol.ids import Address
+
+MAX_CODE = 49_152
+"""Most bytes of runtime code looked at: twice the limit of EIP-170."""
+
+
+class Caller(Protocol):
+    """The two ways to ask a node; `node.chain.rpc.JsonRpc` and the fakes of the tests have them."""
+
+    async def call(self, method: str, *params: Any) -> Any: ...
+
+    async def submit(self, method: str, *params: Any) -> Any: ...
+
+
+class Eth:
+    """Every method may raise `RpcError`, `RpcUnavailable` or `ChainError` for an answer that does not parse."""
+
+    def __init__(self, rpc: Caller) -> None:
+        self.rpc = rpc
+
+    async def chain_id(self) -> int:
+        return quantity(await self.rpc.call("eth_chainId"), "chain id")
+
+    async def header(self, block: int | bytes | str = "latest") -> Header | None:
+        """By number, hash or tag. None when the node does not know it."""
+        if isinstance(block, bytes):
+            found = await self.rpc.call("eth_getBlockByHash", hex_data(block), False)
+        else:
+            tag = hex_quantity(block) if isinstance(block, int) else block
+            found = await self.rpc.call("eth_getBlockByNumber", tag, False)
+        return None if found is None else Header.parse(found)
+
+    async def balance(self, account: Address) -> int:
+        return quantity(await self.rpc.call("eth_getBalance", str(account), "latest"), "balance")
+
+    async def nonce(self, account: Address, tag: str = "latest") -> int:
+        return quantity(await self.rpc.call("eth_getTransactionCount", str(account), tag), "nonce")
+
+    async def code(self, account: Address) -> bytes:
+        return blob(await self.rpc.call("eth_getCode", str(account), "latest"), "code", limit=MAX_CODE)
+
+    async def eth_call(
+        self, to: Address | None, data: bytes, *, sender: Address | None = None, value: int = 0, block: str = "latest"
+    ) -> bytes:
+        """Raises `Reverted` with the contract's answer."""
+        return blob(await self.rpc.call("eth_call", _call_object(to, data, sender, value), block), "call result")
+
+    async def estimate_gas(self, to: Address | None, data: bytes, *, sender: Address, value: int = 0) -> int:
+        """Also a simulation: raises `Reverted` when the transaction would."""
+        return quantity(await self.rpc.call("eth_estimateGas", _call_object(to, data, sender, value)), "gas estimate")
+
+    async def send_raw(self, raw: bytes) -> None:
+        await self.rpc.submit("eth_sendRawTransaction", hex_data(raw))
+
+    async def receipt(self, tx: bytes) -> Receipt | None:
+        found = await self.rpc.call("eth_getTransactionReceipt", hex_data(tx))
+        # Some nodes answer a pending transaction with an object without a block.
+        return None if found is None or (isinstance(found, dict) and found.get("blockNumber") is None) else (
+            Receipt.parse(found)
+        )
+
+    async def knows(self, tx: bytes) -> bool:
+        """Whether the node has the transaction, mined or pending."""
+        return await self.rpc.call("eth_getTransactionByHash", hex_data(tx)) is not None
+
+    async def logs_of_block(self, addresses: Sequence[Address], block_hash: bytes) -> Sequence[Log]:
+        query = {"address": [str(address) for address in addresses], "blockHash": hex_data(block_hash)}
+        return Log.parse_list(await self.rpc.call("eth_getLogs", query))
+
+    async def logs_between(self, addresses: Sequence[Address], first: int, last: int) -> Sequence[Log]:
+        """Both ends included."""
+        query = {
+            "address": [str(address) for address in addresses],
+            "fromBlock": hex_quantity(first),
+            "toBlock": hex_quantity(last),
+        }
+        return Log.parse_list(await self.rpc.call("eth_getLogs", query))
+
+
+def _call_object(to: Address | None, data: bytes, sender: Address | None, value: int) -> dict[str, str]:
+    call = {"data": hex_data(data), "value": hex_quantity(value)}
+    if to is not None:
+        call["to"] = str(to)
+    if sender is not None:
+        call["from"] = str(sender)
+    return call

@@ -1,0 +1,1 @@
+"""Simulated local chains for tests, the demo and development. Nothing here has value or leaves this machine."""
