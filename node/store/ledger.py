@@ -207,7 +207,7 @@ class Ledger:
         return self._writer.commits if self._writer else 0
 
     async def append(self, entries: Sequence[Entry], *, also: Work[object] | None = None) -> tuple[Record, ...]:
-        """Record the entries, all or none, in order; returns when they are durable.
+        """Record the entries, all or none, in order; returns when they are durable. No entries are no records.
 
         `also` is more work for the same transaction (`Results.keeping`); when it refuses, nothing is recorded. A cancellation
         arrives before anything is queued or not at all: a half-known append would be worse than one slow disk write.
