@@ -64,9 +64,7 @@ class ChannelBook:
         return effects
 
 
-def fold_record(
-    role: Role, states: dict[ChannelId, ChannelState], record: Record
-) -> dict[ChannelId, ChannelState]:
+def fold_record(role: Role, states: dict[ChannelId, ChannelState], record: Record) -> dict[ChannelId, ChannelState]:
     """Reducer for `replay`; records of other kinds (transactions, say) are not about channels."""
     if record.kind in KINDS:
         fold(role, states, from_body(record.kind, msgspec.msgpack.decode(record.body)))

@@ -370,12 +370,17 @@ def _migrate(connection: sqlite3.Connection) -> None:
     version = _schema_version(connection)
     if version == SCHEMA_VERSION:
         return
-    connection.execute("BEGIN IMMEDIATE")
-    for migration in MIGRATIONS[version:]:
-        migration(connection)
-    connection.execute("UPDATE about SET schema = ?", (SCHEMA_VERSION,))
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    connection.execute("COMMIT")
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        for migration in MIGRATIONS[version:]:
+            migration(connection)
+        connection.execute("UPDATE about SET schema = ?", (SCHEMA_VERSION,))
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    except sqlite3.Error as error:  # closing the connection undoes it all
+        raise LedgerFailed(
+            f"the journal stays at schema {version}; bringing it to {SCHEMA_VERSION} failed: {error}"
+        ) from error
 
 
 def _verify(connection: sqlite3.Connection, chain_tag: bytes) -> Head:
