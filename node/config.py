@@ -251,6 +251,8 @@ class Config:
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """By key: where its value came from, e.g. `default`, `flag`, `environment GRISTMILL_NETWORK` or a file's path."""
+    user_file: Path | None = field(default=None, compare=False)
+    """Where the user's settings are read from, whether the file exists or not; `init` writes it."""
 
     def __post_init__(self) -> None:
         if self.data_dir is None:
@@ -440,9 +442,14 @@ def load(
     left = _devnet(_pick(sources, "data_dir")[0] or _default_data_dir(), _pick(sources, "network")[0])
     sources += [left] if left else []
     picked = {name: _pick(sources, name) for name in KEYS}
-    return _build(
-        {name: value for name, (value, _) in picked.items()}, {name: origin for name, (_, origin) in picked.items()}
-    )
+    sections: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
+    for name, (value, _) in picked.items():
+        section, _, last = name.rpartition(".")
+        sections[section][last] = value
+    kinds = {one.name: one.default_factory for one in fields(Config)}
+    made = {name: kinds[name](**sections[name]) for name in SECTIONS}  # type: ignore[operator]
+    origins = {name: origin for name, (_, origin) in picked.items()}
+    return Config(**sections[""], **made, origins=origins, user_file=user)
 
 
 def user_file(data_dir: Path | None, environ: Mapping[str, str]) -> Path:
@@ -465,12 +472,3 @@ def _pick(sources: list[_Source], name: str) -> tuple[Any, str]:
                 raise ConfigError(f"{source.where(name)}: {name} {error}", hint=what) from None
     return key.default, "default"
 
-
-def _build(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    sections: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
-    for name, value in values.items():
-        section, _, last = name.rpartition(".")
-        sections[section][last] = value
-    kinds = {one.name: one.default_factory for one in fields(Config)}
-    made = {name: kinds[name](**sections[name]) for name in SECTIONS}  # type: ignore[operator]
-    return Config(**sections[""], **made, origins=origins)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,9 +22,13 @@ from node.cli.output import Output
 from node.errors import NodeError
 from protocol.errors import GristmillError
 
+if TYPE_CHECKING:
+    from node.config import Config
+    from node.keystore import Keystore
+
 INTERRUPTED = 130
-TRACEBACK = "GRISTMILL_TRACEBACK"
-"""Set to anything: unexpected errors print their traceback."""
+DEBUG = "GRISTMILL_DEBUG"
+"""Set to anything: as `--debug`."""
 
 
 @dataclass
@@ -32,8 +36,31 @@ class Shared:
     """What every command has as `ctx.obj`."""
 
     output: Output = field(default_factory=Output)
-    data_dir: Path | None = None
-    """From `--data-dir`; None leaves it to environment, files and default."""
+    flags: dict[str, object] = field(default_factory=dict)
+    """Settings given on the command line, by dotted name. An option of a command that is a setting puts its value here."""
+    config_file: Path | None = None
+    """From `--config`: read instead of `gristmill.toml`."""
+    password_fd: int | None = None
+    """From `--password-fd`."""
+    password: bytes | None = field(default=None, repr=False)
+    """What was read from the descriptor or file: a descriptor can be read only once."""
+    debug: bool = bool(os.environ.get(DEBUG))
+    _config: Config | None = field(default=None, repr=False)
+
+    @property
+    def config(self) -> Config:
+        """The configuration, made at first use and never again. Raises ConfigError."""
+        if self._config is None:
+            from node.config import load
+
+            self._config = load(self.flags, project=self.config_file)
+        return self._config
+
+    @property
+    def keystore(self) -> Keystore:
+        from node.keystore import Keystore
+
+        return Keystore(self.config.keys_dir, scrypt_n=self.config.keys.scrypt_n)
 
 
 def _set_json(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -41,27 +68,48 @@ def _set_json(context: click.Context, _parameter: click.Parameter, value: bool) 
         context.ensure_object(Shared).output.json = True
 
 
+def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Shared).debug = True
+
+
 def _set_data_dir(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:
     if value is not None:
-        context.ensure_object(Shared).data_dir = value
+        context.ensure_object(Shared).flags["data_dir"] = value
+
+
+def _set_file(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        context.ensure_object(Shared).config_file = value
+
+
+def _set_settings(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> None:
+    for pair in value:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", context, parameter)
+        context.ensure_object(Shared).flags[key.strip()] = text
 
 
 def _common() -> list[click.Parameter]:
     """The options that stand before or after any command."""
+    folder = click.Path(file_okay=False, path_type=Path)
+    file = click.Path(dir_okay=False, path_type=Path)
+
+    def option(*names: str, callback: Any, **given: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=callback, **given)
+
     return [
-        click.Option(["--json"], is_flag=True, expose_value=False, callback=_set_json, help="Machine-readable output."),
-        click.Option(
-            ["--data-dir"],
-            type=click.Path(file_okay=False, path_type=Path),
-            expose_value=False,
-            callback=_set_data_dir,
-            help="Keep everything in this folder.",
-        ),
+        option("--json", is_flag=True, callback=_set_json, help="Machine-readable output."),
+        option("--data-dir", type=folder, callback=_set_data_dir, help="Keep everything in this folder."),
+        option("--config", type=file, callback=_set_file, help="Read this file instead of ./gristmill.toml."),
+        option("--set", multiple=True, metavar="KEY=VALUE", callback=_set_settings, help="Any setting; repeatable."),
+        option("--debug", is_flag=True, callback=_set_debug, help="Show tracebacks."),
     ]
 
 
 class Command(click.Command):
-    """A command of ours: takes `--json` and `--data-dir`, wherever they stand."""
+    """A command of ours: takes the common options, wherever they stand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -129,25 +177,34 @@ def leaves(error: BaseException) -> Iterable[BaseException]:
 def blame(error: BaseException) -> BaseException:
     """The one error to report of a group: the first that a person can act on, else the first."""
     inside = list(leaves(error))
-    for kind in (click.ClickException, NodeError, GristmillError, KeyboardInterrupt):
+    for kind in (KeyboardInterrupt, click.ClickException, NodeError, GristmillError):
         for one in inside:
             if isinstance(one, kind):
                 return one
     return inside[0]
 
 
-def report(error: BaseException, output: Output) -> int:
-    """Say what went wrong in the form of the house, and return the exit status."""
+def report(error: BaseException, shared: Shared) -> int:
+    """Say what went wrong in the form of the house, and return the exit status. The one place where errors get theirs."""
+    output = shared.output
     error = blame(error)
+    if shared.debug and not isinstance(error, click.ClickException | click.exceptions.Exit | SystemExit):
+        traceback.print_exception(error)
     match error:
         case click.exceptions.Exit():
             return error.exit_code
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
         case click.Abort() | KeyboardInterrupt():
             output.error("interrupted", "interrupted")
             return INTERRUPTED
+        case click.exceptions.NoArgsIsHelpError() if not output.json:
+            output.say(error.format_message())
+            return 2
         case click.UsageError():
             command = error.ctx.command_path if error.ctx else "gristmill"
-            output.error("usage", error.format_message(), f"{command} --help")
+            short = isinstance(error, click.exceptions.NoArgsIsHelpError)
+            output.error("usage", "a command is missing" if short else error.format_message(), f"{command} --help")
             return 2
         case click.ClickException():
             output.error("failure", error.format_message())
@@ -162,10 +219,11 @@ def report(error: BaseException, output: Output) -> int:
             # The reader of our stdout left (`| head`): nothing to say, and nobody to say it to.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        case OSError() if error.strerror:
+            output.error("system", f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+            return 1
         case _:
-            if os.environ.get(TRACEBACK):
-                traceback.print_exception(error)
-            output.error("internal", f"{type(error).__name__}: {error}", f"{TRACEBACK}=1 shows where; please report it")
+            output.error("internal", f"{type(error).__name__}: {error}", "--debug shows where; please report it")
             return 1
 
 
@@ -173,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. `arguments` without the program's name; by default the process's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     program = Path(sys.argv[0]).name
-    shared = Shared(Output(json="--json" in given[: given.index("--") if "--" in given else None]))
+    ours = given[: given.index("--")] if "--" in given else given
+    shared = Shared(Output(json="--json" in ours))  # now, because a usage error may come before the option is parsed
+    shared.debug = shared.debug or "--debug" in ours
     try:
         from node.ownership import check_owners
 
@@ -186,4 +246,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return result if isinstance(result, int) else 0
     except BaseException as error:  # the boundary: everything becomes an exit status and a message
-        return report(error, shared.output)
+        return report(error, shared)

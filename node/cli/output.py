@@ -54,6 +54,10 @@ class Output:
     row = result
     """One element of a list or a stream: NDJSON, or a line of text. An empty list prints nothing and is success."""
 
+    def line(self, text: str) -> None:
+        """One line that is JSON already, and the same for people."""
+        self._line(text)
+
     def write(self, text: str) -> None:
         """A piece of a text stream, without a line end. Only for people: with `--json` send rows."""
         if not self.json:

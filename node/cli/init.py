@@ -1,0 +1,133 @@
+"""`init`: data dir, configuration file, keys. Safe to run again: what is there stays."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import click
+
+from node.cli import passwords
+from node.cli.main import Command, Shared
+from node.cli.options import password_options, setting_option
+from node.config import KEYS, SECTIONS, Config
+from node.errors import ConfigError
+from node.keystore import PASSWORD_FILE, Keystore, private_folder, write_new
+
+ROLE_KEYS = {"worker": ("worker",), "client": ("payer", "session")}
+RANDOM_PASSWORD_N = 1 << 12
+"""scrypt's cost for keys under a random password of 256 bits, which nobody can guess whatever a guess costs."""
+
+
+@click.command(cls=Command)
+@setting_option("--network", "network", metavar="NAME", help="Network to join; `devnet` by default.")
+@click.option(
+    "--role",
+    "roles",
+    type=click.Choice(list(ROLE_KEYS)),
+    multiple=True,
+    default=tuple(ROLE_KEYS),
+    help="Make the keys of this role only; repeatable. By default both.",
+)
+@password_options
+@click.pass_obj
+def command(shared: Shared, roles: tuple[str, ...]) -> None:
+    """Make the data dir: configuration file and keys.
+
+    Settings given with --set go into the new configuration file. On devnet, when no password is given and nobody can
+    be asked, a random one is written beside the keys: fine where nothing has value, wrong anywhere else.
+    """
+    config = shared.config
+    private_folder(config.data_dir)
+    private_folder(config.keys_dir)
+    wrote_config = _write_config(config)
+    wanted = [name for role in ROLE_KEYS if role in roles for name in ROLE_KEYS[role]]
+    password_file = _ensure_password_file(shared, wanted)
+    made: list[dict[str, Any]] = []
+    for name in wanted:
+        made.append(_ensure_key(shared, name, cheap=password_file is not None))
+    data = {
+        "data_dir": config.data_dir,
+        "config": config.user_file,
+        "config_created": wrote_config,
+        "network": config.network,
+        "keys": made,
+        "password_file": password_file,
+    }
+    lines = [
+        f"data dir  {config.data_dir}",
+        f"config    {config.user_file}" + ("" if wrote_config else " (kept)"),
+        *(f"{key['name']:<9} {key['address']}" + ("" if key["created"] else " (kept)") for key in made),
+    ]
+    if password_file:
+        lines.append(f"password  {password_file} (random, beside the keys: for devnet only)")
+    shared.output.result(data, "\n".join(lines))
+
+
+def _ensure_key(shared: Shared, name: str, *, cheap: bool) -> dict[str, Any]:
+    store = shared.keystore
+    if name in store.names():
+        return {"name": name, "address": str(store.address(name)), "created": False}
+    if cheap:
+        store = Keystore(store.folder, scrypt_n=RANDOM_PASSWORD_N)
+    password = shared.password or passwords.new(shared, "the new keys")
+    shared.password = password  # one password for all keys of this run
+    key = store.create(name, password)
+    return {"name": name, "address": str(key.address), "peer_id": str(key.peer_id), "created": True}
+
+
+def _ensure_password_file(shared: Shared, wanted: list[str]) -> Path | None:
+    """The random password's file, written now when this is devnet and nobody gives a password; None when one is given."""
+    config = shared.config
+    path = config.keys_dir / PASSWORD_FILE
+    if shared.password_fd is not None or config.keys.password_file is not None:
+        return None
+    if path.exists():
+        return path
+    explicit = config.origins.get("network") == "flag"
+    missing = set(wanted) - set(shared.keystore.names())
+    if config.network == "devnet" and missing and (explicit or not passwords.on_terminal()):
+        write_new(path, secrets.token_urlsafe(32).encode() + b"\n")
+        shared.output.say(f"note: a random password is in {path}, beside the keys it opens; for devnet only")
+        return path
+    return None
+
+
+def _write_config(config: Config) -> bool:
+    """Write the user file unless it exists; true when it was written."""
+    path = config.user_file
+    if path is None or path.exists():
+        return False
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be made: {error.strerror}") from None
+    write_new(path, template(config).encode())
+    return True
+
+
+def template(config: Config) -> str:
+    """A configuration file: every key with its description, commented out unless a flag gave it."""
+    lines = [
+        "# Gristmill's settings. Flags and GRISTMILL_* variables win over this file; `gristmill config show --origin` tells all."
+    ]
+    for section in ("", *SECTIONS):
+        lines += ["", f"[{section}]"] if section else []
+        for key in KEYS.values():
+            if key.name.rpartition(".")[0] != section or key.name == "data_dir":
+                continue
+            kept = config.origins.get(key.name) == "flag" and key.name != "keys.password_file"
+            value = config.get(key.name) if kept else key.default
+            unit = f" Unit: {key.setting.unit}." if key.setting.unit else ""
+            lines += ["", f"# {key.setting.doc}{unit}"]
+            lines += [("" if kept else "# ") + f"{key.name.rpartition('.')[2]} = {toml_value(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: object) -> str:
+    """A setting's value in TOML. JSON's strings, numbers, booleans and lists are TOML's too."""
+    if isinstance(value, tuple):
+        return json.dumps(list(value))
+    return json.dumps("" if value is None else str(value) if isinstance(value, Path) else value)

@@ -1,0 +1,56 @@
+"""`journal`: read what the journal says. Never writes, and works beside a running node."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from node.cli.main import Group, Shared
+from node.errors import LedgerError
+
+
+@click.group(cls=Group)
+def command() -> None:
+    """Read the journal."""
+
+
+@command.command()
+@click.option("--role", type=click.Choice(["worker", "client"]), default="worker", help="Whose journal.")
+@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="A journal file instead.")
+@click.option("--after", type=click.IntRange(0), default=0, metavar="N", help="Only records with a number over N.")
+@click.pass_obj
+def dump(shared: Shared, role: str, file: Path | None, after: int) -> None:
+    """Print every record, in order, as NDJSON. The journal is verified first."""
+    from node.store import database, errors
+    from node.store.dump import dump as lines
+    from node.store.ledger import Ledger
+
+    path = (file or shared.config.journal(role)).absolute()
+    try:
+        if not path.exists():
+            raise errors.LedgerMissing(f"there is no journal at {path}")
+        with closing(database.connect(path, read_only=True)) as connection:
+            database.check_structure(connection)
+            (tag,) = connection.execute("SELECT chain_tag FROM about").fetchone()
+        with Ledger.open(path, chain_tag=tag, read_only=True) as ledger:
+            for line in lines(ledger, after):
+                shared.output.line(line)
+    except (errors.LedgerError, database.sqlite3.Error) as error:
+        _say(error)
+
+
+@command.command()
+@click.pass_obj
+def points(shared: Shared) -> None:
+    """List the points at which GRISTMILL_FAULT=point:n can kill the process (only where GRISTMILL_TESTING=1)."""
+    from node.store.faults import POINTS
+
+    for name, where in POINTS.items():
+        shared.output.row({"point": name, "where": where}, f"{name:<28} {where}")
+
+
+def _say(error: Exception) -> NoReturn:
+    raise LedgerError(str(error)) from error
