@@ -63,7 +63,7 @@ KNOWN: Final[Mapping[str, PackageModel]] = MappingProxyType(
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             license="Apache-2.0",
-            model_id="bafkreicb5t6v4kncgsy7ko37u2wjl2jd7py6mrwhdh36cd3xfy2vw2hf5q",
+            model_id="bafkreifwkna5lvfz3c6s7jxobbewkin6qpodsj2boqxh6eai3rwkebkmcq",
         ),
     }
 )

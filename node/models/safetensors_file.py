@@ -68,7 +68,7 @@ def write_float32(file: BinaryIO, shapes: dict[str, tuple[int, ...]], arrays: It
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors start on a cache line
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
     expected = iter(shapes.items())

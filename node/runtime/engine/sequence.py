@@ -1,0 +1,75 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """The model ended its answer: the last token is an end-of-sequence token."""
+    LENGTH = "length"
+    """`max_tokens` were generated."""
+    ERROR = "error"
+    """The model computed no usable logits for this sequence; the others go on."""
+
+
+class Sampling(Protocol):
+    """How tokens are drawn. `protocol.sampling.SamplingParams` is the definition and has this shape."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def logit_bias(self) -> tuple[tuple[int, float], ...]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def greedy(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One stream to generate. Values of `sampling` are checked by whoever made it."""
+
+    id: Hashable
+    """Names the stream until it ends; then it may be used again."""
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    """Generated tokens at most, those of `generated_ids` included."""
+    generated_ids: tuple[int, ...] = ()
+    """Tokens of this answer that were delivered before, here or by another worker; generation goes on after them."""
+    eos_ids: frozenset[int] | None = None
+    """Tokens that end the answer; None takes the model's own, an empty set ignores them."""
+    logprobs: bool = False
+    """Report each token's log probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One token of one sequence."""
+
+    id: Hashable
+    token_id: int
+    """-1 when `finish_reason` is ERROR: there is no token."""
+    position: int
+    """Index of this token in prompt + generated, from 0: the position that the sampler's noise depends on."""
+    finish_reason: FinishReason | None = None
+    """Set on the sequence's last output."""
+    logprob: float | None = None
+    """ln of the model's own probability, before bias, penalties, temperature and filters."""
