@@ -74,10 +74,13 @@ class Hash32(bytes):
 
     def __new__(cls, value: bytes | str) -> Hash32:
         if isinstance(value, str):
+            digits = value.removeprefix("0x")
             try:
-                value = bytes.fromhex(value.removeprefix("0x"))
+                value = bytes.fromhex(digits)
             except ValueError:
                 raise InvalidValue(f"not hexadecimal: {value[:70]!r}") from None
+            if len(digits) != 2 * len(value):  # bytes.fromhex skips white space
+                raise InvalidValue(f"not hexadecimal: {digits[:70]!r}")
         if len(value) != 32:
             raise InvalidValue(f"expected 32 bytes, got {len(value)}")
         return super().__new__(cls, value)
@@ -121,9 +124,11 @@ class ModelId(Hash32):
             raw = base64.b32decode(body + "=" * (-len(body) % 8))
         except ValueError:
             raw = b""
-        if not text.startswith("b") or text != text.lower() or len(raw) != 36 or not raw.startswith(_CID_PREFIX):
-            raise InvalidValue(f"not a model id: {text[:80]!r} (expected a CIDv1 like bafkrei...)")
-        return cls(raw[len(_CID_PREFIX) :])
+        if len(raw) == 36 and raw.startswith(_CID_PREFIX):
+            model = cls(raw[len(_CID_PREFIX) :])
+            if str(model) == text:  # base32 has spare bits and padding: only the form that we write counts
+                return model
+        raise InvalidValue(f"not a model id: {text[:80]!r} (expected a CIDv1 like bafkrei...)")
 
     def __str__(self) -> str:
         return "b" + base64.b32encode(_CID_PREFIX + self).decode().lower().rstrip("=")
@@ -143,6 +148,9 @@ class PeerId(str):
             raise InvalidValue(f"not a PeerId: {text!r} (not base58)") from None
         if len(raw) != _PEER_LENGTH or not raw.startswith(_PEER_PREFIX):
             raise InvalidValue(f"PeerId {text!r} does not inline a secp256k1 key; Gristmill peers sign with theirs")
+        if base58.b58encode(raw).decode() != text:  # b58decode drops trailing white space
+            raise InvalidValue(f"PeerId {text!r} is not in its canonical form")
+        _point(raw[len(_PEER_PREFIX) :])
         return super().__new__(cls, text)
 
     @classmethod
@@ -163,8 +171,11 @@ class PeerId(str):
 
 def address_of(public_key: bytes) -> Address:
     """Account of a secp256k1 public key (33 or 65 bytes). Raises `InvalidValue` when it is no point of the curve."""
+    return Address(keccak256(_point(public_key).format(compressed=False)[1:])[12:])
+
+
+def _point(public_key: bytes) -> coincurve.PublicKey:
     try:
-        point = coincurve.PublicKey(public_key).format(compressed=False)
+        return coincurve.PublicKey(public_key)
     except ValueError:
         raise InvalidValue("not a point of secp256k1") from None
-    return Address(keccak256(point[1:])[12:])
