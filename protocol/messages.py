@@ -171,13 +171,13 @@ class ChannelStatus(_Message, frozen=True, tag="channel_status"):
     claimed: Bytes16
     cumulative: Bytes16
     """Highest voucher held."""
-    voucher_signature: bytes
+    voucher_signature: Annotated[bytes, _Meta(max_length=65)]
     """That voucher's signature, so a client that lost its journal can check it; empty when there is none."""
     spent: Bytes16
     """Sum of all receipts."""
     sequence: Annotated[int, _Meta(ge=0, le=2**63 - 1)]
     """Receipts signed so far."""
-    transaction: bytes
+    transaction: Annotated[bytes, _Meta(max_length=32)]
     """Hash of the allocation's transaction when this call submitted one, else empty."""
 
 
@@ -295,8 +295,8 @@ _T = TypeVar("_T")
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """msgpack bytes; fields in declared order, so equal values give equal bytes."""
-    return _encoder.encode(message)
+    """msgpack bytes; fields in declared order, so equal values give equal bytes. Raises `InvalidValue`."""
+    return _pack(message)
 
 
 def decode(protocol: str, payload: bytes) -> Any:
@@ -318,10 +318,11 @@ def decode_value(kind: type[_T], payload: bytes) -> _T:
 
 
 def checked(message: _T) -> _T:
-    """The same value, proved to be within its bounds (Struct constructors do not check). Raises `InvalidValue`."""
+    """The value as the other side will decode it (an int in a float's place becomes a float), proved to be within its
+    bounds: Struct constructors do not check. Raises `InvalidValue`."""
     try:
-        return msgspec.convert(msgspec.to_builtins(message, builtin_types=(bytes,)), type(message), strict=False)
-    except msgspec.ValidationError as error:
+        return msgspec.convert(msgspec.to_builtins(message, builtin_types=(bytes,)), type(message))
+    except (msgspec.ValidationError, TypeError, OverflowError) as error:
         raise InvalidValue(str(error)) from None
 
 
@@ -337,11 +338,19 @@ def amount_from_wire(raw: bytes) -> int:
 
 def request_hash(messages: tuple[ChatMessage, ...], resume: tuple[int, ...] = ()) -> Hash32:
     """What the receipt binds as the request: sha256 over a tag and the canonical msgpack of messages and resumed ids."""
-    return Hash32(hashlib.sha256(b"gristmill/request/1" + _encoder.encode((messages, resume))).digest())
+    return Hash32(hashlib.sha256(b"gristmill/request/1" + _pack((messages, resume))).digest())
 
 
 def params_hash(params: Params) -> Hash32:
-    return Hash32(hashlib.sha256(b"gristmill/params/1" + _encoder.encode(params)).digest())
+    """What the receipt binds as the parameters. Both sides hash the checked form, so ``temperature=1`` and ``1.0`` agree."""
+    return Hash32(hashlib.sha256(b"gristmill/params/1" + _pack(checked(params))).digest())
+
+
+def _pack(value: object) -> bytes:
+    try:
+        return _encoder.encode(value)
+    except (TypeError, ValueError, OverflowError) as error:  # a lone surrogate, an int beyond 64 bits
+        raise InvalidValue(f"cannot be put on the wire: {_short(error)}") from None
 
 
 def _short(error: Exception) -> str:
