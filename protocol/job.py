@@ -111,6 +111,7 @@ TABLE: Final[dict[Role, dict[State, dict[MessageType, State]]]] = {
 REQUIRES: Final[dict[MessageType, frozenset[State]]] = {
     Accept: frozenset({Client.ASKED, Client.CANCELLED, Client.ABORTED}),
     Refuse: frozenset({Client.ASKED, Client.CANCELLED, Client.ABORTED}),
+    VoucherMessage: frozenset({Worker.STREAMING, Worker.FINISHED, Worker.REFUSED, Worker.ABORTED}),
     Ack: frozenset({Worker.FINISHED}),
 }
 """message -> states of the other side, as its sender has seen them, in which it may be said."""
@@ -190,11 +191,15 @@ class _Machine:
 
     def send(self, message: JobConversation) -> bytes:
         """Frame a message of ours. Raises `LocalProtocolError` when the table has no key for it."""
-        self._move(self.role, message, LocalProtocolError)
-        return encode_frame(encode(message))
+        target = self._target(self.role, message, LocalProtocolError)
+        frame = encode_frame(encode(message))
+        self.states[self.role] = target
+        return frame
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes as they come, at any split; `b""` says that the peer has closed its side."""
+        if self._broken is not None:
+            return
         try:
             if data:
                 self._waiting.extend(self._reader.feed(data))
@@ -207,18 +212,26 @@ class _Machine:
         """The next message that is complete and legal; None when more bytes are needed.
 
         One at a time, so that the driver may act on a message (agree to an ask) before the one behind it is judged.
-        Raises `RemoteProtocolError` for a message that may not be; the stream is over then.
+        Raises `RemoteProtocolError` for a message that may not be: it changes nothing, and nothing behind it is read.
         """
         if not self._waiting:
             if self._broken is not None:
                 raise self._broken
             return None
-        message: JobConversation = decode(JOB_PROTOCOL, self._waiting.popleft())
-        self._move(Role.WORKER if self.role is Role.CLIENT else Role.CLIENT, message, _unexpected)
-        self._check(message)
+        peer = Role.WORKER if self.role is Role.CLIENT else Role.CLIENT
+        try:
+            message: JobConversation = decode(JOB_PROTOCOL, self._waiting.popleft())
+            target = self._target(peer, message, _unexpected)
+            self._check(message)
+        except RemoteProtocolError as error:
+            self._broken = error
+            self._waiting.clear()
+            raise
+        self.states[peer] = target
         return message
 
-    def _move(self, sender: Role, message: JobConversation, error: Callable[[str], Exception]) -> None:
+    def _target(self, sender: Role, message: JobConversation, error: Callable[[str], Exception]) -> State:
+        """The sender's next state; raises `error` when the table has none."""
         kind = type(message)
         state = self.states[sender]
         target = TABLE[sender][state].get(kind)
@@ -228,7 +241,7 @@ class _Machine:
         needed = REQUIRES.get(kind)
         if needed is not None and other not in needed:
             raise error(f"{sender.value} sent {kind.__name__} while the other side is {other.value}")
-        self.states[sender] = target
+        return target
 
     def _check(self, message: JobConversation) -> None:
         raise NotImplementedError
@@ -335,10 +348,11 @@ class JobWorker(_Machine):
 
     def agree(self, terms: Terms, *, input_tokens: int, sequence: int, started: int, cumulative: int) -> bytes:
         """Admission said yes: the frame of `Accept`."""
+        frame = self.send(Accept(input_tokens=input_tokens, sequence=sequence, started=started))
         self.terms = terms
         self.digest = OutputDigest(terms.ask.job_id, terms.ask.part)
         self.input_tokens, self.sequence, self.started, self.cumulative = input_tokens, sequence, started, cumulative
-        return self.send(Accept(input_tokens=input_tokens, sequence=sequence, started=started))
+        return frame
 
     def deliver(self, token_ids: tuple[int, ...], text: str) -> bytes:
         """The frame of one chunk; it counts from here on."""
