@@ -300,6 +300,8 @@ def _job_ended(state: ChannelState, change: JobEnded) -> ChannelState:
         raise LocalProtocolError(f"part {change.part} of job {change.job_id} is not open: a part is paid at most once")
     if not 0 <= change.spent <= limit:
         raise _blame(state.role, WireCode.BAD_RECEIPT, f"cost {change.spent} is over the {limit} agreed")
+    if state.role is Role.WORKER and change.sequence > state.sequence:
+        raise LocalProtocolError(f"receipt number {change.sequence} was never given; the last is {state.sequence}")
     return replace(
         state,
         spent=state.spent + change.spent,

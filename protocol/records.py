@@ -13,9 +13,11 @@ from typing import Any, Final
 import msgspec
 
 from protocol.channel import CHANGES, Change, ChannelOpened, ChannelState, Role, apply, opened
-from protocol.errors import LocalProtocolError
+from protocol.errors import InvalidValue, LocalProtocolError
 from protocol.ids import Address, ChannelId, Hash32, JobId
 from protocol.typed_data import ChannelConfig
+
+_INT_BYTES: Final = 16
 
 
 def kind_of(change: type[Change] | Change) -> str:
@@ -36,6 +38,7 @@ def from_body(kind: str, body: dict[str, Any]) -> Change:
     """Raises `LocalProtocolError` when the journal holds what this version cannot have written."""
     try:
         cls = KINDS[kind]
+        _same_fields(cls, body)
         return cls(**{f.name: _typed(f.name, str(f.type), body[f.name]) for f in fields(cls)})
     except (KeyError, TypeError, ValueError, LocalProtocolError) as error:
         raise LocalProtocolError(f"journal record of kind {kind!r} is unreadable: {error}") from None
@@ -65,7 +68,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return value.to_bytes(16)
+        if not 0 <= value < 1 << 8 * _INT_BYTES:
+            raise InvalidValue(f"{value} does not fit the journal's uint128")
+        return value.to_bytes(_INT_BYTES)
     return bytes(value)
 
 
@@ -81,6 +86,7 @@ _TYPES: Final[dict[str, Any]] = {
 
 def _typed(name: str, annotation: str, value: Any) -> Any:
     if annotation == "ChannelConfig":
+        _same_fields(ChannelConfig, value)
         return ChannelConfig(**{f.name: _typed(f.name, str(f.type), value[f.name]) for f in fields(ChannelConfig)})
     if annotation == "bool":
         if not isinstance(value, bool):
@@ -88,4 +94,12 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
         return value
     if not isinstance(value, bytes):
         raise ValueError(f"{name} is not bytes")
+    if annotation == "int" and len(value) != _INT_BYTES:
+        raise ValueError(f"{name} is not an integer of {_INT_BYTES} bytes")
     return _TYPES[annotation](value)
+
+
+def _same_fields(cls: type[Any], body: dict[str, Any]) -> None:
+    names = {f.name for f in fields(cls)}
+    if set(body) != names:
+        raise ValueError(f"fields {sorted(map(str, set(body) ^ names))} are missing or unknown")

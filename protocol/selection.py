@@ -109,7 +109,7 @@ def choose(
     history: Mapping[PeerId, History],
     now_ms: int,
 ) -> Selection:
-    """Rank every offer that can take the request. Deterministic: ties go to the lower PeerId."""
+    """Rank every offer that can take the request. Deterministic: ties go to the cheaper, then to the lower PeerId."""
     rejected: dict[PeerId, tuple[Exclusion, ...]] = {}
     fit: list[tuple[VerifiedOffer, ModelOffer, int, float]] = []
     for offer in offers:
@@ -128,7 +128,7 @@ def choose(
         Candidate(offer, model, price, speed, _score(price, cheapest, speed, fastest, policy))
         for offer, model, price, speed in fit
     ]
-    candidates.sort(key=lambda c: (-c.score, c.offer.peer_id))
+    candidates.sort(key=lambda c: (-c.score, c.cost, c.offer.peer_id, c.offer.hash))
     return Selection(tuple(candidates), rejected)
 
 
