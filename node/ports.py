@@ -7,7 +7,7 @@ on these types; `node.app` is the only place where concrete classes meet.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -237,7 +237,7 @@ class Backend(Protocol):
     def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
         """Render the template and tokenise. Raises `node.errors.PromptInvalid`."""
 
-    def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncIterator[Step]:
+    def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion; closing the iterator aborts it within a step. `resume`: ids already delivered."""
 
     @property

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 
 from protocol.errors import InvalidValue, LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
-from protocol.ids import Hash32
+from protocol.ids import Address, Hash32
+from protocol.typed_data import ChannelConfig
 
 OFFER_PROTOCOL: Final = "/gristmill/offer/1"
 CHANNEL_PROTOCOL: Final = "/gristmill/channel/1"
@@ -185,6 +186,10 @@ class RequestClose(_Message, frozen=True, tag="request_close"):
     """Client: let us end this channel now, at what I owe you."""
 
     channel_id: Bytes32
+    final: Bytes16
+    """The total that the client counts as spent."""
+    signature: SignatureBytes
+    """The session key's, over `typed_data.Close`: a stranger cannot end a channel."""
 
 
 class CloseConsent(_Message, frozen=True, tag="close_consent"):
@@ -334,6 +339,30 @@ def amount_to_wire(amount: int) -> bytes:
 
 def amount_from_wire(raw: bytes) -> int:
     return int.from_bytes(raw)
+
+
+def config_from_wire(wire: ChannelConfigWire) -> ChannelConfig:
+    return ChannelConfig(
+        payer=Address(wire.payer),
+        payer_authorizer=Address(wire.payer_authorizer),
+        receiver=Address(wire.receiver),
+        receiver_authorizer=Address(wire.receiver_authorizer),
+        token=Address(wire.token),
+        withdraw_delay=wire.withdraw_delay,
+        salt=Hash32(wire.salt),
+    )
+
+
+def config_to_wire(config: ChannelConfig) -> ChannelConfigWire:
+    return ChannelConfigWire(
+        payer=bytes(config.payer),
+        payer_authorizer=bytes(config.payer_authorizer),
+        receiver=bytes(config.receiver),
+        receiver_authorizer=bytes(config.receiver_authorizer),
+        token=bytes(config.token),
+        withdraw_delay=config.withdraw_delay,
+        salt=bytes(config.salt),
+    )
 
 
 def request_hash(messages: tuple[ChatMessage, ...], resume: tuple[int, ...] = ()) -> Hash32:

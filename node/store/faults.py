@@ -18,6 +18,12 @@ POINTS: dict[str, str] = {
     "journal.before_append": "inside the transaction, before the records of one append are inserted",
     "journal.before_commit": "all records of the group are inserted, nothing is committed",
     "journal.after_commit": "the group is durable, no appender has been told",
+    "send.accept": "worker: the acceptance is durable, the client has not heard of it",
+    "send.chunk": "worker: tokens are counted, about to be sent",
+    "send.receipt": "worker: the signed receipt is durable, about to be sent",
+    "send.ask": "client: the job and its first voucher are durable, about to be sent",
+    "send.voucher": "client: a voucher is durable, about to be sent",
+    "send.ack": "client: the verified receipt is durable, about to be acknowledged",
 }
 
 

@@ -1,0 +1,202 @@
+"""Channel housekeeping: open, query, close; and keeping the book in step with the chain.
+
+A channel is served only on what the contract has locked: `open` submits the payer's signed allocation itself, so a client
+needs no transaction to reach a new worker. What a stranger can make us spend on gas is bounded: the vault balance is read
+first, and an allocation too small to be worth its gas is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from node.errors import ChainError
+from node.ports import Chain
+from node.store.channels import ChannelBook
+from protocol.channel import (
+    AllocationRaised,
+    ChainSeen,
+    Change,
+    ChannelOpened,
+    ChannelState,
+    ClaimNow,
+    CloseSigned,
+    Effect,
+)
+from protocol.errors import RemoteProtocolError, WireCode
+from protocol.ids import Address, ChannelId, PeerId
+from protocol.keys import PrivateKey, require_signer
+from protocol.messages import (
+    ChannelStatus,
+    CloseConsent,
+    OpenChannel,
+    QueryChannel,
+    RequestClose,
+    amount_from_wire,
+    amount_to_wire,
+    config_from_wire,
+)
+from protocol.typed_data import Allocation, ChannelConfig, Close, Domain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelRules:
+    token: Address
+    min_withdraw_delay: int
+    """Seconds."""
+    min_allocation: int
+    """Smallest unit: below it the gas of allocating and claiming is not worth it."""
+
+
+class ChannelDesk:
+    """Answers `/gristmill/channel/1` and follows the chain for every open channel."""
+
+    def __init__(
+        self,
+        *,
+        key: PrivateKey,
+        domain: Domain,
+        book: ChannelBook,
+        chain: Chain,
+        rules: ChannelRules,
+        now_s: Callable[[], int],
+        claim_now: Callable[[ClaimNow], None],
+    ) -> None:
+        self._key = key
+        self._domain = domain
+        self._book = book
+        self._chain = chain
+        self._rules = rules
+        self._now_s = now_s
+        self._claim_now = claim_now
+        self._opening = trio.CapacityLimiter(4)
+        self.draining = False
+
+    async def answer(self, peer: PeerId, question: msgspec.Struct) -> msgspec.Struct:
+        """One question, one answer. Raises `RemoteProtocolError` for what the client did wrong."""
+        try:
+            match question:
+                case OpenChannel():
+                    return await self._open(question)
+                case QueryChannel():
+                    return self._status(self._known(question.channel_id))
+                case RequestClose():
+                    return await self._close(question)
+                case _:
+                    raise RemoteProtocolError(WireCode.UNEXPECTED, f"{type(question).__name__} is no question")
+        except ChainError as error:
+            log.warning("channel question of %s failed on the chain: %s", peer, error)
+            raise RemoteProtocolError(WireCode.INTERNAL, "the worker cannot reach its chain now") from error
+
+    async def _open(self, message: OpenChannel) -> ChannelStatus:
+        if self.draining:
+            raise RemoteProtocolError(WireCode.DRAINING, "the worker is shutting down")
+        config = config_from_wire(message.config)
+        allocated = amount_from_wire(message.allocated)
+        channel_id = config.channel_id(self._domain)
+        self._check(config, allocated, message.valid_before)
+        allocation = Allocation(channel_id, allocated, message.valid_before)
+        require_signer(allocation.digest(self._domain), message.signature, config.payer, "allocation")
+        async with self._opening:
+            transaction = b""
+            seen = await self._chain.channel(channel_id)
+            if seen.closed:
+                raise RemoteProtocolError(WireCode.BAD_VOUCHER, "this channel is over; open one with another salt")
+            if seen.allocated < allocated:
+                transaction = await self._submit(config, allocated - seen.allocated, message)
+            await self._note(config, channel_id, allocated, message)
+            state = await self.refresh(channel_id)
+        return self._status(state, transaction)
+
+    def _check(self, config: ChannelConfig, allocated: int, valid_before: int) -> None:
+        me = self._key.address
+        if config.receiver != me or config.receiver_authorizer != me:
+            raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"the channel pays {config.receiver}, not this worker, {me}")
+        if config.token != self._rules.token:
+            raise RemoteProtocolError(WireCode.WRONG_DOMAIN, f"this worker is paid in token {self._rules.token}")
+        if config.withdraw_delay < self._rules.min_withdraw_delay:
+            raise RemoteProtocolError(
+                WireCode.BAD_VOUCHER, f"a withdraw delay of at least {self._rules.min_withdraw_delay} s is required"
+            )
+        if allocated < self._rules.min_allocation:
+            raise RemoteProtocolError(
+                WireCode.BAD_VOUCHER, f"an allocation of at least {self._rules.min_allocation} is required"
+            )
+        if valid_before <= self._now_s():
+            raise RemoteProtocolError(WireCode.EXPIRED, "the allocation is past its time")
+
+    async def _submit(self, config: ChannelConfig, missing: int, message: OpenChannel) -> bytes:
+        balance = await self._chain.vault_balance(config.token, config.payer)
+        if balance < missing:
+            raise RemoteProtocolError(
+                WireCode.BAD_VOUCHER, f"the payer's vault holds {balance}, the allocation needs {missing} more"
+            )
+        result = await self._chain.allocate(
+            config, amount_from_wire(message.allocated), message.valid_before, message.signature
+        )
+        if not result.ok:
+            raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"the contract refused the allocation: {result.error}")
+        return result.hash
+
+    async def _note(self, config: ChannelConfig, channel_id: ChannelId, allocated: int, message: OpenChannel) -> None:
+        held = self._book.get(channel_id)
+        change: Change
+        if held is None:
+            change = ChannelOpened(channel_id, config, allocated, message.valid_before, message.signature)
+        elif allocated > held.authorized:
+            change = AllocationRaised(channel_id, allocated, message.valid_before, message.signature)
+        else:
+            return
+        await self._book.change([change])
+
+    async def refresh(self, channel_id: ChannelId) -> ChannelState:
+        """Bring one channel up to what the contract says now."""
+        seen = await self._chain.channel(channel_id)
+        state = self._known(channel_id)
+        sight = ChainSeen(channel_id, seen.allocated, seen.claimed, seen.withdraw_at, seen.closed)
+        if sight != ChainSeen(channel_id, state.allocated, state.claimed, state.withdraw_at, state.closed):
+            self._act(await self._book.change([sight]))
+        return self._known(channel_id)
+
+    def _act(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            self._claim_now(effect)
+
+    async def _close(self, message: RequestClose) -> CloseConsent:
+        state = self._known(message.channel_id)
+        asked = amount_from_wire(message.final)
+        wish = Close(state.channel_id, asked)
+        require_signer(wish.digest(self._domain), message.signature, state.config.payer_authorizer, "close request")
+        if state.open_jobs:
+            raise RemoteProtocolError(WireCode.UNEXPECTED, f"{len(state.open_jobs)} jobs are under way on this channel")
+        final = max(state.claimed, min(state.spent, state.cumulative)) if state.final is None else state.final
+        if asked < final:
+            raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"{final} is due on this channel, not {asked}")
+        signature = self._key.sign(Close(state.channel_id, final).digest(self._domain))
+        if state.final is None:
+            await self._book.change([CloseSigned(state.channel_id, final, signature)])
+        return CloseConsent(channel_id=bytes(state.channel_id), final=amount_to_wire(final), signature=signature)
+
+    def _known(self, channel_id: bytes) -> ChannelState:
+        state = self._book.get(ChannelId(channel_id))
+        if state is None:
+            raise RemoteProtocolError(WireCode.BAD_VOUCHER, "this worker does not know the channel")
+        return state
+
+    def _status(self, state: ChannelState, transaction: bytes = b"") -> ChannelStatus:
+        return ChannelStatus(
+            channel_id=bytes(state.channel_id),
+            allocated=amount_to_wire(state.allocated),
+            claimed=amount_to_wire(state.claimed),
+            cumulative=amount_to_wire(state.cumulative),
+            voucher_signature=state.voucher_signature,
+            spent=amount_to_wire(state.spent),
+            sequence=state.sequence,
+            transaction=transaction,
+        )

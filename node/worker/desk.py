@@ -1,0 +1,133 @@
+"""The offer desk: makes, signs and renews this worker's offer, and remembers the ones that clients may still ask under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from node.ports import ModelInfo
+from protocol.ids import Address, Hash32, ModelId
+from protocol.keys import PrivateKey
+from protocol.messages import OfferMessage
+from protocol.offers import ModelOffer, OfferDocument, VerifiedOffer, open_offer, sign_offer
+from protocol.pricing import Price
+from protocol.typed_data import Domain
+
+HONOURED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "stop",
+)
+"""Parameters that our engine honours, all of `protocol.sampling`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the operator decides about an offer."""
+
+    price: Price
+    token: Address
+    ttl_ms: int
+    tick_tokens: int
+    tick_ms: int
+    credit_tokens: int
+    min_withdraw_delay: int
+    max_tokens: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What the self-test measured of a model before it was offered."""
+
+    tokens_per_second: float = 0.0
+    ttft_ms: float = 0.0
+
+
+class OfferDesk:
+    """`current()` is always an offer with at least half of its life left."""
+
+    def __init__(
+        self,
+        key: PrivateKey,
+        domain: Domain,
+        terms: Terms,
+        models: Mapping[ModelId, ModelInfo],
+        speeds: Mapping[ModelId, Speed],
+        addresses: Callable[[], tuple[str, ...]],
+        free_slots: Callable[[], int],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._key = key
+        self._domain = domain
+        self._terms = terms
+        self._models = models
+        self._speeds = speeds
+        self._addresses = addresses
+        self._free_slots = free_slots
+        self._now_ms = now_ms
+        self._current: VerifiedOffer | None = None
+        self._valid: dict[Hash32, VerifiedOffer] = {}
+
+    @property
+    def valid(self) -> Mapping[Hash32, VerifiedOffer]:
+        """Offers by hash that have not expired: what an ask may name."""
+        return self._valid
+
+    def current(self) -> OfferMessage:
+        """The offer of now, signed anew when half of its life is over."""
+        now = self._now_ms()
+        held = self._current
+        if held is not None and now < (held.document.issued + held.document.expires) // 2:
+            return held.message
+        return self.renew()
+
+    def renew(self) -> OfferMessage:
+        """Sign a fresh offer, for instance because the free places changed."""
+        now = self._now_ms()
+        message = sign_offer(self._document(now), self._key, self._domain)
+        offer = open_offer(message, domain=self._domain, now_ms=now)
+        self._valid = {h: o for h, o in self._valid.items() if o.valid_at(now)}
+        self._valid[offer.hash] = offer
+        self._current = offer
+        return message
+
+    def _document(self, now: int) -> OfferDocument:
+        terms = self._terms
+        return OfferDocument(
+            peer_id=str(self._key.peer_id),
+            addresses=self._addresses(),
+            chain_id=self._domain.chain_id,
+            contract=bytes(self._domain.verifying_contract),
+            token=bytes(terms.token),
+            models=tuple(self._model(info) for info in self._models.values()),
+            issued=now,
+            expires=now + terms.ttl_ms,
+            tick_tokens=terms.tick_tokens,
+            tick_ms=terms.tick_ms,
+            credit_tokens=terms.credit_tokens,
+            min_withdraw_delay=terms.min_withdraw_delay,
+            free_slots=max(0, self._free_slots()),
+            version=terms.version,
+        )
+
+    def _model(self, info: ModelInfo) -> ModelOffer:
+        speed = self._speeds.get(info.id, Speed())
+        return ModelOffer(
+            model_id=bytes(info.id),
+            name=info.name,
+            price=self._terms.price,
+            context_length=info.context_length,
+            max_tokens=min(self._terms.max_tokens, info.context_length),
+            dtype=info.dtype,
+            numerics_class=info.numerics_class,
+            params=HONOURED,
+            tokens_per_second=speed.tokens_per_second,
+            ttft_ms=speed.ttft_ms,
+        )

@@ -1,0 +1,485 @@
+"""One job stream, one task: ask -> admission -> journal -> engine -> chunks -> receipt -> ack.
+
+The order is the promise:
+- what is accepted is journaled before `Accept` leaves; what is signed is journaled before the receipt leaves;
+- prefill starts while the journal syncs, because computing is not speaking;
+- tokens leave only while what is owed stays inside the credit window, and the engine is not pulled further than one tick
+  ahead of that, so a client that stops paying gets no more work;
+- whatever happens to the stream, the part ends in the journal with what was delivered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from node.errors import ModelError, PromptInvalid
+from node.network.drive import JobStream
+from node.ports import Backend, ByteStream, Prompt, Step, StreamClosed
+from node.store.channels import ChannelBook
+from node.store.faults import fault_point
+from node.store.results import KEEP_MS, Results
+from node.worker.desk import OfferDesk
+from node.worker.meter import Meter
+from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
+from protocol.channel import Change, JobEnded, JobOpened, Part, VoucherAdded
+from protocol.errors import LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
+from protocol.ids import ChannelId, Hash32, JobId, ModelId, keccak256
+from protocol.job import JobWorker, Terms, ask_struct, receipt_to_wire
+from protocol.keys import PrivateKey
+from protocol.messages import (
+    Abort,
+    Accept,
+    Ack,
+    AskMessage,
+    Cancel,
+    Chunk,
+    FinishReason,
+    ReceiptMessage,
+    Refuse,
+    VoucherMessage,
+    amount_from_wire,
+    encode,
+)
+from protocol.typed_data import Domain, Refusal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """All times in milliseconds."""
+
+    coalesce_ms: int = 15
+    stall_ms: int = 10_000
+    """How long an overdue voucher is waited for."""
+    first_byte_ms: int = 600_000
+    """How long an opened stream may wait for its ask: clients keep one open so that an ask needs no round trip."""
+    ack_ms: int = 10_000
+    max_streams: int = 4
+    credit_limit: int = 0
+    chain_age_limit_ms: int = 60_000
+
+
+class KeptResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A finished part, as it is served again to the same ask."""
+
+    ask: bytes
+    accept: Accept
+    token_ids: tuple[int, ...]
+    text: str
+    receipt: ReceiptMessage
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters for `status`."""
+
+    accepted: int = 0
+    finished: int = 0
+    output_tokens: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    ended: Counter[str] = field(default_factory=Counter)
+    """How parts ended, by finish reason or wire code."""
+
+
+class JobServer:
+    """Serves `/gristmill/job/1`."""
+
+    def __init__(
+        self,
+        *,
+        key: PrivateKey,
+        domain: Domain,
+        book: ChannelBook,
+        results: Results,
+        backend: Backend,
+        desk: OfferDesk,
+        meter: Meter,
+        settings: ServeSettings,
+        now_ms: Callable[[], int],
+        chain_age_ms: Callable[[], int],
+    ) -> None:
+        self.key = key
+        self.domain = domain
+        self.book = book
+        self.results = results
+        self.backend = backend
+        self.desk = desk
+        self.meter = meter
+        self.settings = settings
+        self.now_ms = now_ms
+        self.chain_age_ms = chain_age_ms
+        self.stats = Stats()
+        self.draining = False
+        self._busy = 0
+
+    @property
+    def free_slots(self) -> int:
+        return 0 if self.draining else min(self.settings.max_streams - self._busy, self.backend.free_slots)
+
+    @property
+    def busy(self) -> int:
+        """Streams under way."""
+        return self._busy
+
+    async def handle(self, stream: ByteStream) -> None:
+        """One stream. Ends normally whatever the peer does; only our own ledger's failure is raised."""
+        link: JobStream[JobWorker] = JobStream(stream, JobWorker())
+        try:
+            ask = None
+            with trio.move_on_after(self.settings.first_byte_ms / 1000):
+                ask = await link.receive()
+            if ask is None:
+                await stream.reset()
+                return
+            if isinstance(ask, AskMessage):
+                await self._answer(link, ask)
+            await stream.aclose()
+        except RemoteProtocolError as error:
+            log.info("stream of %s ended: %s", stream.remote_peer, error)
+            self.stats.ended[error.code.name.lower()] += 1
+            await link.abort(error.code, error.detail)
+        except StreamClosed:
+            pass
+
+    def load(self) -> Load:
+        return Load(
+            free_slots=self.free_slots,
+            draining=self.draining,
+            credit_in_use=self.meter.credit_in_use(self.book.channels),
+            credit_limit=self.settings.credit_limit,
+            chain_age_ms=self.chain_age_ms(),
+            chain_age_limit_ms=self.settings.chain_age_limit_ms,
+        )
+
+    async def _answer(self, link: JobStream[JobWorker], ask: AskMessage) -> None:
+        kept = self._kept(ask)
+        if kept is not None:
+            await self._serve_again(link, ask, kept)
+            return
+        try:
+            checked = self._check(ask)
+            async with self._slot():
+                prompt = await self._prepare(ask)
+                terms = self._agree(checked, prompt)
+                await _Serving(self, link, checked, prompt, terms).run()
+        except Rejected as no:
+            await self._refuse(link, ask, no)
+
+    def _check(self, ask: AskMessage) -> Checked:
+        return check_ask(
+            ask,
+            worker=self.key.address,
+            domain=self.domain,
+            offers=self.desk.valid,
+            channel=self.book.get(ChannelId(ask.channel_id)),
+            load=self.load(),
+            now_ms=self.now_ms(),
+        )
+
+    def _agree(self, checked: Checked, prompt: Prompt) -> Terms:
+        key = (JobId(checked.ask.job_id), checked.ask.part)
+        channel = self.book.get(checked.channel.channel_id)
+        if channel is None or key in channel.open_jobs:
+            raise Rejected(RefusalReason.DUPLICATE_JOB, "this part is being served")
+        return check_prompt(
+            Checked(checked.ask, checked.offer, checked.model, channel, checked.cumulative),
+            len(prompt.token_ids) + len(checked.ask.resume),
+            domain=self.domain,
+            running=self.meter.running(channel.channel_id),
+            load=self.load(),
+        )
+
+    async def _prepare(self, ask: AskMessage) -> Prompt:
+        model, messages = ModelId(ask.model_id), ask.messages
+        try:
+            if sum(len(m.content) for m in messages) < 16_384:
+                return self.backend.prepare(model, messages)
+            return await trio.to_thread.run_sync(self.backend.prepare, model, messages)
+        except PromptInvalid as error:
+            raise Rejected(RefusalReason.PROMPT_INVALID, str(error)[:300]) from None
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+
+    async def _refuse(self, link: JobStream[JobWorker], ask: AskMessage, no: Rejected) -> None:
+        self.stats.refused[no.reason.code] += 1
+        at = self.now_ms()
+        signature = self.key.sign(Refusal(JobId(ask.job_id), int(no.reason), at).digest(self.domain))
+        offer = None if self.draining else self.desk.current()
+        await link.send(Refuse(reason=no.reason, detail=no.detail[:500], at=at, signature=signature, offer=offer))
+
+    def _kept(self, ask: AskMessage) -> KeptResult | None:
+        raw = self.results.get(result_key(ask.job_id, ask.part))
+        if raw is None:
+            return None
+        kept = msgspec.msgpack.decode(raw, type=KeptResult)
+        # Only the ask that was paid for gets the result: anybody may know a job id.
+        return kept if kept.ask == ask_struct(ask).struct_hash() else None
+
+    async def _serve_again(self, link: JobStream[JobWorker], ask: AskMessage, kept: KeptResult) -> None:
+        """The same result for the same ask: nothing runs, nothing is charged twice."""
+        machine = link.machine
+        await link.send(kept.accept)
+        for start in range(0, len(kept.token_ids), 1024):
+            text = kept.text if start == 0 else ""
+            await link.send(Chunk(token_ids=kept.token_ids[start : start + 1024], text=text))
+        await link.send(kept.receipt)
+        with trio.move_on_after(self.settings.ack_ms / 1000):
+            while not machine.over:
+                await link.receive()
+            await self.results.acknowledge(result_key(ask.job_id, ask.part), now_ms=self.now_ms())
+
+
+class _Serving:
+    """One accepted part, from the journal entry that opens it to the one that ends it."""
+
+    def __init__(
+        self, server: JobServer, link: JobStream[JobWorker], checked: Checked, prompt: Prompt, terms: Terms
+    ) -> None:
+        self.server = server
+        self.link = link
+        self.machine = link.machine
+        self.checked = checked
+        self.ask = checked.ask
+        self.channel_id = checked.channel.channel_id
+        self.key: Part = (JobId(self.ask.job_id), self.ask.part)
+        self.prompt = prompt
+        self.terms = terms
+        self.pending: deque[Step] = deque()
+        self.pending_tokens = 0
+        self.sent_ids: list[int] = []
+        self.sent_text: list[str] = []
+        self.finish: FinishReason | None = None
+        """Set by whoever ends the part first."""
+        self.produced = False
+        self.fault: RemoteProtocolError | None = None
+        """What the client did, or did not do, that ended the part."""
+        self.failure = ""
+        """What our runtime did."""
+        self.accept = b""
+        self._wake = trio.Event()
+
+    async def run(self) -> None:
+        self.server.stats.accepted += 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._produce)
+            await self._open()
+            try:
+                fault_point("send.accept")
+                await self.link.send_frame(self.accept)
+                nursery.start_soon(self._listen)
+                await self._deliver()
+            except StreamClosed:
+                self._end(FinishReason.CANCELLED)
+            finally:
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    message = await self._close()
+        await self._speak_receipt(message)
+
+    def _end(self, reason: FinishReason) -> None:
+        self.finish = self.finish or reason
+        self._notify()
+
+    async def _open(self) -> None:
+        """Journal the acceptance. No checkpoint lies between the admission check and the change, so both see one state."""
+        server, book = self.server, self.server.book
+        state = book.channels[self.channel_id]
+        sequence = state.sequence + 1
+        changes: list[Change] = [JobOpened(self.channel_id, *self.key, sequence, self.terms.limit)]
+        if self.checked.cumulative > state.cumulative:
+            changes.append(VoucherAdded(self.channel_id, self.checked.cumulative, self.ask.voucher_signature))
+        server.meter.set(self.channel_id, self.key, self.terms.spent(self.terms.input_limit, 0))
+        await book.change(changes)
+        self.accept = self.machine.agree(
+            self.terms,
+            input_tokens=self.terms.input_limit,
+            sequence=sequence,
+            started=server.now_ms(),
+            cumulative=self.checked.cumulative,
+        )
+
+    # ------------------------------------------------------------------------------------------------- producing
+
+    async def _produce(self) -> None:
+        """Pull the engine; stop pulling when a tick's worth waits to be delivered."""
+        limit = self.terms.tick_tokens
+        try:
+            async with aclosing(self.server.backend.generate(self.prompt, self.ask.params, self.ask.resume)) as steps:
+                async for step in steps:
+                    self.pending.append(step)
+                    self.pending_tokens += len(step.token_ids)
+                    self._notify()
+                    while self.pending_tokens >= limit:
+                        await self._changed()
+        except ModelError as error:
+            log.error("the model runtime failed: %s", error)
+            self.failure = str(error)
+        self.produced = True
+        self._notify()
+
+    # ------------------------------------------------------------------------------------------------ delivering
+
+    async def _deliver(self) -> None:
+        """Send chunks while the credit window allows it, until the output, the client or the deadline ends it."""
+        server = self.server
+        last = stalled = -1.0
+        deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
+        while self.finish is None:
+            if not self.pending:
+                if self.produced:
+                    self._end(FinishReason.CANCELLED)  # the runtime stopped without a reason of the model's
+                elif not await self._changed(until=deadline):
+                    self._end(FinishReason.CANCELLED)
+                continue
+            wait = last + server.settings.coalesce_ms / 1000 - trio.current_time()
+            if wait > 0:
+                await trio.sleep(wait)
+            batch = self._affordable()
+            if batch:
+                await self._send(batch)
+                last, stalled = trio.current_time(), -1.0
+                continue
+            if stalled < 0:
+                stalled = trio.current_time() + server.settings.stall_ms / 1000
+            if not await self._changed(until=min(stalled, deadline)):
+                log.info("job %s: no voucher in time, ending unpaid", self.key[0])
+                self.fault = RemoteProtocolError(WireCode.UNPAID, "no voucher came in time")
+                self._end(FinishReason.CANCELLED)
+
+    def _affordable(self) -> list[Step]:
+        """The waiting steps that fit into the credit window, in order."""
+        state = self.server.book.channels[self.channel_id]
+        others = self.server.meter.running(self.channel_id, without=self.key)
+        count = self.machine.digest.count
+        batch: list[Step] = []
+        for step in self.pending:
+            count += len(step.token_ids)
+            cost = self.terms.spent(self.terms.input_limit, count)
+            if state.owed(others + cost) > self.terms.credit:
+                break
+            batch.append(step)
+        return batch
+
+    async def _send(self, batch: list[Step]) -> None:
+        ids = tuple(token for step in batch for token in step.token_ids)
+        text = "".join(step.text for step in batch)
+        for _ in batch:
+            self.pending.popleft()
+        self.pending_tokens -= len(ids)
+        if ids or text:
+            frame = self.machine.deliver(ids, text)
+            self.sent_ids.extend(ids)
+            self.sent_text.append(text)
+            self.server.meter.set(self.channel_id, self.key, self.machine.spent)
+            fault_point("send.chunk")
+            await self.link.send_frame(frame)
+        if batch[-1].finish_reason is not None:
+            self.finish = self.finish or batch[-1].finish_reason
+        self._notify()
+
+    # ------------------------------------------------------------------------------------------------- listening
+
+    async def _listen(self) -> None:
+        """Vouchers, cancel, abort, or silence."""
+        try:
+            while True:
+                message = await self.link.receive()
+                if isinstance(message, VoucherMessage):
+                    await self._voucher(message)
+                elif isinstance(message, Cancel | Abort):
+                    break
+        except StreamClosed:
+            pass
+        except RemoteProtocolError as error:
+            self.fault = error
+        self._end(FinishReason.CANCELLED)
+
+    async def _voucher(self, message: VoucherMessage | Ack) -> None:
+        cumulative = amount_from_wire(message.cumulative)
+        state = self.server.book.channels[self.channel_id]
+        if cumulative > state.cumulative:  # else a voucher of another stream of this channel was faster
+            await self.server.book.change([VoucherAdded(self.channel_id, cumulative, message.signature)])
+        self._notify()
+
+    # --------------------------------------------------------------------------------------------------- closing
+
+    async def _close(self) -> ReceiptMessage:
+        """Sign and journal the end, whatever the stream is doing. The result is kept with it."""
+        server, machine = self.server, self.machine
+        self.finish = self.finish or FinishReason.CANCELLED
+        receipt = machine.make_receipt(self.finish, server.now_ms())
+        message = ReceiptMessage(
+            receipt=receipt_to_wire(receipt), signature=server.key.sign(receipt.digest(server.domain))
+        )
+        ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
+        kept = KeptResult(
+            ask=ask_struct(self.ask).struct_hash(),
+            accept=Accept(input_tokens=machine.input_tokens, sequence=machine.sequence, started=machine.started),
+            token_ids=tuple(self.sent_ids),
+            text="".join(self.sent_text),
+            receipt=message,
+        )
+        now = server.now_ms()
+        keeping = server.results.keeping(
+            result_key(*self.key), msgspec.msgpack.encode(kept), now + KEEP_MS, now_ms=now
+        )
+        await server.book.change([ended], also=keeping)
+        server.meter.drop(self.channel_id, self.key)
+        server.stats.finished += 1
+        server.stats.output_tokens += receipt.output_tokens
+        server.stats.ended[self.finish.code] += 1
+        return message
+
+    async def _speak_receipt(self, message: ReceiptMessage) -> None:
+        fault_point("send.receipt")
+        try:
+            if self.failure or self.fault:
+                code = self.fault.code if self.fault else WireCode.BACKEND
+                self.server.stats.ended[code.name.lower()] += 1
+                await self.link.abort(code, self.fault.detail if self.fault else self.failure)
+                return
+            await self.link.send(message)
+        except LocalProtocolError:
+            return  # the client aborted: there is nobody to tell; the receipt is kept for it
+        with trio.move_on_after(self.server.settings.ack_ms / 1000):
+            while not self.machine.over:
+                last = await self.link.receive()
+                if isinstance(last, VoucherMessage | Ack):
+                    await self._voucher(last)
+            await self.server.results.acknowledge(result_key(*self.key), now_ms=self.server.now_ms())
+
+    # --------------------------------------------------------------------------------------------------- waiting
+
+    def _notify(self) -> None:
+        self._wake.set()
+        self._wake = trio.Event()
+
+    async def _changed(self, until: float | None = None) -> bool:
+        """Wait for news; False when `until` (trio time) came first."""
+        wake = self._wake
+        with trio.move_on_at(float("inf") if until is None else until):
+            await wake.wait()
+            return True
+        return False
+
+
+def result_key(job_id: bytes, part: int) -> Hash32:
+    """Key of a kept result: the job id for its first part, a hash for later ones."""
+    return Hash32(job_id) if part == 0 else Hash32(keccak256(bytes(job_id) + part.to_bytes(4)))
+
+
+__all__ = ["JobServer", "KeptResult", "ServeSettings", "Stats", "result_key"]
