@@ -11,28 +11,31 @@ import os
 import sys
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 
-def to_json(value: object) -> Any:
-    """How our values look in JSON: bytes as 0x hex, enums as their lower-case name, paths and ids as text."""
-    if isinstance(value, bytes | bytearray | memoryview):
-        return "0x" + bytes(value).hex()
-    if isinstance(value, Enum):
-        return value.name.lower()
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Path):
-        return str(value)
-    return str(value)
+def plain(value: object) -> Any:
+    """A value in JSON's own types: bytes as 0x hex, enums as their lower-case name, sets sorted, the rest as its text."""
+    match value:
+        case Enum():  # before int and str: our codes are IntEnums
+            return value.name.lower()
+        case None | bool() | int() | float() | str():
+            return value
+        case bytes() | bytearray() | memoryview():
+            return "0x" + bytes(value).hex()
+        case Mapping():
+            return {str(key): plain(inner) for key, inner in value.items()}
+        case set() | frozenset():
+            return sorted(plain(inner) for inner in value)
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case _:
+            return str(value)
 
 
 def dumps(value: object) -> str:
     """One line of JSON. Money goes in as decimal strings: JSON readers round integers over 2^53."""
-    return json.dumps(value, default=to_json, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
 
 
 class Output:
@@ -47,7 +50,7 @@ class Output:
         if self.json:
             self._line(dumps(data))
         elif text is None:
-            self._line("\n".join(f"{key}: {_plain(value)}" for key, value in data.items()))
+            self._line("\n".join(f"{key}: {_text(value)}" for key, value in data.items()))
         elif text:
             self._line(text)
 
@@ -88,5 +91,6 @@ def color(stream: Any) -> bool:
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else str(value) if isinstance(value, int) else dumps(value).strip('"')
+def _text(value: object) -> str:
+    bare = plain(value)
+    return bare if isinstance(bare, str) else json.dumps(bare, ensure_ascii=False)
