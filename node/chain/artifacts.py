@@ -123,7 +123,7 @@ class _Artifact(msgspec.Struct):
     abi: list[dict[str, Any]]
     bytecode: str
     deployedBytecode: str
-    immutableReferences: list[_Reference] = []  # noqa: RUF012 - msgspec copies it
+    immutableReferences: list[_Reference] = []
 
 
 @cache
@@ -191,9 +191,7 @@ def decode_log(source: Contract, log: Log) -> ChainEvent | None:
     plain = [item for item in event.inputs if not item["indexed"]]
     indexed = [item for item in event.inputs if item["indexed"]]
     try:
-        values = dict(
-            zip([i["name"] for i in plain], abi_decode([_type_of(i) for i in plain], log.data), strict=True)
-        )
+        values = dict(zip([i["name"] for i in plain], abi_decode([_type_of(i) for i in plain], log.data), strict=True))
         for item, topic in zip(indexed, log.topics[1:], strict=True):
             values[item["name"]] = abi_decode([_type_of(item)], topic)[0]
     except (DecodingError, OverflowError, UnicodeDecodeError, ValueError) as error:

@@ -63,9 +63,8 @@ class Eth:
     async def receipt(self, tx: bytes) -> Receipt | None:
         found = await self.rpc.call("eth_getTransactionReceipt", hex_data(tx))
         # Some nodes answer a pending transaction with an object without a block.
-        return None if found is None or (isinstance(found, dict) and found.get("blockNumber") is None) else (
-            Receipt.parse(found)
-        )
+        pending = isinstance(found, dict) and found.get("blockNumber") is None
+        return None if found is None or pending else Receipt.parse(found)
 
     async def knows(self, tx: bytes) -> bool:
         """Whether the node has the transaction, mined or pending."""

@@ -128,7 +128,7 @@ class _Connection:
 
 
 class _Answer(msgspec.Struct):
-    id: int | None = None  # noqa: A003 - JSON-RPC's name
+    id: int | None = None
     result: Any = None
     error: Any = None
 

@@ -136,7 +136,7 @@ class TxSender:
         *,
         journal: Journal = no_journal,
         error_name: ErrorName = lambda data: data[:4].hex(),
-        policy: TxPolicy = TxPolicy(),  # noqa: B008 - frozen
+        policy: TxPolicy = TxPolicy(),
     ) -> None:
         self._eth = eth
         self._key = key
@@ -191,9 +191,7 @@ class TxSender:
 
     # --------------------------------------------------------------------------------------------------------- sending
 
-    async def _send(
-        self, purpose: str, to: Address | None, data: bytes, value: int
-    ) -> tuple[TxResult, Receipt | None]:
+    async def _send(self, purpose: str, to: Address | None, data: bytes, value: int) -> tuple[TxResult, Receipt | None]:
         async with self._lock:
             try:
                 estimate = await self._eth.estimate_gas(to, data, sender=self.account, value=value)
@@ -213,15 +211,11 @@ class TxSender:
                 )
         return await self._wait([attempt])
 
-    async def _sign_and_send(
-        self, purpose: str, to: Address | None, data: bytes, value: int, gas: int
-    ) -> PendingTx:
+    async def _sign_and_send(self, purpose: str, to: Address | None, data: bytes, value: int, gas: int) -> PendingTx:
         nonce = self._next if self._next is not None else await self._eth.nonce(self.account, "pending")
         self._next = None  # unknown until the node has taken this one, whatever ends this call
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
-        transaction = Transaction(
-            self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data
-        )
+        transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
         attempt = PendingTx(purpose, transaction.sign(self._key))
         await self._journal("tx_signed", str(self.account), attempt.to_body())
         try:

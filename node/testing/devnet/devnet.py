@@ -4,8 +4,8 @@
         deployment = await net.deploy()
         await net.faucet(account, native=10**18, tokens=5_000_000)
 
-Both kinds are simulations on this machine: no consensus, no persistence, public keys, coins without value. `Devnet.describe()` says
-which one runs; whoever shows results from it must say so too.
+Both kinds are simulations on this machine: no consensus, no persistence, public keys, coins without value.
+`Devnet.describe()` says which one runs; whoever shows results from it must say so too.
 """
 
 from __future__ import annotations
@@ -116,14 +116,18 @@ async def devnet(kind: Literal["auto", "anvil", "embedded"] = "auto", port: int 
         binary = find_anvil()
         if binary is None:
             raise ChainError("anvil has gone", hint=hint)
-        async with announced(anvil_command(binary, port), port_of, name="anvil") as (found, pid):
-            async with _connected("anvil", f"http://127.0.0.1:{found}", ANVIL_CHAIN_ID, pid) as net:
-                yield net
+        async with (
+            announced(anvil_command(binary, port), port_of, name="anvil") as (found, pid),
+            _connected("anvil", f"http://127.0.0.1:{found}", ANVIL_CHAIN_ID, pid) as net,
+        ):
+            yield net
     else:
         command = [sys.executable, "-m", "node.testing.devnet.embedded", "--port", str(port)]
-        async with announced(command, _ready, name="the embedded chain") as (ready, pid):
-            async with _connected("embedded", ready["url"], ready["chain_id"], pid) as net:
-                yield net
+        async with (
+            announced(command, _ready, name="the embedded chain") as (ready, pid),
+            _connected("embedded", ready["url"], ready["chain_id"], pid) as net,
+        ):
+            yield net
 
 
 @asynccontextmanager

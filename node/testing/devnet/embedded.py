@@ -1,8 +1,8 @@
 """The embedded chain as a JSON-RPC server: ``python -m node.testing.devnet.embedded --port 0``.
 
-For machines with nothing but Python. Prints one JSON line ``{"url", "chain_id", "pid", "kind"}`` on stdout when it serves, then stays
-silent. Serves 127.0.0.1 only, the methods that we use and a few that wallets ask at connect. Answers are written in one piece
-with TCP_NODELAY: without both, each answer waits for the other side's delayed ACK.
+For machines with nothing but Python. Prints one JSON line ``{"url", "chain_id", "pid", "kind"}`` on stdout when it serves, then
+stays silent. Serves 127.0.0.1 only, the methods that we use and a few that wallets ask at connect. Answers are written in one
+piece with TCP_NODELAY: without both, each answer waits for the other side's delayed ACK.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Methods:
             "web3_clientVersion": lambda: _CLIENT,
             "net_version": lambda: str(chain.chain_id),
             "eth_chainId": lambda: hex(chain.chain_id),
-            "eth_accounts": lambda: [],
+            "eth_accounts": list,
             "eth_syncing": lambda: False,
             "eth_blockNumber": lambda: hex(chain.head.block_number),
             "eth_gasPrice": lambda: hex(chain.head.base_fee_per_gas + 10**9),

@@ -1,0 +1,262 @@
+"""`EvmChain`: the Chain port over JSON-RPC, for one account.
+
+Before the first use everything is checked: the node's chain id, that each address holds our code (immutables aside), that
+Channels stands on this Vault and these Workers, and that both domains are what signatures are made for. A contract that is
+not ours is refused at start, never discovered by losing money.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from node.chain.artifacts import Contract, contract, error_name
+from node.chain.deployment import Deployment
+from node.chain.eth import Eth
+from node.chain.rpc import JsonRpc, Reverted
+from node.chain.txs import Journal, PendingTx, TxPolicy, TxSender, no_journal
+from node.chain.watcher import Watcher
+from node.errors import ChainError
+from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult
+from protocol.ids import ZERO_ADDRESS, Address, ChannelId
+from protocol.keys import PrivateKey
+from protocol.typed_data import ChannelConfig, Domain
+
+_HINT = "check the deployment file: it must name Gristmill's contracts on this chain"
+
+
+def config_tuple(config: ChannelConfig) -> tuple[bytes | int, ...]:
+    """A channel config in the order of its Solidity struct."""
+    return (
+        config.payer,
+        config.payer_authorizer,
+        config.receiver,
+        config.receiver_authorizer,
+        config.token,
+        config.withdraw_delay,
+        config.salt,
+    )
+
+
+async def check_deployment(eth: Eth, deployment: Deployment) -> None:
+    """Raises `ChainError` saying which contract is not ours and why."""
+    found = await eth.chain_id()
+    if found != deployment.chain_id:
+        raise ChainError(f"the node is of chain {found}, the deployment of chain {deployment.chain_id}", hint=_HINT)
+    for name, address in (
+        ("Vault", deployment.vault),
+        ("Workers", deployment.workers),
+        ("Channels", deployment.channels),
+    ):
+        code = await eth.code(address)
+        if not code:
+            raise ChainError(f"there is no contract at {address}, where {name} should be", hint=_HINT)
+        if not contract(name).is_runtime(code):
+            raise ChainError(f"the contract at {address} is not our {name}: its code differs", hint=_HINT)
+
+    async def ask(name: str, address: Address, function: str, *args: object) -> object:
+        entry = contract(name)
+        try:
+            return entry.decode(function, await eth.eth_call(address, entry.encode(function, *args)))[0]
+        except Reverted as error:
+            raise ChainError(f"{name}.{function} at {address} reverts", hint=_HINT) from error
+
+    for name, address, domain in (
+        ("Channels", deployment.channels, deployment.domain),
+        ("Workers", deployment.workers, deployment.workers_domain),
+    ):
+        if await ask(name, address, "domainSeparator") != domain.separator:
+            raise ChainError(f"{name} at {address} has another EIP-712 domain than ours", hint=_HINT)
+    for function, expected in (("vault", deployment.vault), ("workers", deployment.workers)):
+        if await ask("Channels", deployment.channels, function) != expected:
+            raise ChainError(f"Channels at {deployment.channels} stands on another {function}", hint=_HINT)
+    if await ask("Vault", deployment.vault, "isModule", deployment.channels) is not True:
+        raise ChainError(f"the Vault at {deployment.vault} does not know these Channels", hint=_HINT)
+
+
+class EvmChain:
+    """Implements `node.ports.Chain`. Make it with `connect`; `aclose` when done."""
+
+    def __init__(
+        self, rpc: JsonRpc, deployment: Deployment, sender: TxSender, *, poll: float, confirmations: int
+    ) -> None:
+        self._rpc = rpc
+        self._eth = Eth(rpc)
+        self._sender = sender
+        self._poll = poll
+        self._confirmations = confirmations
+        self.deployment = deployment
+        self._domain = deployment.domain
+        self._workers_domain = deployment.workers_domain
+        self._vault = contract("Vault")
+        self._channels = contract("Channels")
+        self._workers = contract("Workers")
+
+    @classmethod
+    async def connect(
+        cls,
+        endpoints: Sequence[str],
+        deployment: Deployment,
+        key: PrivateKey,
+        *,
+        journal: Journal = no_journal,
+        pending: Iterable[PendingTx] = (),
+        policy: TxPolicy = TxPolicy(),
+        poll: float = 2.0,
+        timeout: float = 20.0,
+    ) -> EvmChain:
+        """Check the chain and our contracts, then bring `pending` transactions (from the journal) to their end.
+
+        `poll` is seconds between looks for new blocks. Raises `ChainError` when the node is not reachable, is of another
+        chain, or the contracts are not ours.
+        """
+        rpc = JsonRpc(endpoints, chain_id=deployment.chain_id, timeout=timeout)
+        try:
+            eth = Eth(rpc)
+            await check_deployment(eth, deployment)
+            sender = TxSender(eth, key, deployment.chain_id, journal=journal, error_name=error_name, policy=policy)
+            await sender.resume(pending)
+        except BaseException:
+            await rpc.aclose()
+            raise
+        return cls(rpc, deployment, sender, poll=poll, confirmations=policy.confirmations)
+
+    async def aclose(self) -> None:
+        await self._rpc.aclose()
+
+    # --------------------------------------------------------------------------------------------------------- looking
+
+    @property
+    def chain_id(self) -> int:
+        return self.deployment.chain_id
+
+    @property
+    def domain(self) -> Domain:
+        return self._domain
+
+    @property
+    def workers_domain(self) -> Domain:
+        return self._workers_domain
+
+    @property
+    def token(self) -> Address:
+        return self.deployment.token
+
+    @property
+    def account(self) -> Address:
+        return self._sender.account
+
+    async def head(self) -> Head:
+        header = await self._eth.header("latest")
+        if header is None:
+            raise ChainError("the chain's node has no latest block")
+        return Head(header.number, header.hash, header.timestamp)
+
+    async def native_balance(self, account: Address) -> int:
+        return await self._eth.balance(account)
+
+    async def token_balance(self, token: Address, account: Address) -> int:
+        if token == ZERO_ADDRESS:
+            return await self.native_balance(account)
+        return await self._view(contract("TestToken"), token, "balanceOf", account)
+
+    async def vault_balance(self, token: Address, account: Address) -> int:
+        return await self._view(self._vault, self.deployment.vault, "balanceOf", token, account)
+
+    async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
+        found = await self._view(self._channels, self.deployment.channels, "channel", channel_id)
+        return ChannelOnChain(*found)
+
+    async def owed(self, receiver: Address, token: Address) -> int:
+        return await self._view(self._channels, self.deployment.channels, "owed", receiver, token)
+
+    async def payout_of(self, worker: Address) -> Address:
+        return await self._view(self._workers, self.deployment.workers, "payoutOf", worker)
+
+    async def worker_nonce(self, hot_key: Address) -> int:
+        """Nonce that the next `HotKey` consent must carry."""
+        record = await self._view(self._workers, self.deployment.workers, "worker", hot_key)
+        return int(record[3])
+
+    async def _view(self, source: Contract, address: Address, function: str, *args: object) -> Any:
+        try:
+            data = await self._eth.eth_call(address, source.encode(function, *args))
+        except Reverted as error:
+            raise ChainError(f"{source.name}.{function} reverted: {error_name(error.data)}") from error
+        return source.decode(function, data)[0]
+
+    # -------------------------------------------------------------------------------------------------------- changing
+
+    async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]:
+        """Into the vault, for this account. A token needs an approval of exactly `amount` first: two transactions.
+
+        Stops at the first transaction that does not succeed.
+        """
+        vault = self.deployment.vault
+        results = []
+        if token != ZERO_ADDRESS:
+            data = contract("TestToken").encode("approve", vault, amount)
+            results.append(await self._sender.send("approve", token, data))
+            if not results[-1].ok:
+                return results
+        data = self._vault.encode("deposit", token, amount, self.account)
+        value = amount if token == ZERO_ADDRESS else 0
+        results.append(await self._sender.send("deposit", vault, data, value))
+        return results
+
+    async def withdraw(self, token: Address, amount: int, to: Address) -> TxResult:
+        data = self._vault.encode("withdraw", token, amount, to)
+        return await self._sender.send("withdraw", self.deployment.vault, data)
+
+    async def allocate(self, config: ChannelConfig, allocated: int, valid_before: int, signature: bytes) -> TxResult:
+        return await self._change("allocate", "allocate", config_tuple(config), allocated, valid_before, signature)
+
+    async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
+        batch = [(config_tuple(entry.config), entry.cumulative, entry.signature) for entry in entries]
+        return await self._change("claim", "claim", batch)
+
+    async def settle(self, receiver: Address, token: Address) -> TxResult:
+        return await self._change("settle", "settle", receiver, token)
+
+    async def close_channel(
+        self,
+        config: ChannelConfig,
+        final: int,
+        voucher: int,
+        voucher_signature: bytes,
+        close_signature: bytes,
+    ) -> TxResult:
+        return await self._change(
+            "close", "close", config_tuple(config), final, voucher, voucher_signature, close_signature
+        )
+
+    async def initiate_withdraw(self, config: ChannelConfig) -> TxResult:
+        return await self._change("initiate_withdraw", "initiateWithdraw", config_tuple(config))
+
+    async def finalize_withdraw(self, config: ChannelConfig) -> TxResult:
+        return await self._change("finalize_withdraw", "finalizeWithdraw", config_tuple(config))
+
+    async def register_worker(self, hot_key: Address, payout: Address, deadline: int, signature: bytes) -> TxResult:
+        data = self._workers.encode("register", hot_key, payout, deadline, signature)
+        return await self._sender.send("register", self.deployment.workers, data)
+
+    async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
+        return await self._sender.send(purpose, self.deployment.channels, self._channels.encode(function, *args))
+
+    def events(self) -> AsyncIterator[ChainEvent]:
+        """From the deployment block on; a new iterator starts there again, so readers are idempotent."""
+        return self.watcher()
+
+    def watcher(self, start: int | None = None) -> Watcher:
+        """As `events`, from block `start` on; its `head` says how fresh our view is."""
+        return Watcher(
+            self._eth,
+            {
+                self.deployment.vault: self._vault,
+                self.deployment.workers: self._workers,
+                self.deployment.channels: self._channels,
+            },
+            start=self.deployment.block if start is None else start,
+            poll=self._poll,
+            confirmations=self._confirmations,
+        )
