@@ -17,7 +17,7 @@ busy process on the machine, OpenMP's spinning makes torch 20 to 60 times slower
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,10 +139,15 @@ class Engine:
         return running is not None
 
     @torch.inference_mode()
-    def step(self) -> list[StepOutput]:
-        """Advance every running sequence once. Sequences still in their prompt give no output."""
+    def step(self, hold: Container[Hashable] = ()) -> list[StepOutput]:
+        """Advance every running sequence once, except those in `hold` (their consumer is behind, or has not paid).
+
+        Sequences still in their prompt give no output.
+        """
         outputs = []
         for running in list(self._running.values()):
+            if running.sequence.id in hold:
+                continue
             logits = self._advance(running.cache, running.tokens)
             if logits is None:
                 continue

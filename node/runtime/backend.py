@@ -1,0 +1,174 @@
+"""The torch back end: model store + tokenizer + engine host, behind the `Backend` port.
+
+Whoever starts it sets ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported (`node.app` does); spinning OpenMP threads slow a
+shared machine by a factor of twenty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from node.errors import ModelError
+from node.models.manifest import Manifest
+from node.models.store import ModelStore
+from node.models.tokenizer import Tokenizer
+from node.ports import ModelInfo, Prompt, Step
+from node.runtime.engine.sequence import FinishReason as EngineFinish
+from node.runtime.engine.sequence import Sequence as EngineSequence
+from node.runtime.host import EngineHost
+from node.runtime.stops import StopStrings
+from protocol.ids import ModelId
+from protocol.messages import ChatMessage, FinishReason, Params
+from protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from node.runtime.engine.engine import Engine
+
+_FINISH = {EngineFinish.STOP: FinishReason.STOP, EngineFinish.LENGTH: FinishReason.LENGTH}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    cache_bytes: int = 1 << 30
+    max_streams: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    info: ModelInfo
+    tokenizer: Tokenizer
+    host: EngineHost
+
+
+class TorchBackend:
+    """Models that are loaded and ready. Made by `open_backend`."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._loaded: dict[ModelId, _Loaded] = {}
+        self._active = 0
+        self._ids = itertools.count()
+
+    @property
+    def models(self) -> Mapping[ModelId, ModelInfo]:
+        return {model: loaded.info for model, loaded in self._loaded.items()}
+
+    @property
+    def free_slots(self) -> int:
+        return max(0, self._settings.max_streams - self._active)
+
+    def tokenizer(self, model: ModelId) -> Tokenizer:
+        return self._get(model).tokenizer
+
+    def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
+        """Raises `PromptInvalid`."""
+        tokenizer = self._get(model).tokenizer
+        ids = tokenizer.chat([{"role": m.role, "content": m.content} for m in messages])
+        return Prompt(model=model, token_ids=tuple(ids))
+
+    async def generate(
+        self, prompt: Prompt, params: Params, resume: Sequence[int] = ()
+    ) -> AsyncGenerator[Step, None]:
+        """Stream one completion. Raises `ModelError`; closing the generator aborts within a step."""
+        loaded = self._get(prompt.model)
+        sequence = EngineSequence(
+            id=next(self._ids),
+            prompt_ids=prompt.token_ids,
+            sampling=sampling(params),
+            max_tokens=params.max_tokens,
+            generated_ids=tuple(resume),
+        )
+        detokenizer = loaded.tokenizer.detokenizer(resume)
+        stops = StopStrings(params.stop)
+        self._active += 1
+        try:
+            async with aclosing(loaded.host.generate(sequence)) as batches:
+                async for outputs in batches:
+                    last = outputs[-1]
+                    if last.finish_reason is EngineFinish.ERROR:
+                        raise ModelError("the model computed no usable logits")
+                    ids = tuple(output.token_id for output in outputs)
+                    text = stops.push(detokenizer.push(ids))
+                    if stops.hit:
+                        yield Step(ids, text, FinishReason.STOP_STRING)
+                        return
+                    if last.finish_reason is not None:
+                        text += stops.push(detokenizer.finish())
+                        hit = stops.hit
+                        text += stops.finish()
+                        yield Step(ids, text, FinishReason.STOP_STRING if hit else _FINISH[last.finish_reason])
+                        return
+                    yield Step(ids, text)
+        finally:
+            self._active -= 1
+
+    def _get(self, model: ModelId) -> _Loaded:
+        try:
+            return self._loaded[model]
+        except KeyError:
+            raise ModelError(f"model {model} is not loaded") from None
+
+
+def sampling(params: Params) -> SamplingParams:
+    """The wire's parameters as the normative sampler takes them."""
+    return SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+    )
+
+
+@asynccontextmanager
+async def open_backend(
+    store: ModelStore, models: Sequence[Manifest], settings: EngineSettings
+) -> AsyncIterator[TorchBackend]:
+    """Load models, one engine thread each. Raises `ModelError`."""
+    backend = TorchBackend(settings)
+    async with AsyncExitStack() as stack:
+        for manifest in models:
+            folder = store.path(manifest.id)
+            host = EngineHost(_loader(folder, settings))
+            engine = await host.start()
+            stack.push_async_callback(host.stop)
+            tokenizer = Tokenizer(folder)
+            stack.callback(tokenizer.close)
+            tokenizer.warm()
+            info = ModelInfo(
+                id=manifest.id,
+                name=manifest.name,
+                context_length=engine.context_length,
+                dtype=settings.dtype,
+                numerics_class=_numerics_class(engine),
+            )
+            backend._loaded[manifest.id] = _Loaded(info, tokenizer, host)
+        yield backend
+
+
+def _numerics_class(engine: Engine) -> str:
+    """Hash of a golden probe: workers of one class compute bit for bit alike. Runs before the first stream."""
+    return engine.numerics_probe().hex()[:32]
+
+
+def _loader(folder: Path, settings: EngineSettings):  # type: ignore[no-untyped-def]
+    def load() -> Engine:
+        from node.runtime.engine.engine import Engine
+
+        return Engine(
+            folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes
+        )
+
+    return load

@@ -1,0 +1,41 @@
+"""How far ahead the client pays: the only rule that decides when a voucher is written.
+
+The client keeps its vouchers between half a tick and one tick of output ahead of what was delivered, so a worker never waits
+for money over a round trip, and the client never has more than one tick (and, before prefill, the prompt's price) at risk.
+"""
+
+from __future__ import annotations
+
+from protocol.channel import ChannelState
+
+
+def first_voucher(state: ChannelState, running: int, input_cost: int, tick: int) -> int:
+    """Cumulative amount to send with an ask: what is owed, the prompt, and one tick of output.
+
+    `state` already holds the new job's reservation; `running` is the cost so far of the other parts under way. Never lower
+    than the last voucher.
+    """
+    return max(state.cumulative, _capped(state, state.spent + running + input_cost + max(tick, 1)))
+
+
+def next_voucher(state: ChannelState, running: int, tick: int) -> int | None:
+    """The next cumulative amount, or None while the last one still covers half a tick of what is to come.
+
+    `running`: cost so far of all parts under way.
+    """
+    ahead = state.cumulative - state.spent - running
+    if ahead * 2 > tick:
+        return None
+    target = _capped(state, state.spent + running + max(tick, 1))
+    return target if target > state.cumulative else None
+
+
+def last_voucher(state: ChannelState, running: int) -> int | None:
+    """After a receipt: exactly what is owed, if the last voucher does not cover it."""
+    owed = state.spent + running
+    return owed if owed > state.cumulative else None
+
+
+def _capped(state: ChannelState, amount: int) -> int:
+    """Never above what the jobs under way can cost in the end, nor above what was authorised."""
+    return min(amount, state.spent + state.reserved, state.ceiling)
