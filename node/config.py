@@ -31,7 +31,15 @@ from node.settings import METADATA, Setting, account, each, matching, one_of, po
 
 PREFIX: Final = "GRISTMILL_"
 NOT_SETTINGS: Final = frozenset(
-    {"GRISTMILL_DEBUG", "GRISTMILL_FAULT", "GRISTMILL_TESTING", "GRISTMILL_NODE_TRIED", "GRISTMILL_CONFIG"}
+    {
+        "GRISTMILL_ANVIL",
+        "GRISTMILL_CONFIG",
+        "GRISTMILL_DEBUG",
+        "GRISTMILL_DEMO_STARTED",
+        "GRISTMILL_FAULT",
+        "GRISTMILL_NODE_TRIED",
+        "GRISTMILL_TESTING",
+    }
 )
 """Variables of ours that are no settings."""
 PROJECT_FILE: Final = "gristmill.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,24 @@ def command(shared: Shared, roles: tuple[str, ...]) -> None:
     be asked, a random one is written beside the keys: fine where nothing has value, wrong anywhere else.
     """
     config = shared.config
-    private_folder(config.data_dir)
+    _own_folder(config.data_dir)
     private_folder(config.keys_dir)
-    wrote_config = _write_config(config)
     wanted = [name for role in ROLE_KEYS if role in roles for name in ROLE_KEYS[role]]
-    password_file = _ensure_password_file(shared, wanted)
+    missing = [name for name in wanted if name not in shared.keystore.names()]
+    fresh = _random_password(shared) if missing else False
+    password = passwords.new(shared, "the new keys") if missing else b""
+    store = Keystore(config.keys_dir, scrypt_n=RANDOM_PASSWORD_N) if fresh else shared.keystore
     made: list[dict[str, Any]] = []
     for name in wanted:
-        made.append(_ensure_key(shared, name, cheap=password_file is not None))
+        made.append({"name": name, "created": name in missing})
+        if name in missing:
+            key = store.create(name, password)
+            made[-1] |= {"address": str(key.address), "peer_id": str(key.peer_id)}
+        else:
+            made[-1] |= {"address": str(store.address(name))}
+    wrote_config = _write_config(config)
+    beside = config.keys_dir / PASSWORD_FILE
+    password_file = beside if beside.exists() else None
     data = {
         "data_dir": config.data_dir,
         "config": config.user_file,
@@ -62,37 +73,34 @@ def command(shared: Shared, roles: tuple[str, ...]) -> None:
         *(f"{key['name']:<9} {key['address']}" + ("" if key["created"] else " (kept)") for key in made),
     ]
     if password_file:
-        lines.append(f"password  {password_file} (random, beside the keys: for devnet only)")
+        lines.append(f"password  {password_file} (beside the keys: for devnet only)")
     shared.output.result(data, "\n".join(lines))
 
 
-def _ensure_key(shared: Shared, name: str, *, cheap: bool) -> dict[str, Any]:
-    store = shared.keystore
-    if name in store.names():
-        return {"name": name, "address": str(store.address(name)), "created": False}
-    if cheap:
-        store = Keystore(store.folder, scrypt_n=RANDOM_PASSWORD_N)
-    password = shared.password or passwords.new(shared, "the new keys")
-    shared.password = password  # one password for all keys of this run
-    key = store.create(name, password)
-    return {"name": name, "address": str(key.address), "peer_id": str(key.peer_id), "created": True}
+def _own_folder(folder: Path) -> None:
+    """Make the data dir, or refuse one in which another user could put files of theirs in place of ours."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be used: {error.strerror}") from None
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"other users can write to {folder}", hint=f"chmod go-w {folder}, or choose another --data-dir"
+        )
 
 
-def _ensure_password_file(shared: Shared, wanted: list[str]) -> Path | None:
-    """The random password's file, written now when this is devnet and nobody gives a password; None when one is given."""
+def _random_password(shared: Shared) -> bool:
+    """Write a random password where `passwords.given` finds it, when this is devnet and nobody gives one; true when done."""
     config = shared.config
     path = config.keys_dir / PASSWORD_FILE
-    if shared.password_fd is not None or config.keys.password_file is not None:
-        return None
-    if path.exists():
-        return path
-    explicit = config.origins.get("network") == "flag"
-    missing = set(wanted) - set(shared.keystore.names())
-    if config.network == "devnet" and missing and (explicit or not passwords.on_terminal()):
-        write_new(path, secrets.token_urlsafe(32).encode() + b"\n")
-        shared.output.say(f"note: a random password is in {path}, beside the keys it opens; for devnet only")
-        return path
-    return None
+    if config.network != "devnet" or passwords.given(shared) is not None:
+        return False
+    if config.origins.get("network") != "flag" and passwords.on_terminal():
+        return False  # somebody is there to be asked, and did not say that this is for devnet
+    write_new(path, secrets.token_urlsafe(32).encode() + b"\n")
+    shared.output.say(f"note: a random password is in {path}, beside the keys it opens; for devnet only")
+    return True
 
 
 def _write_config(config: Config) -> bool:

@@ -1,0 +1,41 @@
+"""Kinds of arguments: addresses, amounts. What does not parse is a usage error, told before anything happens."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from protocol.errors import InvalidValue
+from protocol.ids import UINT128_MAX, Address
+
+
+class AddressType(click.ParamType):
+    """An Ethereum address; a mixed-case one must have its EIP-55 checksum right."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
+        try:
+            return value if isinstance(value, Address) else Address(str(value))
+        except InvalidValue as error:
+            self.fail(str(error), param, ctx)
+
+
+class AmountType(click.ParamType):
+    """A whole number of a token's smallest unit; `_` may group digits."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if not re.fullmatch(r"\d[\d_]{0,49}", text, re.ASCII) or text.endswith("_") or "__" in text:
+            self.fail(f"{text[:60]!r} is no whole number of the smallest unit", param, ctx)
+        if int(text) > UINT128_MAX:
+            self.fail("an amount is below 2^128", param, ctx)
+        return int(text)
+
+
+ADDRESS = AddressType()
+AMOUNT = AmountType()
