@@ -292,7 +292,17 @@ CONVERSATIONS: Final[dict[str, Any]] = {
     JOB_PROTOCOL: JobConversation,
 }
 
-_encoder = msgspec.msgpack.Encoder()
+
+def _plain(value: object) -> object:
+    """Addresses, hashes and PeerIds travel as the bytes and text that they are."""
+    if isinstance(value, bytes):
+        return bytes(value)
+    if isinstance(value, str):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} has no form on the wire")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     name: msgspec.msgpack.Decoder(union) for name, union in CONVERSATIONS.items()
 }
@@ -326,7 +336,7 @@ def checked(message: _T) -> _T:
     """The value as the other side will decode it (an int in a float's place becomes a float), proved to be within its
     bounds: Struct constructors do not check. Raises `InvalidValue`."""
     try:
-        return msgspec.convert(msgspec.to_builtins(message, builtin_types=(bytes,)), type(message))
+        return msgspec.convert(msgspec.to_builtins(message, builtin_types=(bytes,), enc_hook=_plain), type(message))
     except (msgspec.ValidationError, TypeError, OverflowError) as error:
         raise InvalidValue(str(error)) from None
 
