@@ -212,7 +212,7 @@ def _alive(state: Mapping[str, Any]) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    return _since(pid) == state["pid_since"]
+    return _since(pid) == str(state["pid_since"])
 
 
 def _since(pid: int) -> str:

@@ -234,7 +234,7 @@ def _models(shared: Shared) -> Iterator[Finding]:
 def _chain(shared: Shared) -> Iterator[Finding]:
     config = shared.config
     mend = (
-        "gristmill devnet up"
+        _ours(shared, "devnet up")
         if config.network == "devnet"
         else "set chain.rpc_urls and chain.deployment in the configuration"
     )

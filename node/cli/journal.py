@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
 from node.cli.main import Group, Shared
-from node.errors import LedgerError
 
 
 @click.group(cls=Group)
@@ -29,17 +28,17 @@ def dump(shared: Shared, role: str, file: Path | None, after: int) -> None:
     from node.store.ledger import Ledger
 
     path = (file or shared.config.journal(role)).absolute()
+    if not path.exists():
+        raise errors.LedgerMissing(f"there is no journal at {path}")
     try:
-        if not path.exists():
-            raise errors.LedgerMissing(f"there is no journal at {path}")
         with closing(database.connect(path, read_only=True)) as connection:
             database.check_structure(connection)
             (tag,) = connection.execute("SELECT chain_tag FROM about").fetchone()
-        with Ledger.open(path, chain_tag=tag, read_only=True) as ledger:
-            for line in lines(ledger, after):
-                shared.output.line(line)
-    except (errors.LedgerError, database.sqlite3.Error) as error:
-        _say(error)
+    except sqlite3.Error as error:
+        raise database.blame(error) from error
+    with Ledger.open(path, chain_tag=tag, read_only=True) as ledger:
+        for line in lines(ledger, after):
+            shared.output.line(line)
 
 
 @command.command()
@@ -50,7 +49,3 @@ def points(shared: Shared) -> None:
 
     for name, where in POINTS.items():
         shared.output.row({"point": name, "where": where}, f"{name:<28} {where}")
-
-
-def _say(error: Exception) -> NoReturn:
-    raise LedgerError(str(error)) from error

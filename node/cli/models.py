@@ -27,16 +27,16 @@ def command() -> None:
 @command.command()
 @click.argument("model")
 @click.option("--name", help="Short name of a folder's model; by default the folder's own.")
-@click.option("--license", "license_", default="unknown", help="SPDX id of a folder's model.")
+@click.option("--license", "license_id", default="unknown", help="SPDX id of a folder's model.")
 @click.pass_obj
-def add(shared: Shared, model: str, name: str | None, license_: str) -> None:
+def add(shared: Shared, model: str, name: str | None, license_id: str) -> None:
     """Add MODEL: a name from the list of known packages, or a folder with safetensors files."""
     store = _store(shared)
     folder = Path(model).expanduser()
     if folder.is_dir():
         short = name or re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._")
         with _progress(f"adding {short}", _size(folder)) as tick:
-            manifest = store.add_folder(folder, short, license=license_, progress=tick)
+            manifest = store.add_folder(folder, short, license_id=license_id, progress=tick)
     elif "/" in model or model.startswith("."):
         raise ModelError(f"{model} is no folder", hint="gristmill models add FOLDER, or a known name")
     else:
