@@ -1,0 +1,262 @@
+"""Both sides of one job conversation on a pretend wire: every test sees client and worker together.
+
+Rules of this file:
+
+1. Nothing here decides what is legal: it asks `protocol.job.TABLE`. It only plays drivers that keep to the table, with
+   signatures and amounts that are right. A cheat is made by putting other bytes on the wire (`put`).
+2. Time is a number and the wire is two byte strings, so every crossing can be arranged: a message is said when `say` is
+   called and heard when `carry` brings its last byte.
+
+The idea is h11's ConnectionPair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import msgspec
+
+from protocol.channel import Role
+from protocol.errors import RefusalReason, WireCode
+from protocol.ids import ZERO_ADDRESS, Address, ChannelId, Hash32, JobId, ModelId
+from protocol.job import (
+    REQUIRES,
+    TABLE,
+    Client,
+    JobClient,
+    JobWorker,
+    MessageType,
+    Terms,
+    Worker,
+    ask_struct,
+    receipt_to_wire,
+)
+from protocol.keys import PrivateKey
+from protocol.messages import (
+    Abort,
+    Accept,
+    Ack,
+    AskMessage,
+    Cancel,
+    ChatMessage,
+    Chunk,
+    FinishReason,
+    JobConversation,
+    Params,
+    ReceiptMessage,
+    Refuse,
+    VoucherMessage,
+    amount_to_wire,
+)
+from protocol.pricing import Price
+from protocol.typed_data import ChannelConfig, Domain, Refusal, Voucher
+
+
+def key(name: str) -> PrivateKey:
+    """A key that is the same in every run. Never one that holds money."""
+    return PrivateKey(hashlib.sha256(b"gristmill test key " + name.encode()).digest())
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Who talks, on which chain, over which channel."""
+
+    payer: PrivateKey = field(default_factory=lambda: key("payer"))
+    session: PrivateKey = field(default_factory=lambda: key("session"))
+    """Signs asks and vouchers."""
+    worker: PrivateKey = field(default_factory=lambda: key("worker"))
+    domain: Domain = field(default_factory=lambda: Domain(31337, Address(bytes(range(20)))))
+    token: Address = ZERO_ADDRESS
+
+    @property
+    def config(self) -> ChannelConfig:
+        return ChannelConfig(
+            payer=self.payer.address,
+            payer_authorizer=self.session.address,
+            receiver=self.worker.address,
+            receiver_authorizer=self.worker.address,
+            token=self.token,
+            withdraw_delay=3600,
+            salt=Hash32(bytes(32)),
+        )
+
+    @property
+    def channel_id(self) -> ChannelId:
+        return self.config.channel_id(self.domain)
+
+    def voucher(self, cumulative: int) -> bytes:
+        """The session key's signature over a voucher of this channel."""
+        return self.session.sign(Voucher(self.channel_id, cumulative).digest(self.domain))
+
+
+class JobPair:
+    """A `JobClient` and a `JobWorker` with a wire between them."""
+
+    def __init__(
+        self,
+        *,
+        parties: Parties | None = None,
+        random: Random | None = None,
+        params: Params | None = None,
+        price: Price | None = None,
+        input_tokens: int = 9,
+        base: int = 1000,
+    ) -> None:
+        """`base`: vouchers of earlier jobs on the channel; `input_tokens`: what both sides count in the prompt."""
+        self.parties = parties or Parties()
+        self.random = random or Random(0)
+        self.input_tokens, self.base = input_tokens, base
+        self.signed = base
+        """Highest voucher the client has signed."""
+        self.ask = self._ask(params or Params(max_tokens=32))
+        self.terms = Terms(
+            domain=self.parties.domain,
+            ask=ask_struct(self.ask),
+            params=self.ask.params,
+            price=price or Price(request=5, input=300_000, output=2_500_000),
+            input_limit=input_tokens,
+            receiver_authorizer=self.parties.worker.address,
+            payer_authorizer=self.parties.session.address,
+            tick_tokens=8,
+            credit_tokens=8,
+        )
+        self.client = JobClient(self.terms)
+        self.worker = JobWorker()
+        self.wires: dict[Role, bytearray] = {Role.CLIENT: bytearray(), Role.WORKER: bytearray()}
+        """What is under way to that role."""
+        self.heard: dict[Role, list[JobConversation]] = {Role.CLIENT: [], Role.WORKER: []}
+        self._say: dict[MessageType, Callable[[], bytes]] = {
+            AskMessage: lambda: self.client.send(self.ask),
+            VoucherMessage: self._voucher,
+            Cancel: lambda: self.client.send(Cancel()),
+            Ack: self._ack,
+            Accept: self._accept,
+            Refuse: self._refuse,
+            Chunk: self._chunk,
+            ReceiptMessage: self._receipt,
+        }
+
+    def machine(self, role: Role) -> JobClient | JobWorker:
+        return self.client if role is Role.CLIENT else self.worker
+
+    def legal(self, role: Role) -> tuple[MessageType, ...]:
+        """What `role` may say now, as far as it has heard, in a fixed order."""
+        machine = self.machine(role)
+        if machine.over:
+            return ()
+        other = machine.states[_other(role)]
+        kinds = (k for k in TABLE[role][machine.states[role]] if other in REQUIRES.get(k, {other}))
+        return tuple(k for k in kinds if self._sensible(k))
+
+    def say(self, role: Role, kind: MessageType) -> None:
+        """Send a right message of that kind. Raises `LocalProtocolError` when the table has no key for it."""
+        if kind is Abort:
+            self.put(role, self.machine(role).send(Abort(code=WireCode.CANCELLED)))
+        else:
+            self.put(role, self._say[kind]())
+
+    def put(self, role: Role, data: bytes) -> None:
+        """Put bytes on the wire as if `role` had sent them."""
+        self.wires[_other(role)] += data
+
+    def carry(self, to: Role, count: int | None = None) -> list[JobConversation]:
+        """Bring the next `count` bytes (default: all) to `to`, cut at random; return what it has heard by them.
+
+        Raises `RemoteProtocolError` as the machine does.
+        """
+        wire, machine, heard = self.wires[to], self.machine(to), []
+        left = len(wire) if count is None else min(count, len(wire))
+        while left:
+            cut = self.random.randint(1, left)
+            data = bytes(wire[:cut])
+            del wire[:cut]
+            left -= cut
+            machine.receive_data(data)
+            while (message := machine.next_message()) is not None:
+                heard.append(message)
+                self.heard[to].append(message)
+        return heard
+
+    def settle(self) -> None:
+        """Bring everything that is under way."""
+        while any(self.wires.values()):
+            for role in Role:
+                self.carry(role)
+
+    # ------------------------------------------------------------------------------------------- right messages
+
+    def _sensible(self, kind: MessageType) -> bool:
+        """Beyond the table: what an honest driver would not say because it has nothing to say."""
+        if kind is VoucherMessage:
+            return self.base + self.client.spent > self.signed
+        if kind is Chunk:
+            return self.worker.digest.count < self.terms.params.max_tokens
+        return True
+
+    def _ask(self, params: Params) -> AskMessage:
+        parties = self.parties
+        unsigned = AskMessage(
+            job_id=JobId(self.random.randbytes(32)),
+            part=0,
+            channel_id=parties.channel_id,
+            worker=parties.worker.address,
+            model_id=ModelId.of_manifest(b"a model"),
+            offer_hash=Hash32(self.random.randbytes(32)),
+            deadline=1_800_000_000_000,
+            messages=(ChatMessage(role="user", content="What turns a mill?"),),
+            params=params,
+            signature=bytes(65),
+            cumulative=amount_to_wire(self.base),
+            voucher_signature=parties.voucher(self.base),
+        )
+        signature = parties.session.sign(ask_struct(unsigned).digest(parties.domain))
+        return msgspec.structs.replace(unsigned, signature=signature)
+
+    def _raise_voucher(self) -> tuple[bytes, bytes]:
+        self.signed = max(self.signed, self.base + self.client.spent)
+        return amount_to_wire(self.signed), self.parties.voucher(self.signed)
+
+    def _voucher(self) -> bytes:
+        return self.client.send(VoucherMessage(*self._raise_voucher()))
+
+    def _ack(self) -> bytes:
+        return self.client.send(Ack(*self._raise_voucher()))
+
+    def _accept(self) -> bytes:
+        terms = replace(self.terms, input_limit=self.input_tokens)
+        return self.worker.agree(
+            terms, input_tokens=self.input_tokens, sequence=7, started=1_700_000_000_000, cumulative=self.base
+        )
+
+    def _refuse(self) -> bytes:
+        refusal = Refusal(self.terms.ask.job_id, RefusalReason.BUSY, 1_700_000_000_000)
+        signature = self.parties.worker.sign(refusal.digest(self.parties.domain))
+        return self.worker.send(
+            Refuse(reason=RefusalReason.BUSY, detail="no free slot", at=refusal.at, signature=signature)
+        )
+
+    def _chunk(self) -> bytes:
+        room = self.terms.params.max_tokens - self.worker.digest.count
+        ids = tuple(self.random.randrange(1 << 17) for _ in range(self.random.randint(1, min(room, 6))))
+        return self.worker.deliver(ids, "".join(self.random.choice("mill ée€𝄞") for _ in ids))
+
+    def _receipt(self) -> bytes:
+        if self.worker.states[Role.CLIENT] is Client.CANCELLED:
+            reason = FinishReason.CANCELLED
+        elif self.worker.digest.count >= self.terms.params.max_tokens:
+            reason = FinishReason.LENGTH
+        else:
+            reason = FinishReason.STOP
+        receipt = self.worker.make_receipt(reason, finished=1_700_000_001_000)
+        signature = self.parties.worker.sign(receipt.digest(self.parties.domain))
+        return self.worker.send(ReceiptMessage(receipt=receipt_to_wire(receipt), signature=signature))
+
+
+def _other(role: Role) -> Role:
+    return Role.WORKER if role is Role.CLIENT else Role.CLIENT
+
+
+__all__ = ["Client", "JobPair", "Parties", "Worker", "key"]
