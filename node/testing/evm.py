@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import eth_abi
+from eth_abi.abi import decode, encode
 
 from protocol.ids import Address, keccak256
 
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
 
 
 def _decode(types: list[str], data: bytes) -> tuple[Any, ...]:
-    return tuple(map(_plain, eth_abi.decode(types, data)))
+    return tuple(map(_plain, decode(types, data)))
 
 
 def _type(parameter: Mapping[str, Any]) -> str:
@@ -113,9 +113,9 @@ class Evm:
                 self._errors[_selector(entry)[:4]] = (entry["name"], _types(entry["inputs"]))
             elif entry["type"] == "event":
                 self._events[_selector(entry)] = entry
-        inputs = next((e["inputs"] for e in abi if e["type"] == "constructor"), [])
+        inputs: list[dict[str, Any]] = next((e["inputs"] for e in abi if e["type"] == "constructor"), [])
         try:
-            address = self._evm.deploy(str(sender), code + eth_abi.encode(_types(inputs), args))
+            address = self._evm.deploy(str(sender), code + encode(_types(inputs), args))
         except RuntimeError as error:
             raise self._reverted(error) from None
         return Contract(self, Address(address), abi)
@@ -130,7 +130,8 @@ class Evm:
             output = self._evm.message_call(str(sender), str(to), data, value=value)
         except RuntimeError as error:
             raise self._reverted(error) from None
-        return output, self._evm.result.logs
+        result = self._evm.result
+        return output, result.logs if result else []
 
     def decode_events(self, logs: list[Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
         found = []
@@ -175,7 +176,7 @@ class Contract:
 
     def encode(self, function: str, *args: Any) -> bytes:
         selector, inputs, _ = self._functions[function]
-        return selector + eth_abi.encode(inputs, args)
+        return selector + encode(inputs, args)
 
     def call(self, function: str, *args: Any, sender: Address | None = None) -> Any:
         """Return value of a view function. Raises `Reverted`."""

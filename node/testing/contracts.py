@@ -1,0 +1,84 @@
+"""The whole set of contracts in one in-process EVM, wired as a deployment wires them, beside the model's first state.
+
+Keys are derived from names, so a failing test prints the same addresses every time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from node.testing.evm import ARTIFACTS, Contract, Evm
+from protocol.errors import RemoteProtocolError
+from protocol.escrow import Escrow
+from protocol.ids import ZERO_ADDRESS, Address, keccak256
+from protocol.keys import PrivateKey, recover
+from protocol.typed_data import ChannelConfig, Domain
+
+NATIVE = ZERO_ADDRESS
+_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
+
+
+def key(name: str) -> PrivateKey:
+    """The test key called `name`."""
+    return PrivateKey(keccak256(b"gristmill test key " + name.encode()))
+
+
+def signer_of(digest: bytes, signature: bytes) -> Address | None:
+    """Who signed, by Python's rules; None when nobody can have. What the contracts are compared with."""
+    try:
+        return recover(digest, signature)
+    except RemoteProtocolError:
+        return None
+
+
+def high_s(signature: bytes) -> bytes:
+    """The other valid ECDSA form of the same signature, which must be refused."""
+    s = _ORDER - int.from_bytes(signature[32:64])
+    return signature[:32] + s.to_bytes(32) + bytes((55 - signature[64],))
+
+
+def config_tuple(config: ChannelConfig) -> tuple[object, ...]:
+    """A config as the ABI wants it."""
+    return (
+        config.payer,
+        config.payer_authorizer,
+        config.receiver,
+        config.receiver_authorizer,
+        config.token,
+        config.withdraw_delay,
+        config.salt,
+    )
+
+
+class Deployment:
+    """Vault, Workers, Channels and a TestToken, sealed; token and native coin are allowed."""
+
+    def __init__(self, artifacts: Path = ARTIFACTS) -> None:
+        self.evm = Evm(artifacts)
+        self.admin = key("admin").address
+        self.vault: Contract = self.evm.deploy("Vault", self.admin, 0, sender=self.admin)
+        self.workers: Contract = self.evm.deploy("Workers", sender=self.admin)
+        self.channels: Contract = self.evm.deploy(
+            "Channels", self.vault.address, self.workers.address, sender=self.admin
+        )
+        self.token: Contract = self.evm.deploy("TestToken", sender=self.admin)
+        self.vault.send(self.admin, "seal", [self.channels.address])
+        for token in (NATIVE, self.token.address):
+            self.vault.send(self.admin, "setToken", token, True)
+        self.domain = Domain(self.evm.chain_id, self.channels.address)
+        self.workers_domain = Domain(self.evm.chain_id, self.workers.address)
+
+    def first_state(self) -> Escrow:
+        """The model of this deployment before any deposit."""
+        return Escrow(self.domain, self.vault.address, frozenset({NATIVE, self.token.address}))
+
+    def purse(self, account: Address, amount: int) -> None:
+        """Give `account` coins of both kinds outside the vault, and let the vault pull the token."""
+        self.evm.give(account, amount)
+        self.token.send(account, "mint", account, amount)
+        self.token.send(account, "approve", self.vault.address, 2**256 - 1)
+
+    def fund(self, account: Address, amount: int) -> None:
+        """Mint and deposit `amount` of the token for `account`."""
+        self.purse(account, amount)
+        self.vault.send(account, "deposit", self.token.address, amount, account)
