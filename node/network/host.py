@@ -13,6 +13,7 @@ out, because `guards` counts exactly, and its listener too, because it never giv
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -23,6 +24,7 @@ from libp2p.crypto.secp256k1 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
@@ -401,11 +403,17 @@ def parse_multiaddr(text: str) -> tuple[Multiaddr, PeerId]:
 
 
 def quiet_libp2p() -> None:
-    """py-libp2p reports every failed handshake as an error; keep it silent unless somebody set its level."""
-    for name in ("libp2p", "async_service"):
-        logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.CRITICAL + 1)
+    """py-libp2p warns of every failed handshake of a stranger; keep it silent unless LIBP2P_DEBUG asks for its log."""
+    if not os.environ.get("LIBP2P_DEBUG"):
+        for name in ("libp2p", "libp2p.network.auto_connector"):  # the second sets a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+class _NoAutoConnector(AutoConnector):
+    """py-libp2p's dials whomever identify has told it of; whom we connect to is decided above this package."""
+
+    async def maybe_connect(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class _Muxers(MuxerMultistream):
@@ -439,7 +447,9 @@ def _build_swarm(key: PrivateKey, limits: NetworkLimits) -> Swarm:
         outbound_upgrade_timeout=limits.dial_timeout,
         inbound_upgrade_timeout=limits.handshake_timeout,
     )
-    return Swarm(own, peerstore, upgrader, [Dialer()], RetryConfig(max_retries=0), config)
+    swarm = Swarm(own, peerstore, upgrader, [Dialer()], RetryConfig(max_retries=0), config)
+    swarm.auto_connector = _NoAutoConnector(swarm)
+    return swarm
 
 
 def _peer_id(peer_id: ID) -> PeerId | None:

@@ -60,7 +60,11 @@ class _Pipe:
             part = view[:room]
             view = view[len(part) :]
             self._waiting += len(part)
-            self._chunks.append((trio.current_time() + self.hub.latency, bytearray(part)))
+            ready = trio.current_time() + self.hub.latency if self.hub.latency else 0.0
+            if self._chunks and self._chunks[-1][0] == ready:
+                self._chunks[-1][1].extend(part)
+            else:
+                self._chunks.append((ready, bytearray(part)))
             self.wake()
 
     async def take(self, most: int) -> bytes:
@@ -100,12 +104,15 @@ class MemoryStream:
         self._reads = reads
         self._writes = writes
         self._link = link
+        self.done = False
+        """Whether this side has closed or reset the stream."""
 
     async def send_all(self, data: bytes) -> None:
         try:
             for part in self._link.allowed(data):
                 await self._writes.put(part)
         except trio.Cancelled:
+            self.done = True
             self._link.cut("a write was cancelled")
             raise
 
@@ -121,10 +128,12 @@ class MemoryStream:
         await trio.lowlevel.checkpoint()
 
     async def reset(self) -> None:
+        self.done = True
         self._link.cut("the stream was reset")
         await trio.lowlevel.checkpoint()
 
     def leave(self) -> None:
+        self.done = True
         if not self._writes.broken:
             self._writes.finished = True
         self._writes.wake()

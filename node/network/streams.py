@@ -78,6 +78,11 @@ class HostStream:
             self._mux.abort()
             raise StreamClosed(str(error)) from error
 
+    @property
+    def done(self) -> bool:
+        """Whether this side has closed or reset the stream."""
+        return self._mux.done
+
     async def aclose(self) -> None:
         """Bytes already sent still leave; unread ones are dropped. The far end reads them and then ``b""``."""
         self._mux.leave()

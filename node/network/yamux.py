@@ -79,6 +79,7 @@ class MuxStream(IMuxedStream):
         self._granted = _INITIAL_WINDOW
         self._consumed = 0
         self._detached = False
+        self._aborted = False
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
 
@@ -150,6 +151,7 @@ class MuxStream(IMuxedStream):
         if not self.broken and not (self.finished_writing and self.far_finished):
             self.muxed_conn.send(_WINDOW, _RST, self.stream_id, 0)
             self.end(reason)
+        self._aborted = True
         self._drop_unread()
 
     def set_deadline(self, ttl: int) -> None:
@@ -157,6 +159,11 @@ class MuxStream(IMuxedStream):
 
     def get_remote_address(self) -> tuple[str, int] | None:
         return self.muxed_conn.get_remote_address()
+
+    @property
+    def done(self) -> bool:
+        """Whether this side has closed or reset the stream."""
+        return self.closed_at is not None or self._aborted
 
     async def __aenter__(self) -> MuxStream:
         return self
