@@ -10,7 +10,7 @@ import click
 import node
 from node.cli.main import Command, Shared
 
-BELOW = ("libp2p", "web3", "trio", "torch")
+BELOW = ("libp2p", "trio", "torch")
 """Distributions whose version decides how we behave."""
 
 
