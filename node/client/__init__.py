@@ -1,0 +1,34 @@
+"""The client library. `from node.client import Client` for trio, `sync_client` for everybody else.
+
+Light on purpose: no torch, no web3 and no libp2p are imported before a client connects.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from node.client.chat import ChatStream
+    from node.client.client import Client
+    from node.client.sync import sync_client
+    from node.client.values import ChatChunk, PartRecord, Usage
+
+_HOME = {
+    "Client": "node.client.client",
+    "ChatStream": "node.client.chat",
+    "ChatChunk": "node.client.values",
+    "PartRecord": "node.client.values",
+    "Usage": "node.client.values",
+    "sync_client": "node.client.sync",
+}
+
+__all__ = ["ChatChunk", "ChatStream", "Client", "PartRecord", "Usage", "sync_client"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

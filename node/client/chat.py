@@ -1,0 +1,182 @@
+"""One chat: choose, ask, stream, verify.
+
+A `ChatStream` is used as ``async with client.chat(...) as stream: async for chunk in stream``. A task of its own reads the
+network and pays (`node.client.part`), so that a slow reader of chunks delays nobody's money; what is buffered is bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import trio
+
+from node.client.part import Part
+from node.client.values import ChatChunk, PartRecord, Timings, Usage
+from node.errors import NodeError, Refused, Timeout, WorkerFault
+from node.network.drive import JobStream
+from node.ports import StreamClosed
+from protocol import pricing
+from protocol.errors import LocalProtocolError, RefusalReason
+from protocol.ids import ChannelId, JobId, PeerId
+from protocol.job import JobClient, Terms, ask_struct
+from protocol.messages import AskMessage, Cancel, ChatMessage, FinishReason, Params
+from protocol.selection import Candidate
+from protocol.typed_data import Receipt
+
+if TYPE_CHECKING:
+    from node.client.client import Client
+
+log = logging.getLogger(__name__)
+
+RETRY_ELSEWHERE = frozenset(
+    {
+        RefusalReason.BUSY,
+        RefusalReason.QUEUE_FULL,
+        RefusalReason.DRAINING,
+        RefusalReason.OFFER_EXPIRED,
+        RefusalReason.OFFER_UNKNOWN,
+        RefusalReason.PRICE_CHANGED,
+        RefusalReason.CREDIT_EXHAUSTED,
+        RefusalReason.CHAIN_STALE,
+        RefusalReason.MODEL_UNKNOWN,
+        RefusalReason.INTERNAL,
+    }
+)
+"""Reasons that may not hold at another worker. The rest is about the request itself: asking again changes nothing."""
+
+
+class ChatStream:
+    """A paid, streamed answer. `receipt` and `parts` are there once the stream has ended."""
+
+    def __init__(
+        self, client: Client, model: str, messages: tuple[ChatMessage, ...], params: Params, choose: Callable[[], list[Candidate]]
+    ) -> None:
+        self._client = client
+        self._model = model
+        self._messages = messages
+        self._params = params
+        self._choose = choose
+        self._send, self._receive = trio.open_memory_channel[ChatChunk](256)
+        self._settled = trio.Event()
+        self._error: BaseException | None = None
+        self._scope = trio.CancelScope()
+        self._link: JobStream[JobClient] | None = None
+        self._begun = 0.0
+        self.job_id = JobId(client.random32())
+        self.worker: PeerId | None = None
+        self.channel_id: ChannelId | None = None
+        self.allocation_transaction = b""
+        """Hash of the transaction by which the worker submitted our allocation, when this chat opened a channel."""
+        self.receipt: Receipt | None = None
+        self.receipt_signature = b""
+        self.parts: list[PartRecord] = []
+        self.usage = Usage(0, 0)
+        self.cost = 0
+        self.timings = Timings()
+        self.finish_reason: FinishReason | None = None
+
+    # ---------------------------------------------------------------------------------------------------- caller
+
+    async def __aenter__(self) -> ChatStream:
+        self._begun = trio.current_time()
+        await self._start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaving early cancels the job; the worker is paid for what it delivered, by its receipt."""
+        with trio.CancelScope(shield=True):
+            if not self._settled.is_set():
+                await self._cancel()
+                with trio.move_on_after(5):
+                    await self._settled.wait()
+            self._scope.cancel()
+            await self._settled.wait()
+
+    def __aiter__(self) -> ChatStream:
+        return self
+
+    async def __anext__(self) -> ChatChunk:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            await self._settled.wait()
+            if self._error is not None:
+                raise self._error from None
+            raise StopAsyncIteration from None
+
+    async def text(self) -> str:
+        """The whole answer."""
+        return "".join([chunk.text async for chunk in self])
+
+    async def _cancel(self) -> None:
+        if self._link is not None:
+            try:
+                await self._link.send(Cancel())
+            except (LocalProtocolError, StreamClosed):
+                pass  # it is over already
+        self._receive.close()
+
+    # --------------------------------------------------------------------------------------------------- asking
+
+    async def _start(self) -> None:
+        """Ask the best candidates until one accepts. Raises `Refused`, `NoWorker`, `InsufficientFunds`, `WorkerFault`, ..."""
+        candidates = self._choose()
+        last: NodeError | None = None
+        for candidate in candidates[: self._client.settings.attempts]:
+            try:
+                await self._ask(candidate)
+                return
+            except Refused as no:
+                if no.reason not in RETRY_ELSEWHERE:
+                    raise
+                last = no
+            except (WorkerFault, Timeout) as error:
+                last = error
+            except NodeError as error:
+                if error.code not in ("network",):
+                    raise
+                last = error
+            self._client.failed(candidate.offer.peer_id)
+            log.info("%s did not take the job: %s", candidate.offer.peer_id, last)
+        raise last if last is not None else WorkerFault("no worker was asked")
+
+    async def _ask(self, candidate: Candidate) -> None:
+        client, offer = self._client, candidate.offer
+        input_limit = client.count_tokens(candidate.model, self._messages)
+        price, params = candidate.model.price, self._params
+        needed = pricing.cost(price, input_limit, params.max_tokens)
+        channel, self.allocation_transaction = await client.wallet.ensure_channel(offer, needed)
+        peer = await client.reach(offer)
+        deadline = client.now_ms() + client.settings.deadline_ms
+        draft = AskMessage(
+            job_id=bytes(self.job_id),
+            part=0,
+            channel_id=bytes(channel.channel_id),
+            worker=bytes(offer.worker),
+            model_id=candidate.model.model_id,
+            offer_hash=bytes(offer.hash),
+            deadline=deadline,
+            messages=self._messages,
+            params=params,
+            signature=bytes(65),
+            cumulative=bytes(16),
+            voucher_signature=bytes(65),
+        )
+        ask = ask_struct(draft)
+        terms = Terms(
+            domain=client.domain,
+            ask=ask,
+            params=params,
+            price=price,
+            input_limit=input_limit,
+            receiver_authorizer=channel.config.receiver_authorizer,
+            payer_authorizer=channel.config.payer_authorizer,
+            tick_tokens=offer.document.tick_tokens,
+            credit_tokens=offer.document.credit_tokens,
+        )
+        await Part(self, candidate, terms, draft, peer).begin()

@@ -1,0 +1,271 @@
+"""The client library: find a worker, pay it, stream from it, check it.
+
+    async with Client.connect(config) as client:
+        await client.deposit(5_000_000)
+        async with client.chat("smollm2-135m-instruct", [{"role": "user", "content": "Hello"}]) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+        print(stream.receipt)
+
+Imports neither torch nor the worker. Everything a `Client` holds is handed to it (`node.client.connect` builds it from a
+`Config`), so tests give it a network in memory and a chain in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from node.client.chat import ChatStream
+from node.client.settings import ClientSettings
+from node.client.wallet import ClientWallet
+from node.errors import ConfigError, NetworkError, NodeError, NoWorker, Timeout
+from node.network.discovery import OfferBook, discover, fetch_offer
+from node.ports import Network, TxResult
+from node.store.channels import ChannelBook
+from protocol.channel import Change, ChannelState, apply
+from protocol.errors import InvalidValue, RemoteProtocolError
+from protocol.ids import ChannelId, JobId, ModelId, PeerId
+from protocol.keys import PrivateKey
+from protocol.messages import ChatMessage, Params, checked
+from protocol.offers import ModelOffer, VerifiedOffer
+from protocol.selection import Candidate, History, Policy, Request, Selection, choose
+from protocol.typed_data import Domain
+
+if TYPE_CHECKING:
+    from node.config import Config
+
+log = logging.getLogger(__name__)
+TokenCounter = Callable[[ModelId, Sequence[ChatMessage]], int | None]
+"""Exact prompt length by the model's own tokenizer, or None where it is not at hand."""
+
+TEMPLATE_TOKENS = 256
+"""Allowance for what a chat template adds around the messages when we cannot count exactly."""
+TOKENS_PER_MESSAGE = 16
+
+
+class RunningCost:
+    """Cost so far of the parts under way, per channel; shared by all streams of a client."""
+
+    def __init__(self) -> None:
+        self._running: dict[ChannelId, dict[tuple[JobId, int], int]] = {}
+
+    def set(self, channel: ChannelId, part: tuple[JobId, int], cost: int) -> None:
+        self._running.setdefault(channel, {})[part] = cost
+
+    def drop(self, channel: ChannelId, part: tuple[JobId, int]) -> None:
+        parts = self._running.get(channel)
+        if parts is not None:
+            parts.pop(part, None)
+
+    def total(self, channel: ChannelId) -> int:
+        return sum(self._running.get(channel, {}).values())
+
+
+class Client:
+    """One paying identity: a payer's funds, a session key, a journal."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        wallet: ClientWallet,
+        offers: OfferBook,
+        settings: ClientSettings,
+        spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        now_ms: Callable[[], int],
+        random32: Callable[[], bytes],
+        bootstrap: tuple[str, ...] = (),
+        counter: TokenCounter | None = None,
+    ) -> None:
+        self.network = network
+        self.wallet = wallet
+        self.offers = offers
+        self.settings = settings
+        self.spawn = spawn
+        self.now_ms = now_ms
+        self.random32 = random32
+        self.meter = RunningCost()
+        self.history: dict[PeerId, History] = {}
+        self._bootstrap = bootstrap
+        self._counter = counter
+
+    @staticmethod
+    def connect(config: Config, **options: Any) -> AbstractAsyncContextManager[Client]:
+        """A client with real network, chain and journal. See `node.client.connect.connect` for the options."""
+        from node.client.connect import connect
+
+        return connect(config, **options)
+
+    # -------------------------------------------------------------------------------------------------- shortcuts
+
+    @property
+    def session(self) -> PrivateKey:
+        return self.wallet.session
+
+    @property
+    def book(self) -> ChannelBook:
+        return self.wallet.book
+
+    @property
+    def domain(self) -> Domain:
+        return self.wallet.domain
+
+    def preview(self, channel_id: ChannelId, change: Change) -> ChannelState:
+        """The state that a change will lead to; nothing happens yet."""
+        state, _ = apply(self.book.channels[channel_id], change)
+        return state
+
+    # ------------------------------------------------------------------------------------------------------ money
+
+    async def deposit(self, amount: int) -> list[TxResult]:
+        """Put `amount` (smallest unit of the default token) into the vault: the only transaction a client needs."""
+        return await self.wallet.deposit(amount)
+
+    async def balance(self) -> int:
+        return await self.wallet.balance()
+
+    # ------------------------------------------------------------------------------------------------------- chat
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        *,
+        policy: Policy | None = None,
+        **params: Any,
+    ) -> ChatStream:
+        """A streamed answer, as an async context manager. `params` are the fields of `protocol.messages.Params`.
+
+        Entering it raises `NoWorker` (with the reasons, per worker), `InsufficientFunds`, `Refused`, `WorkerFault`,
+        `Timeout`, `NetworkError` or `ChainError`; iterating it raises `WorkerFault`, `VerificationFailed` or `Timeout`.
+        """
+        typed = _messages(messages)
+        wanted = _params(params)
+        policy = self._policy(policy)
+        return ChatStream(self, model, typed, wanted, lambda: self.select(model, typed, wanted, policy))
+
+    def select(
+        self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy
+    ) -> list[Candidate]:
+        """Workers for a request, best first. Raises `NoWorker`."""
+        selection = self.explain(model, messages, params, policy)
+        if not selection.ranked:
+            reasons = {str(peer): tuple(r.value for r in why) for peer, why in selection.rejected.items()}
+            raise NoWorker(
+                f"no worker can serve {model!r}" + (f" ({len(reasons)} offers looked at)" if reasons else ": no offers"),
+                reasons,
+                hint="; ".join(f"{peer[-8:]}: {', '.join(why)}" for peer, why in list(reasons.items())[:4])
+                or "name a worker with --worker MULTIADDR, or set p2p.bootstrap",
+            )
+        return list(selection.ranked)
+
+    def explain(
+        self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy
+    ) -> Selection:
+        """The whole choice: ranks and scores, and why not, per worker."""
+        offers = self.offers.current()
+        model_id = self._model_id(model, offers)
+        known = next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
+        tokens = self.count_tokens(known, messages) if known else 0
+        return choose(offers, Request(model_id, tokens, params), policy, self.history, self.now_ms())
+
+    def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage]) -> int:
+        """Prompt tokens: exact where the model's tokenizer is at hand, else an upper bound.
+
+        The bound holds for byte-level tokenizers: no text has more tokens than bytes.
+        """
+        exact = self._counter(ModelId(model.model_id), messages) if self._counter else None
+        if exact is not None:
+            return exact
+        size = sum(len(m.content.encode()) + TOKENS_PER_MESSAGE for m in messages)
+        return min(size + TEMPLATE_TOKENS, model.context_length)
+
+    def _model_id(self, model: str, offers: Sequence[VerifiedOffer]) -> ModelId:
+        try:
+            return ModelId.from_cid(model)
+        except InvalidValue:
+            pass
+        ids = {ModelId(m.model_id) for o in offers for m in o.document.models if m.name == model}
+        if len(ids) > 1:
+            listed = ", ".join(sorted(str(i) for i in ids))
+            raise ConfigError(f"several models are called {model!r}", hint=f"name one by its id: {listed}")
+        return ids.pop() if ids else ModelId(bytes(32))
+
+    def _policy(self, policy: Policy | None) -> Policy:
+        policy = policy or Policy()
+        if policy.max_cost is None and self.settings.max_cost:
+            policy = replace(policy, max_cost=self.settings.max_cost)
+        return policy
+
+    # ---------------------------------------------------------------------------------------------------- workers
+
+    async def discover(self) -> list[str]:
+        """Dial the bootstrap peers and fetch their offers; returns what failed, in words."""
+        return await discover(self.network, self.offers, self._bootstrap)
+
+    async def meet(self, multiaddr: str) -> VerifiedOffer:
+        """Dial one worker and fetch its offer. Raises `NetworkError`, `Timeout` or `RemoteProtocolError`."""
+        peer = await self.network.connect(multiaddr)
+        return await fetch_offer(self.network, self.offers, peer)
+
+    async def reach(self, offer: VerifiedOffer) -> PeerId:
+        """Be connected to a worker. Raises `NetworkError` naming every address that failed."""
+        if offer.peer_id in self.network.peers:
+            return offer.peer_id
+        failures = []
+        for address in offer.document.addresses:
+            try:
+                return await self.network.connect(address)
+            except NetworkError as error:
+                failures.append(f"{address}: {error}")
+        raise NetworkError(f"{offer.peer_id} cannot be reached", hint="; ".join(failures) or "its offer has no address")
+
+    async def refresh_offers(self) -> None:
+        """Fetch again from every peer whose offer is about to expire; a worker that does not answer is forgotten."""
+        now = self.now_ms()
+        for offer in self.offers.current():
+            if offer.document.expires - now > 15_000:
+                continue
+            try:
+                with trio.fail_after(5):
+                    await self.reach(offer)
+                    await fetch_offer(self.network, self.offers, offer.peer_id, timeout_s=5)
+            except (NodeError, RemoteProtocolError, trio.TooSlowError) as error:
+                log.info("%s no longer offers: %s", offer.peer_id, error)
+
+    def succeeded(self, peer: PeerId, tokens: int, seconds: float) -> None:
+        """Take a finished part into the history: speed as an average that forgets by halves."""
+        seen = self.history.get(peer, History())
+        speed = tokens / seconds if seconds > 0 else seen.tokens_per_second
+        mean = speed if not seen.tokens_per_second else (seen.tokens_per_second + speed) / 2
+        self.history[peer] = replace(seen, tokens_per_second=mean, completed=seen.completed + 1, failures=0)
+
+    def failed(self, peer: PeerId) -> None:
+        seen = self.history.get(peer, History())
+        self.history[peer] = replace(seen, failures=seen.failures + 1, last_failure_ms=self.now_ms())
+
+
+def _messages(messages: Sequence[Mapping[str, str] | ChatMessage]) -> tuple[ChatMessage, ...]:
+    try:
+        return tuple(
+            checked(m if isinstance(m, ChatMessage) else ChatMessage(**m))  # type: ignore[arg-type]
+            for m in messages
+        )
+    except (TypeError, InvalidValue) as error:
+        raise ConfigError(f"the messages are not valid: {error}", hint='[{"role": "user", "content": "..."}]') from None
+
+
+def _params(params: Mapping[str, Any]) -> Params:
+    try:
+        return checked(Params(**params))
+    except (TypeError, InvalidValue) as error:
+        raise ConfigError(f"the parameters are not valid: {error}") from None
+
+
+__all__ = ["Client", "NetworkError", "Timeout", "TokenCounter"]

@@ -1,0 +1,287 @@
+"""One worker's part of a chat: ask, read, pay, verify, acknowledge.
+
+The order is the promise: job and first voucher are journaled before the ask leaves, each voucher before it leaves, the
+verified receipt before the ack. Nothing unverified is paid; a part that breaks off owes what it delivered and no more.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from node.client.values import ChatChunk, PartRecord, Usage
+from node.errors import NodeError, Refused, Timeout, VerificationFailed, WorkerFault
+from node.network.drive import JobStream
+from node.ports import StreamClosed
+from node.store.faults import fault_point
+from protocol.channel import Change, JobEnded, JobOpened, VoucherAdded
+from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
+from protocol.ids import PeerId
+from protocol.job import JobClient, Terms
+from protocol.messages import (
+    JOB_PROTOCOL,
+    Abort,
+    Accept,
+    Ack,
+    AskMessage,
+    Chunk,
+    FinishReason,
+    ReceiptMessage,
+    Refuse,
+    VoucherMessage,
+    amount_to_wire,
+    encode,
+)
+from protocol.payment import first_voucher, last_voucher, next_voucher
+from protocol.selection import Candidate
+from protocol.typed_data import Voucher
+
+if TYPE_CHECKING:
+    from node.client.chat import ChatStream
+
+log = logging.getLogger(__name__)
+
+
+class Part:
+    """One worker's part of a chat, from the ask to the ack."""
+
+    def __init__(self, chat: ChatStream, candidate: Candidate, terms: Terms, draft: AskMessage, peer: PeerId) -> None:
+        self.chat = chat
+        self.client = chat._client
+        self.candidate = candidate
+        self.terms = terms
+        self.draft = draft
+        self.peer = peer
+        self.machine = JobClient(terms)
+        self.channel_id = terms.ask.channel_id
+        self.key = (terms.ask.job_id, terms.ask.part)
+        self.link: JobStream[JobClient] | None = None
+        self._overflow: ChatChunk | None = None
+
+    async def begin(self) -> None:
+        """Send the ask and wait for the answer; then the rest goes on in a task of its own."""
+        chat, client = self.chat, self.client
+        stream = await client.network.open_stream(self.peer, JOB_PROTOCOL)
+        self.link = JobStream(stream, self.machine)
+        try:
+            ask = await self._journal_ask()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+            raise
+        try:
+            fault_point("send.ask")
+            chat.timings.asked = self._elapsed()
+            await self.link.send(ask)
+            with trio.fail_after(client.settings.first_token_ms / 1000):
+                answer = await self.link.receive()
+        except (StreamClosed, RemoteProtocolError, trio.TooSlowError) as error:
+            await self._broken(error)
+            raise self._blame(error) from error
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._broken(None)
+            raise
+        if isinstance(answer, Refuse):
+            await self._refused(answer)
+        if not isinstance(answer, Accept):
+            error = RemoteProtocolError(WireCode.UNEXPECTED, f"{type(answer).__name__} as an answer to an ask")
+            await self._broken(error)
+            raise self._blame(error)
+        chat.timings.accepted = self._elapsed()
+        chat.worker, chat.channel_id, chat._link = self.peer, self.channel_id, self.link
+        client.spawn(self._run)
+
+    async def _journal_ask(self) -> AskMessage:
+        """Reserve the job's cost and sign the first voucher: one journal entry before one write."""
+        client, terms = self.client, self.terms
+        opening = JobOpened(self.channel_id, *self.key, 0, terms.limit)
+        state = client.preview(self.channel_id, opening)
+        input_cost = terms.spent(terms.input_limit, 0)
+        cumulative = first_voucher(state, client.meter.total(self.channel_id), input_cost, terms.tick)
+        voucher = client.session.sign(Voucher(self.channel_id, cumulative).digest(terms.domain))
+        changes: list[Change] = [opening]
+        if cumulative > state.cumulative:
+            changes.append(VoucherAdded(self.channel_id, cumulative, voucher))
+        client.meter.set(self.channel_id, self.key, 0)
+        await client.book.change(changes)
+        draft = self.draft
+        return AskMessage(
+            **{
+                **{name: getattr(draft, name) for name in AskMessage.__struct_fields__},
+                "signature": client.session.sign(terms.ask.digest(terms.domain)),
+                "cumulative": amount_to_wire(cumulative),
+                "voucher_signature": voucher,
+            }
+        )
+
+    # ------------------------------------------------------------------------------------------------- streaming
+
+    async def _run(self) -> None:
+        chat, client = self.chat, self.client
+        try:
+            with chat._scope:
+                await self._pump()
+            if chat._scope.cancelled_caught:
+                raise StreamClosed("the caller left")
+        except (StreamClosed, RemoteProtocolError, trio.TooSlowError) as error:
+            chat._error = self._blame(error)
+            await self._broken(error)
+        except BaseException as error:
+            chat._error = error
+            with trio.CancelScope(shield=True):
+                await self._broken(None)
+            raise
+        finally:
+            client.meter.drop(self.channel_id, self.key)
+            chat.timings.finished = self._elapsed()
+            chat._settled.set()
+            chat._send.close()
+
+    async def _pump(self) -> None:
+        chat, client, machine = self.chat, self.client, self.machine
+        deadline = trio.current_time() + client.settings.deadline_ms / 1000
+        wait_ms = client.settings.first_token_ms
+        while True:
+            with trio.fail_at(min(deadline, trio.current_time() + wait_ms / 1000)):
+                message = await self._stream.receive()
+            wait_ms = client.settings.stall_ms
+            match message:
+                case Chunk():
+                    if not chat.timings.first_token:
+                        chat.timings.first_token = self._elapsed()
+                    chat.usage = Usage(machine.input_tokens or 0, machine.output_tokens)
+                    chat.cost = machine.spent
+                    client.meter.set(self.channel_id, self.key, machine.spent)
+                    chunk = ChatChunk(message.text, message.token_ids, chat.usage, chat.cost)
+                    self._offer(chunk)
+                    await self._pay()
+                    await self._room()
+                case ReceiptMessage():
+                    await self._settle(message)
+                    return
+                case Abort():
+                    raise RemoteProtocolError(message.code, message.detail or "the worker broke off")
+                case _:
+                    raise RemoteProtocolError(WireCode.UNEXPECTED, f"{type(message).__name__} in a stream")
+
+    @property
+    def _stream(self) -> JobStream[JobClient]:
+        if self.link is None:
+            raise LocalProtocolError("the part has not begun")
+        return self.link
+
+    def _offer(self, chunk: ChatChunk) -> None:
+        """Hand a chunk to the reader; one who has left gets nothing more."""
+        self._overflow = None
+        try:
+            self.chat._send.send_nowait(chunk)
+        except trio.WouldBlock:
+            self._overflow = chunk
+        except trio.BrokenResourceError:
+            pass
+
+    async def _room(self) -> None:
+        """Wait for a slow reader, after paying: what is not read is not asked for much longer."""
+        if self._overflow is not None:
+            try:
+                await self.chat._send.send(self._overflow)
+            except trio.BrokenResourceError:
+                pass
+
+    async def _pay(self) -> None:
+        """Write a voucher when the last one no longer covers half a tick."""
+        client = self.client
+        state = client.book.channels[self.channel_id]
+        target = next_voucher(state, client.meter.total(self.channel_id), self.terms.tick)
+        if target is None:
+            return
+        signature = client.session.sign(Voucher(self.channel_id, target).digest(self.terms.domain))
+        await client.book.change([VoucherAdded(self.channel_id, target, signature)])
+        fault_point("send.voucher")
+        try:
+            await self._stream.send(VoucherMessage(cumulative=amount_to_wire(target), signature=signature))
+        except LocalProtocolError:
+            pass  # the caller cancelled meanwhile; the ack will carry it
+
+    # ---------------------------------------------------------------------------------------------------- ending
+
+    async def _settle(self, message: ReceiptMessage) -> None:
+        """The machine has verified the receipt: journal it with the voucher that pays the rest, then acknowledge."""
+        chat, client, receipt = self.chat, self.client, self.machine.receipt
+        if receipt is None:
+            raise LocalProtocolError("a receipt that was not verified")
+        ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
+        client.meter.drop(self.channel_id, self.key)
+        changes: list[Change] = [ended]
+        state = client.preview(self.channel_id, ended)
+        cumulative, signature = state.cumulative, state.voucher_signature
+        target = last_voucher(state, client.meter.total(self.channel_id))
+        if target is not None:
+            cumulative = target
+            signature = client.session.sign(Voucher(self.channel_id, target).digest(self.terms.domain))
+            # Before the end of the job: its reservation is what covers this voucher.
+            changes.insert(0, VoucherAdded(self.channel_id, target, signature))
+        elif not signature:
+            signature = client.session.sign(Voucher(self.channel_id, cumulative).digest(self.terms.domain))
+        await client.book.change(changes)
+        chat.receipt, chat.receipt_signature = receipt, message.signature
+        chat.finish_reason = FinishReason(receipt.finish_reason)
+        chat.usage, chat.cost = Usage(receipt.input_tokens, receipt.output_tokens), receipt.cost
+        chat.parts.append(PartRecord(self.peer, self.channel_id, receipt, message.signature, receipt.cost))
+        client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
+        fault_point("send.ack")
+        try:
+            await self._stream.send(Ack(cumulative=amount_to_wire(cumulative), signature=signature))
+            await self._stream.stream.aclose()
+        except StreamClosed:
+            log.info("%s was gone before our ack; its voucher is journaled and goes with the next job", self.peer)
+
+    async def _refused(self, answer: Refuse) -> None:
+        await self._journal_end(0)
+        await self._stream.stream.aclose()
+        if answer.offer is not None:
+            try:
+                self.client.offers.learn(answer.offer, peer=self.peer)
+            except RemoteProtocolError as error:
+                log.info("the offer that came with a refusal is no good: %s", error)
+        raise Refused(answer.reason, answer.detail)
+
+    async def _broken(self, error: BaseException | None) -> None:
+        """The part ended without a receipt: what was delivered is owed and no more."""
+        with trio.CancelScope(shield=True):
+            if self.chat.parts and self.chat.parts[-1].receipt is not None:
+                return  # settled before the stream broke
+            spent = self.machine.spent
+            await self._journal_end(spent)
+            self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))
+            self.client.failed(self.peer)
+            if self.link is None:
+                return
+            if isinstance(error, RemoteProtocolError) and not self.machine.over:
+                await self._stream.abort(error.code, error.detail)
+            else:
+                await self._stream.stream.reset()
+
+    async def _journal_end(self, spent: int) -> None:
+        client = self.client
+        client.meter.drop(self.channel_id, self.key)
+        if self.key in client.book.channels[self.channel_id].open_jobs:
+            await client.book.change([JobEnded(self.channel_id, *self.key, spent, 0, b"")])
+
+    def _blame(self, error: BaseException) -> NodeError:
+        if isinstance(error, trio.TooSlowError):
+            return Timeout(f"{self.peer} did not go on in time", hint="another worker may be faster; see `gristmill offers`")
+        if isinstance(error, RemoteProtocolError):
+            if error.code in (WireCode.BAD_RECEIPT, WireCode.BAD_SIGNATURE) and self.machine.receipt is None:
+                return VerificationFailed(f"{self.peer}: {error.detail}. It is not paid for more.")
+            return WorkerFault(f"{self.peer} broke off: {error}")
+        return WorkerFault(
+            f"{self.peer} stopped after {self.machine.output_tokens} tokens: {error}",
+            hint="you keep what was delivered; `gristmill channels close` brings the rest of the channel back",
+        )
+
+    def _elapsed(self) -> float:
+        return trio.current_time() - self.chat._begun

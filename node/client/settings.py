@@ -1,0 +1,24 @@
+"""What the client library needs to know; frozen, made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Times in milliseconds, amounts in the smallest unit."""
+
+    allocation: int = 1_000_000
+    """Locked for a worker when a channel to it opens; more when a job needs more."""
+    withdraw_delay_s: int = 3600
+    allocation_valid_s: int = 3600
+    """How long a signed allocation may be submitted."""
+    max_cost: int = 0
+    """Most for one job; 0 = no limit of ours."""
+    deadline_ms: int = 120_000
+    first_token_ms: int = 30_000
+    stall_ms: int = 15_000
+    open_timeout_ms: int = 30_000
+    attempts: int = 3
+    """Workers tried before the first token."""

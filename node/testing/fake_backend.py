@@ -1,0 +1,85 @@
+"""A model runtime without a model: deterministic, instant, and able to misbehave. Product code: our tests and yours use it.
+
+The "model" answers with words made from a hash of the prompt, one token each. It is no language model and says so in its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from node.errors import ModelError, PromptInvalid
+from node.ports import ModelInfo, Prompt, Step
+from protocol.ids import ModelId
+from protocol.messages import ChatMessage, FinishReason, Params
+
+FAKE_MODEL = ModelId.of_manifest(b"gristmill fake model")
+
+
+@dataclass(slots=True)
+class FakeSettings:
+    """How the fake behaves; change it while it runs."""
+
+    tokens: int = 40
+    """Length of an answer that is not cut by `max_tokens`."""
+    seconds_per_token: float = 0.0
+    prefill_seconds: float = 0.0
+    fail_after: int | None = None
+    """Raise `ModelError` after so many tokens."""
+    slots: int = 64
+
+
+class FakeBackend:
+    """Implements `node.ports.Backend`."""
+
+    def __init__(self, settings: FakeSettings | None = None) -> None:
+        self.settings = settings or FakeSettings()
+        self.produced = 0
+        """Tokens handed out since the start: what work a client caused."""
+        self.aborted = 0
+        """Streams that ended before their last token."""
+        self._active = 0
+        self._info = ModelInfo(FAKE_MODEL, "fake", 8192, "none", "fake")
+
+    @property
+    def models(self) -> Mapping[ModelId, ModelInfo]:
+        return {FAKE_MODEL: self._info}
+
+    @property
+    def free_slots(self) -> int:
+        return self.settings.slots - self._active
+
+    def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
+        if model != FAKE_MODEL:
+            raise ModelError(f"model {model} is not loaded")
+        text = "\n".join(f"{m.role}: {m.content}" for m in messages)
+        if not text.strip():
+            raise PromptInvalid("the messages are empty")
+        return Prompt(model, tuple(len(word) for word in text.split()))
+
+    async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
+        settings = self.settings
+        total = min(settings.tokens, params.max_tokens)
+        seed = hashlib.sha256(repr((prompt.token_ids, params.seed)).encode()).digest()
+        self._active += 1
+        done = False
+        try:
+            await trio.sleep(settings.prefill_seconds)
+            for position in range(len(resume), total):
+                await trio.sleep(settings.seconds_per_token)
+                if settings.fail_after is not None and position >= settings.fail_after:
+                    raise ModelError("the fake model was told to fail")
+                token = int.from_bytes(hashlib.sha256(seed + position.to_bytes(4)).digest()[:2])
+                self.produced += 1
+                last = position == total - 1
+                reason = None
+                if last:
+                    reason = FinishReason.LENGTH if total == params.max_tokens else FinishReason.STOP
+                    done = True
+                yield Step((token,), f"w{token} ", reason)
+        finally:
+            self._active -= 1
+            self.aborted += not done
