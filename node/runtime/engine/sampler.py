@@ -18,6 +18,7 @@ from node.runtime.engine.sequence import Sampling
 DOMAIN = 0x474D5331
 WEIGHT_UNIT = 1 << 40
 _MASK = 0xFFFFFFFF
+_START = 256
 
 
 class UnusableLogits(ValueError):
@@ -65,14 +66,9 @@ def survivors(scores: Tensor, sampling: Sampling) -> Tensor | None:
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0):
         return None
     top = scores.max()
-    ranked: Tensor | None = None
-    if sampling.top_k or sampling.top_p < 1:
-        ranked = _ranking(scores, sampling.top_k)
-    if sampling.top_p < 1 and ranked is not None:
-        reached = _weights(scores[ranked], top).cumsum(0)
-        threshold = math.ceil(sampling.top_p * float(int(reached[-1])))
-        kept = int((reached < threshold).sum()) + 1
-        ranked = ranked[:kept]
+    ranked = _first(scores, sampling.top_k) if sampling.top_k else None
+    if sampling.top_p < 1:
+        ranked = _nucleus(scores, top, ranked, sampling.top_p)
     if sampling.min_p > 0:
         if ranked is None:
             ranked = torch.arange(len(scores), device=scores.device)
@@ -80,14 +76,25 @@ def survivors(scores: Tensor, sampling: Sampling) -> Tensor | None:
     return ranked
 
 
-def _ranking(scores: Tensor, top_k: int) -> Tensor:
-    """Ids by score descending, then id ascending; the first `top_k` of them when it is not 0."""
-    if 0 < top_k < len(scores) // 8:  # far cheaper than sorting a whole vocabulary; ties at the edge stay in
-        edge = scores.topk(top_k).values[-1]
-        candidates = (scores >= edge).nonzero()[:, 0]
-        return candidates[scores[candidates].sort(descending=True, stable=True).indices][:top_k]
-    ranked = scores.sort(descending=True, stable=True).indices
-    return ranked[:top_k] if top_k else ranked
+def _nucleus(scores: Tensor, top: Tensor, ranked: Tensor | None, top_p: float) -> Tensor:
+    """Rule 8 on the ranked ids, or on the whole vocabulary when `ranked` is None."""
+    total = int(_weights(scores if ranked is None else scores[ranked], top).sum())
+    threshold = math.ceil(top_p * float(total))
+    size = _START
+    while True:  # most of the weight is in few tokens: rank those, and more only when they do not suffice
+        head = _first(scores, size) if ranked is None else ranked
+        reached = _weights(scores[head], top).cumsum(0)
+        if int(reached[-1]) >= threshold or ranked is not None or size >= len(scores):
+            return head[: int((reached < threshold).sum()) + 1]
+        size *= 16
+
+
+def _first(scores: Tensor, count: int) -> Tensor:
+    """The first `count` ids of the ranking: by score descending, then by id ascending."""
+    if count < len(scores) // 8:  # far cheaper than sorting a whole vocabulary; all ties at the edge are candidates
+        candidates = (scores >= scores.topk(count).values[-1]).nonzero()[:, 0]
+        return candidates[scores[candidates].sort(descending=True, stable=True).indices][:count]
+    return scores.sort(descending=True, stable=True).indices[:count]
 
 
 def _weights(scores: Tensor, top: Tensor) -> Tensor:

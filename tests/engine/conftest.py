@@ -1,0 +1,81 @@
+"""Models for the engine's tests: tiny ones with random weights, and the real one where its package is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a tiny Llama with seeded random weights; keyword arguments change its config."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from node.runtime.engine.models.llama import LlamaConfig
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        config = {**TINY, **changes}
+        generator = torch.Generator().manual_seed(11)
+        weights = {}
+        for name, shape in LlamaConfig.parse(config).shapes().items():
+            noise = torch.randn(shape, generator=generator)
+            weights[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_model: Callable[..., Path]) -> Path:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of SmolLM2-135M-Instruct, converted for this run; GRISTMILL_TEST_MODELS names a store that has it already."""
+    for package in ("torch", "gguf", "tokenizers"):
+        pytest.importorskip(package)
+    from node.models.packages import KNOWN, add_known, installed
+    from node.models.store import ModelStore
+
+    name = "smollm2-135m-instruct"
+    kept = os.environ.get("GRISTMILL_TEST_MODELS")
+    if not kept and installed(KNOWN[name]) is None:
+        pytest.skip(f"the model package {KNOWN[name].requirement} is not installed")
+    store = ModelStore(Path(kept) if kept else tmp_path_factory.mktemp("store"))
+    manifest = add_known(store, name, progress=False)
+    yield store.path(manifest.id)
+    if not kept:
+        store.remove(manifest.id)
