@@ -14,7 +14,7 @@ from node.chain.artifacts import Contract, contract, error_name
 from node.chain.deployment import Deployment
 from node.chain.eth import Eth
 from node.chain.rpc import JsonRpc, Reverted
-from node.chain.txs import Journal, PendingTx, TxPolicy, TxSender, no_journal
+from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
 from node.chain.watcher import Watcher
 from node.errors import ChainError
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult
@@ -101,7 +101,7 @@ class EvmChain:
         *,
         journal: Journal = no_journal,
         pending: Iterable[PendingTx] = (),
-        policy: TxPolicy = TxPolicy(),
+        policy: TxPolicy = DEFAULT_POLICY,
         poll: float = 2.0,
         timeout: float = 20.0,
     ) -> EvmChain:
@@ -158,20 +158,20 @@ class EvmChain:
     async def token_balance(self, token: Address, account: Address) -> int:
         if token == ZERO_ADDRESS:
             return await self.native_balance(account)
-        return await self._view(contract("TestToken"), token, "balanceOf", account)
+        return int(await self._view(contract("TestToken"), token, "balanceOf", account))
 
     async def vault_balance(self, token: Address, account: Address) -> int:
-        return await self._view(self._vault, self.deployment.vault, "balanceOf", token, account)
+        return int(await self._view(self._vault, self.deployment.vault, "balanceOf", token, account))
 
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
         found = await self._view(self._channels, self.deployment.channels, "channel", channel_id)
         return ChannelOnChain(*found)
 
     async def owed(self, receiver: Address, token: Address) -> int:
-        return await self._view(self._channels, self.deployment.channels, "owed", receiver, token)
+        return int(await self._view(self._channels, self.deployment.channels, "owed", receiver, token))
 
     async def payout_of(self, worker: Address) -> Address:
-        return await self._view(self._workers, self.deployment.workers, "payoutOf", worker)
+        return Address(await self._view(self._workers, self.deployment.workers, "payoutOf", worker))
 
     async def worker_nonce(self, hot_key: Address) -> int:
         """Nonce that the next `HotKey` consent must carry."""

@@ -40,11 +40,6 @@ def _prefix(length: int, offset: int) -> bytes:
     return bytes((offset + 55 + len(size),)) + size
 
 
-def created_address(sender: Address, nonce: int) -> Address:
-    """Where CREATE puts a contract."""
-    return Address(keccak256(rlp([bytes(sender), nonce]))[12:])
-
-
 @dataclass(frozen=True, slots=True)
 class Transaction:
     """One unsigned dynamic-fee transaction."""

@@ -11,7 +11,7 @@ Rules:
 - A transaction that waits too long is replaced at the same nonce with higher fees; one that the node forgot is sent again.
 
 Journal records (kind, subject, body): ``tx_signed`` before each send, ``tx_final`` with the receipt, ``tx_dropped`` when the
-nonce is known to be free or another's. Subject is the account's address; integers over 2^53 are decimal strings.
+nonce is known to be free or another's. Subject is the account, 20 bytes; amounts are decimal strings.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from protocol.errors import InvalidValue
 from protocol.ids import Address
 from protocol.keys import PrivateKey
 
-Journal = Callable[[str, str, Mapping[str, Any]], Awaitable[None]]
+Journal = Callable[[str, bytes, Mapping[str, Any]], Awaitable[None]]
 ErrorName = Callable[[bytes], str]
 
 GWEI = 10**9
 
 
-async def no_journal(kind: str, subject: str, body: Mapping[str, Any]) -> None:
+async def no_journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
     """For throw-away keys on simulated chains only: a crash forgets what was sent."""
 
 
@@ -61,6 +61,7 @@ class TxPolicy:
     """Never more than this, bumps included."""
 
 
+DEFAULT_POLICY = TxPolicy()
 DEVNET_POLICY = TxPolicy(poll=0.01, bump_after=5.0, give_up_after=60.0)
 
 
@@ -136,7 +137,7 @@ class TxSender:
         *,
         journal: Journal = no_journal,
         error_name: ErrorName = lambda data: data[:4].hex(),
-        policy: TxPolicy = TxPolicy(),
+        policy: TxPolicy = DEFAULT_POLICY,
     ) -> None:
         self._eth = eth
         self._key = key
@@ -217,7 +218,7 @@ class TxSender:
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
         attempt = PendingTx(purpose, transaction.sign(self._key))
-        await self._journal("tx_signed", str(self.account), attempt.to_body())
+        await self._journal("tx_signed", bytes(self.account), attempt.to_body())
         try:
             await self._broadcast(attempt)
         except _NonceTaken:
@@ -323,7 +324,7 @@ class TxSender:
             if bumped is None:
                 return  # at the cap: keep waiting
             attempt = PendingTx(last.purpose, bumped.sign(self._key))
-            await self._journal("tx_signed", str(self.account), attempt.to_body())
+            await self._journal("tx_signed", bytes(self.account), attempt.to_body())
             attempts.append(attempt)
             await self._eth.send_raw(attempt.signed.raw)
         except (RpcError, RpcUnavailable):
@@ -342,7 +343,7 @@ class TxSender:
             "ok": receipt.ok,
             "error": error,
         }
-        await self._journal("tx_final", str(self.account), body)
+        await self._journal("tx_final", bytes(self.account), body)
         result = TxResult(winner.purpose, receipt.hash, receipt.block_number, receipt.gas_used, receipt.ok, error)
         return result, receipt
 
@@ -360,4 +361,4 @@ class TxSender:
 
     async def _drop(self, attempt: PendingTx, why: str) -> None:
         body = {"nonce": attempt.signed.transaction.nonce, "hash": attempt.signed.hash.hex(), "reason": why}
-        await self._journal("tx_dropped", str(self.account), body)
+        await self._journal("tx_dropped", bytes(self.account), body)
