@@ -199,8 +199,14 @@ def _derive(kdf: str, given: _KdfParams, password: bytes, where: str) -> bytes:
         memory, work = 128 * given.n * given.r, given.n * given.r * given.p
         if given.n < 2 or given.n & (given.n - 1) or memory > MAX_SCRYPT_MEMORY or work > MAX_SCRYPT_WORK:
             raise _too_costly(where, f"scrypt n={given.n} r={given.r} p={given.p}", "n=262144 r=8 p=1")
+        if given.n >= 1 << 16 * given.r:  # beyond RFC 7914, which OpenSSL keeps to; the definition's own vector is
+            from Crypto.Protocol.KDF import scrypt
+
+            return bytes(scrypt(password, salt, 32, given.n, given.r, given.p))  # type: ignore[arg-type]
         # OpenSSL counts some bookkeeping too; our own bound above is the one that matters.
-        return hashlib.scrypt(password, salt=salt, n=given.n, r=given.r, p=given.p, maxmem=memory + (8 << 20), dklen=32)
+        return hashlib.scrypt(
+            password, salt=salt, n=given.n, r=given.r, p=given.p, maxmem=memory + (64 << 20), dklen=32
+        )
     if kdf == "pbkdf2" and given.c and given.prf == "hmac-sha256":
         if given.c > MAX_PBKDF2_ROUNDS:
             raise _too_costly(where, f"pbkdf2 c={given.c}", f"c={MAX_PBKDF2_ROUNDS}")
@@ -251,14 +257,16 @@ def read_private(path: Path, limit: int) -> bytes:
         raise KeyError_(f"{path} does not exist") from None
     except OSError as error:
         raise KeyError_(f"{path} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISFIFO(found.st_mode):
             _check_private(path, found, stat.S_ISREG, 0o600)
-        try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(limit + 1)
-        except OSError as error:
-            raise KeyError_(f"{path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise KeyError_(f"{path} cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
 
 
 def read_file(path: Path) -> _File:

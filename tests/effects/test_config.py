@@ -1,0 +1,259 @@
+"""Settings: which source wins, what is refused, and that a mistake is always told with its file and key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from node import config as module
+from node.config import KEYS, Config, load
+from node.errors import ConfigError
+from node.settings import PARSERS
+
+SOURCES = ("flag", "environment", "project", "user")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """`load` in a world of its own: `world(flag={...}, environment={...}, project=TOML, user=TOML)`."""
+    work, data = tmp_path / "work", tmp_path / "data"
+    work.mkdir()
+    data.mkdir()
+    monkeypatch.chdir(work)
+
+    def make(
+        *,
+        flag: dict[str, object] | None = None,
+        environment: dict[str, str] | None = None,
+        project: str | None = None,
+        user: str | None = None,
+    ) -> Config:
+        for path, content in ((work / "gristmill.toml", project), (data / "config.toml", user)):
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_text(content)
+        environ = {"GRISTMILL_DATA_DIR": str(data), "PATH": "/bin", **(environment or {})}
+        return load(flag, environ=environ)
+
+    return make
+
+
+def other_value(name: str, salt: int) -> Any:
+    """A valid value of a setting, different for each salt."""
+    key = KEYS[name]
+    special = {
+        "network": f"net{salt}",
+        "chain.rpc_urls": (f"http://127.0.0.1:{1000 + salt}",),
+        "p2p.listen": (f"/ip4/127.0.0.1/tcp/{salt + 1}",),
+        "p2p.bootstrap": (f"/ip4/127.0.0.1/tcp/{salt + 1}/p2p/x",),
+        "worker.payout": f"0x{salt + 1:040x}",
+        "engine.device": f"cuda:{salt}",
+        "engine.dtype": ("float32", "bfloat16", "float16", "float32")[salt],
+        "keys.scrypt_n": 1 << (12 + salt),
+        "store.group_commit_ms": salt,
+    }
+    if name in special:
+        return special[name]
+    if key.kind.startswith("Path"):
+        return Path(f"/somewhere/{salt}")
+    if key.kind == "bool":
+        return bool(salt % 2)
+    if key.kind == "int":
+        return (key.setting.low or 0) + salt
+    return (f"text{salt}",) if key.kind.startswith("tuple") else f"text{salt}"
+
+
+def as_toml(name: str, value: Any) -> str:
+    section, _, last = name.rpartition(".")
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return (f"[{section}]\n" if section else "") + f"{last} = {json.dumps(plain)}\n"
+
+
+def as_text(value: Any) -> str:
+    return (
+        ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if name != "data_dir"])
+@given(present=st.sets(st.sampled_from(SOURCES)))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_first_source_wins(world: Callable[..., Config], name: str, present: set[str]) -> None:
+    """Precedence, for every setting and every set of sources that have it; the origin says who won."""
+    values = {source: other_value(name, salt) for salt, source in enumerate(SOURCES)}
+    made = world(
+        flag={name: as_text(values["flag"])} if "flag" in present else None,
+        environment={KEYS[name].variable: as_text(values["environment"])} if "environment" in present else None,
+        project=as_toml(name, values["project"]) if "project" in present else None,
+        user=as_toml(name, values["user"]) if "user" in present else None,
+    )
+    winner = next((source for source in SOURCES if source in present), None)
+    assert made.get(name) == (KEYS[name].default if winner is None else values[winner])
+    ends = {"flag": "flag", "environment": KEYS[name].variable, "project": "gristmill.toml", "user": "config.toml"}
+    assert made.origins[name].endswith(ends[winner] if winner else "default")
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
+def test_every_setting_is_described(key: module.Key) -> None:
+    assert key.setting.doc.endswith(".") and key.kind in PARSERS
+    if key.kind == "int":
+        assert key.setting.low is not None and key.setting.high is not None
+        assert key.setting.low <= key.default <= key.setting.high
+        assert key.setting.unit or key.name == "keys.scrypt_n"
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS.values() if key.kind == "int"], ids=lambda key: key.name)
+def test_bounds_hold_on_both_sides(world: Callable[..., Config], key: module.Key) -> None:
+    low, high = key.setting.low, key.setting.high
+    assert low is not None and high is not None
+    for good in (low, high):
+        assert world(flag={key.name: good}).get(key.name) == good
+    for bad in (low - 1, high + 1, True, 1.5, "", "1e3", "0x10", "\u0661", "9" * 5000):
+        with pytest.raises(ConfigError, match=key.name):
+            world(flag={key.name: bad})
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        ("worker = 3", "worker is a section"),
+        ("[worker]\ntick_tokns = 3", "unknown key 'worker.tick_tokns'"),
+        ("[wroker]\ntick_tokens = 3", "unknown key 'wroker'"),
+        ("tick_tokens = 3", "unknown key 'tick_tokens'"),
+        ("[worker]\ntick_tokens = '64 tokens'", "worker.tick_tokens must be a whole number"),
+        ("[worker]\ntick_tokens = 0", "worker.tick_tokens must be 1 to 65536, not 0"),
+        ("[worker]\npayout = '0x1234'", "worker.payout not an address"),
+        ("[chain]\nrpc_urls = 'ftp://x'", "must be an http:// or https:// address"),
+        ("[chain]\nrpc_urls = ['http://x', 3]", "chain.rpc_urls must be text"),
+        ("[p2p]\nlisten = ['localhost:4001']", "p2p.listen must be a multiaddr"),
+        ("[p2p]\ngossip = 'perhaps'", "p2p.gossip must be true or false"),
+        ("[engine]\ndevice = 'tpu'", "engine.device must be cpu, cuda or cuda:N"),
+        ("[keys]\nscrypt_n = 5000", "keys.scrypt_n must be a power of two"),
+        ("[worker", "is not valid TOML"),
+        ("network = 'a'\nnetwork = 'b'", "is not valid TOML"),
+        ("x = " + "[" * 100_000, "is not valid TOML"),
+        ("network = 'a\u0000b'", "is not valid TOML"),
+    ],
+)
+def test_a_mistake_in_a_file_names_file_and_key(world: Callable[..., Config], toml: str, says: str) -> None:
+    for where, name in (("project", "gristmill.toml"), ("user", "config.toml")):
+        with pytest.raises(ConfigError) as caught:
+            world(**{where: toml})
+        assert name in caught.value.message and says in caught.value.message
+        assert len(caught.value.message) < 500
+
+
+def test_a_near_miss_is_suggested(world: Callable[..., Config]) -> None:
+    for attempt, near in (
+        ({"project": "[worker]\ntick_tokns = 3"}, "worker.tick_tokens"),
+        ({"project": "tick_tokens = 3"}, "worker.tick_tokens"),
+        ({"project": "[wroker]\nqueue = 3"}, "worker"),
+        ({"environment": {"GRISTMILL_WORKER_TICK_TOKENZ": "3"}}, "GRISTMILL_WORKER_TICK_TOKENS"),
+        ({"flag": {"client.allocaton": 3}}, "client.allocation"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            world(**attempt)  # type: ignore[arg-type]
+        assert caught.value.hint == f"did you mean {near}?"
+        assert caught.value.exit_status == 3
+
+
+def test_variables_that_are_no_settings_are_left_alone(world: Callable[..., Config]) -> None:
+    assert world(environment={name: "1" for name in module.NOT_SETTINGS - {"GRISTMILL_CONFIG"}}).network == "devnet"
+    assert world(environment={"GRISTMILL_SOMETHING_OF_YOURS": "1"}).network == "devnet"
+
+
+def test_an_rpc_address_is_never_repeated(world: Callable[..., Config]) -> None:
+    """It often carries an API key."""
+    with pytest.raises(ConfigError) as caught:
+        world(flag={"chain.rpc_urls": "htps://rpc.example/v2/SECRETKEY"})
+    assert "SECRETKEY" not in str(caught.value) + caught.value.hint
+
+
+def test_relative_paths_start_at_their_file(world: Callable[..., Config], tmp_path: Path) -> None:
+    line = "[chain]\ndeployment = 'here/deployment.json'"
+    assert world(project=line).chain.deployment == tmp_path / "work/here/deployment.json"
+    assert world(user=line).chain.deployment == tmp_path / "data/here/deployment.json"
+    assert world(flag={"chain.deployment": "here/d.json"}).chain.deployment == tmp_path / "work/here/d.json"
+
+
+def test_the_data_dir_moves_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    home = {"XDG_CONFIG_HOME": str(tmp_path / "xdg")}
+    (tmp_path / "xdg/gristmill").mkdir(parents=True)
+    (tmp_path / "xdg/gristmill/config.toml").write_text("network = 'fromxdg'")
+    made = load(environ=home)
+    assert made.network == "fromxdg" and made.data_dir == tmp_path / "share/gristmill"
+    moved = load({"data_dir": "moved"}, environ=home)
+    assert moved.network == "devnet"
+    assert moved.user_file == tmp_path / "moved/config.toml"
+    for path in (moved.keys_dir, moved.models_dir, moved.devnet_state, moved.journal("worker")):
+        assert path.is_relative_to(tmp_path / "moved")
+
+
+def test_a_running_devnet_fills_the_chain_and_nothing_else(world: Callable[..., Config], tmp_path: Path) -> None:
+    state = tmp_path / "data/devnet/state.json"
+    state.parent.mkdir()
+    state.write_text(json.dumps({"url": "http://127.0.0.1:8545", "deployment": "deployment.json", "pid": 1}))
+    made = world()
+    assert made.chain.rpc_urls == ("http://127.0.0.1:8545",)
+    assert made.chain.deployment == state.parent / "deployment.json"
+    assert made.origins["chain.rpc_urls"] == str(state)
+    assert world(user="[chain]\nrpc_urls = ['http://mine']").chain.rpc_urls == ("http://mine",)
+    assert world(flag={"network": "elsewhere"}).chain.rpc_urls == ()
+    for damaged in ("", "[]", "{}", '{"url": 3, "deployment": ""}', "[" * 100_000):
+        state.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"state\.json"):
+            world()
+
+
+def test_a_file_that_others_can_write_is_refused(world: Callable[..., Config], tmp_path: Path) -> None:
+    world(project="network = 'mine'")
+    (tmp_path / "work/gristmill.toml").chmod(0o666)
+    with pytest.raises(ConfigError, match="another user"):
+        load(environ={"GRISTMILL_DATA_DIR": str(tmp_path / "data")})
+
+
+def test_a_named_file_must_exist_and_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = {"GRISTMILL_DATA_DIR": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"missing\.toml does not exist"):
+        load(environ=environ, project=tmp_path / "missing.toml")
+    with pytest.raises(ConfigError, match="not a file"):
+        load(environ=environ, project=tmp_path)
+    (tmp_path / "big.toml").write_text("#" * (module.MAX_FILE_BYTES + 1))
+    with pytest.raises(ConfigError, match="more than"):
+        load(environ={**environ, "GRISTMILL_CONFIG": str(tmp_path / "big.toml")})
+    (tmp_path / "latin.toml").write_bytes(b"network = 'caf\xe9'")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load(environ=environ, project=tmp_path / "latin.toml")
+
+
+def test_an_empty_data_dir_is_refused(world: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match="data_dir must be a path"):
+        world(environment={"GRISTMILL_DATA_DIR": ""})
+
+
+def test_a_config_cannot_be_changed(world: Callable[..., Config]) -> None:
+    made = world()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.worker.tick_tokens = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        made.origins["network"] = "me"  # type: ignore[index]
+
+
+@given(raw=st.text() | st.integers() | st.booleans() | st.none() | st.lists(st.text(max_size=5)) | st.floats())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_is_taken_or_refused_with_its_key(world: Callable[..., Config], raw: object) -> None:
+    for name in ("worker.tick_tokens", "p2p.listen", "worker.payout", "p2p.gossip", "chain.deployment", "network"):
+        try:
+            world(flag={name: raw})
+        except ConfigError as error:
+            assert name in error.message and len(error.message) < 300
