@@ -3,9 +3,7 @@
 Rules
 - Journal first, then speak: `append` returns only when the records are durable, and nothing may be signed or sent before.
 - State is the fold of the records (`node.store.fold`); nobody keeps money anywhere else.
-- The chain: `hash = sha256(previous hash | fixed-width seq, at_ms and lengths | kind | subject | body)`. The first previous hash
-  binds the record format and `chain_tag`, the identity that the journal belongs to. Record formats never change within
-  a file; the schema version (tables) may.
+- Records are chained by hash from the identity that the journal belongs to (`node.store.records`).
 - Opening verifies everything, once. A journal that is damaged, foreign, too new, too widely readable or in use is refused.
 - A failed write is final until the next start (see `node.store.writer`).
 
@@ -19,20 +17,17 @@ import hashlib
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
-import msgspec
 import trio
 
 from node.store import database, wal
 from node.store.errors import (
-    EntryInvalid,
     LedgerClosed,
     LedgerDamaged,
     LedgerFailed,
@@ -42,63 +37,14 @@ from node.store.errors import (
 )
 from node.store.faults import fault_point
 from node.store.migrations import MIGRATIONS, SCHEMA_VERSION
+from node.store.records import WIDTHS, Entry, Head, Record, encode, genesis_hash, record_hash
 from node.store.writer import Work, Writer
+
+__all__ = ["Entry", "Head", "Ledger", "Record", "genesis_hash", "record_hash"]
 
 T = TypeVar("T")
 
-RECORD_FORMAT = 1
-MAX_KIND = 64
-MAX_SUBJECT = 32
-MAX_BODY = 1 << 20
 PAGE_ROWS = 4096
-
-_WIDTHS = struct.Struct(">QqHHI")  # seq, at_ms, length of kind, of subject, of body
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a caller wants recorded."""
-
-    kind: str
-    """What happened, e.g. "voucher.signed": 1 to 64 printable ASCII characters."""
-    subject: bytes
-    """What it happened to, e.g. a channel or job id: at most 32 bytes."""
-    body: msgspec.Struct | Mapping[str, Any]
-    """The facts, stored as msgpack: at most 1 MiB. Integers beyond 64 bits must be given as bytes or text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """An entry that is durable."""
-
-    seq: int
-    """Position in the journal, from 1 without gaps."""
-    at_ms: int
-    """The writer's clock, Unix milliseconds. Informative: it may go backwards, and no money decision rests on it."""
-    kind: str
-    subject: bytes
-    body: bytes
-    """msgpack"""
-    hash: bytes
-    """32 bytes; binds this record and all before it."""
-
-
-class Head(NamedTuple):
-    """The last durable record: its number (0 in an empty journal) and its hash (then the genesis hash)."""
-
-    seq: int
-    hash: bytes
-
-
-def genesis_hash(chain_tag: bytes) -> bytes:
-    """The hash before the first record of the journal of this identity."""
-    return hashlib.sha256(b"gristmill journal" + struct.pack(">HI", RECORD_FORMAT, len(chain_tag)) + chain_tag).digest()
-
-
-def record_hash(previous: bytes, seq: int, at_ms: int, kind: bytes, subject: bytes, body: bytes) -> bytes:
-    """The link of one record to everything before it. All widths are fixed or stated first, so no two records meet."""
-    widths = _WIDTHS.pack(seq, at_ms, len(kind), len(subject), len(body))
-    return hashlib.sha256(b"".join((previous, widths, kind, subject, body))).digest()
 
 
 def wall_clock_ms() -> int:
@@ -301,7 +247,7 @@ class Ledger:
         self._head = self._tail
 
     def _appending(self, entries: Sequence[Entry], also: Work[object] | None) -> Work[tuple[Record, ...]]:
-        encoded = [_encode(entry) for entry in entries]
+        encoded = [encode(entry) for entry in entries]
 
         def work(connection: sqlite3.Connection) -> tuple[Record, ...]:
             fault_point("journal.before_append")
@@ -329,21 +275,6 @@ class Ledger:
             return tuple(records)
 
         return work
-
-
-def _encode(entry: Entry) -> tuple[str, bytes, bytes]:
-    kind, subject = entry.kind, bytes(entry.subject)
-    if not (1 <= len(kind) <= MAX_KIND and kind.isascii() and kind.isprintable()):
-        raise EntryInvalid(f"kind must be 1 to {MAX_KIND} printable ASCII characters: {kind[:80]!r}")
-    if len(subject) > MAX_SUBJECT:
-        raise EntryInvalid(f"subject has {len(subject)} bytes, at most {MAX_SUBJECT} fit")
-    try:
-        body = msgspec.msgpack.encode(entry.body)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise EntryInvalid(f"the body of {kind} cannot be stored: {error}") from error
-    if len(body) > MAX_BODY:
-        raise EntryInvalid(f"the body of {kind} has {len(body)} bytes, at most {MAX_BODY} fit")
-    return kind, subject, body
 
 
 def _found(connection: sqlite3.Connection, chain_tag: bytes) -> None:
@@ -390,7 +321,7 @@ def _verify(connection: sqlite3.Connection, chain_tag: bytes) -> Head:
         raise LedgerDamaged(0, "the owner's tag is not readable")
     if owner != chain_tag:
         raise LedgerForeign(f"this journal belongs to {owner.hex()}, not to {chain_tag.hex()}")
-    pack, sha256, join = _WIDTHS.pack, hashlib.sha256, b"".join  # this loop is what the start-up time is made of
+    pack, sha256, join = WIDTHS.pack, hashlib.sha256, b"".join  # this loop is what the start-up time is made of
     seq, link = 0, genesis_hash(chain_tag)
     rows = connection.execute("SELECT seq, at_ms, kind, subject, body, hash FROM records ORDER BY seq")
     try:

@@ -12,6 +12,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ def run(args: Any = None) -> dict[str, Any]:
     repeat = getattr(args, "repeat", None) or 3
     with tempfile.TemporaryDirectory(prefix="bench-journal-") as name:
         folder = Path(name)
-        floor = median(_rate(lambda i=i: _bare(folder / f"bare{i}", 300)) for i in range(repeat))
+        floor = median(_rate(partial(_bare, folder / f"bare{i}", 300)) for i in range(repeat))
         single = [_single(folder / f"single{i}" / "journal.sqlite", 300) for i in range(repeat)]
         grouped = [_grouped(folder / f"group{i}" / "journal.sqlite", 100) for i in range(repeat)]
         figures = {

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from node.store import database, errors
 from node.store.fold import replay
 from node.store.ledger import Entry, Head, Ledger, Record, genesis_hash, record_hash
+from node.store.writer import Writer
 
 TAG = b"\x11" * 20
 
@@ -170,6 +171,24 @@ def test_appends_of_one_task_are_in_order_and_threads_may_append_too(tmp_path: P
         for name in range(5):
             mine = [msgspec.msgpack.decode(r.body)["n"] for r in ledger.records() if r.subject == bytes([name])]
             assert mine == list(range(20))
+
+
+def test_work_runs_in_the_order_of_its_submission(tmp_path: Path) -> None:
+    gate, entered = threading.Event(), threading.Event()
+    connection = sqlite3.connect(
+        tmp_path / "plain", isolation_level=None, check_same_thread=False, factory=gated(gate, entered)
+    )
+    writer = Writer(connection, lambda: None)
+    ran: list[int] = []
+    writer.submit(lambda _: ran.append(0))
+    assert entered.wait(10)
+    for n in range(1, 600):
+        writer.submit(lambda _, n=n: ran.append(n))  # type: ignore[misc]
+    gate.set()
+    writer.stop()
+    assert ran == list(range(600))
+    assert writer.commits == 3  # the lone first one, a full group, the rest
+    connection.close()
 
 
 def test_cancelling_comes_before_the_queue_or_not_at_all(tmp_path: Path) -> None:

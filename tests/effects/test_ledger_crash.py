@@ -46,7 +46,6 @@ def write(name, rounds):
         except errors.LedgerFailed:
             os.write(1, b"failed\\n")
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            mode = "freed"
             continue
         os.write(1, b"ack %d %s\\n" % (records[-1].seq, records[-1].hash.hex().encode()))
 

@@ -125,6 +125,21 @@ def test_truncation(images: dict[str, tuple[Path, list[Record]]], tmp_path: Path
             assert found == "refused", length
 
 
+def test_damage_beside_the_records_is_refused_too(images: dict[str, tuple[Path, list[Record]]], tmp_path: Path) -> None:
+    """The kept results are not chained; SQLite's own check of the pages covers their tables."""
+    image, records = images["clean"]
+    with sqlite3.connect(image) as connection:
+        pages = [row[0] for row in connection.execute("SELECT rootpage FROM sqlite_master WHERE tbl_name = 'results'")]
+    connection.close()
+    assert len(pages) == 3
+    for page in pages:
+
+        def harm(data: bytearray, page: int = page) -> None:
+            data[(page - 1) * 4096 : page * 4096] = bytes(4096)
+
+        assert verdict(damaged(image, tmp_path / "copy", image.name, harm), records, 0) == "refused"
+
+
 def test_a_flip_anywhere_in_a_record_is_found_and_named(tmp_path: Path) -> None:
     """Past all of SQLite's own checks: the rows are changed through SQLite itself."""
     for column, value in [

@@ -121,6 +121,19 @@ def test_a_refusal_leaves_the_rest_of_its_group_alone(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_a_refusal_undoes_what_it_had_begun(tmp_path: Path) -> None:
+    async def main() -> None:
+        with open_ledger(tmp_path) as ledger:
+            results = Results(ledger, max_bytes=10)
+            await results.put(job(1), bytes(2), NOW + 1, now_ms=NOW)
+            await results.put(job(2), bytes(8), NOW + 100, now_ms=NOW)
+            with pytest.raises(errors.ResultsFull):  # dropping the expired one is not enough, so it stays
+                await results.put(job(3), bytes(5), NOW + 100, now_ms=NOW + 50)
+            assert results.get(job(1)) == bytes(2)
+
+    trio.run(main)
+
+
 def test_a_job_id_has_32_bytes(tmp_path: Path) -> None:
     with open_ledger(tmp_path) as ledger, pytest.raises(errors.EntryInvalid):
         Results(ledger).keeping(b"short", b"", NOW, now_ms=NOW)
