@@ -404,6 +404,7 @@ class JobWorker(_Machine):
 
 def receipt_to_wire(receipt: Receipt) -> ReceiptWire:
     values = {name: getattr(receipt, name) for name in ReceiptWire.__struct_fields__}
+    values = {name: bytes(value) if isinstance(value, bytes) else value for name, value in values.items()}
     values["cost"] = amount_to_wire(receipt.cost)
     values["finish_reason"] = FinishReason(receipt.finish_reason)
     return ReceiptWire(**values)

@@ -6,7 +6,7 @@ for money over a round trip, and the client never has more than one tick (and, b
 
 from __future__ import annotations
 
-from protocol.channel import ChannelState
+from protocol.channel import ChannelState, Part, Role
 
 
 def first_voucher(state: ChannelState, running: int, input_cost: int, tick: int) -> int:
@@ -39,3 +39,17 @@ def last_voucher(state: ChannelState, running: int) -> int | None:
 def _capped(state: ChannelState, amount: int) -> int:
     """Never above what the jobs under way can cost in the end, nor above what was authorised."""
     return min(amount, state.spent + state.reserved, state.ceiling)
+
+
+def recovered_costs(state: ChannelState, tick: int) -> dict[Part, int]:
+    """What to book for parts that a crash cut off, when nobody remembers how much was delivered.
+
+    The worker books what vouchers cover less the tick that the client pays ahead, so it never charges for what it cannot have
+    delivered; the client books all that it vouched for, so it never counts on money that may be owed.
+    """
+    left = state.cumulative - state.spent - (tick if state.role is Role.WORKER else 0)
+    costs: dict[Part, int] = {}
+    for part, limit in state.open_jobs.items():
+        costs[part] = max(0, min(limit, left))
+        left -= costs[part]
+    return costs

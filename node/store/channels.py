@@ -15,9 +15,10 @@ import trio
 from node.store.fold import replay
 from node.store.ledger import Entry, Ledger, Record
 from node.store.writer import Work
-from protocol.channel import Change, ChannelOpened, ChannelState, Effect, Role, apply, opened
+from protocol.channel import Change, ChannelOpened, ChannelState, Effect, JobEnded, Role, apply, opened
 from protocol.errors import LocalProtocolError
 from protocol.ids import ChannelId
+from protocol.payment import recovered_costs
 from protocol.records import KINDS, fold, from_body, kind_of, to_body
 
 
@@ -35,6 +36,20 @@ class ChannelBook:
         book = cls(ledger, role)
         book._states = replay(ledger, lambda states, record: fold_record(role, states, record), {})
         return book
+
+    async def close_open_jobs(self, tick: int) -> int:
+        """After a crash: end the parts that were under way, by the rule of `recovered_costs`. Returns how many.
+
+        `tick`: what the client pays ahead, smallest unit.
+        """
+        changes: list[Change] = [
+            JobEnded(state.channel_id, job_id, part, cost, 0, b"")
+            for state in self._states.values()
+            for (job_id, part), cost in recovered_costs(state, tick).items()
+        ]
+        if changes:
+            await self.change(changes)
+        return len(changes)
 
     @property
     def channels(self) -> Mapping[ChannelId, ChannelState]:

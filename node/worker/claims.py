@@ -26,9 +26,9 @@ BATCH = 400
 
 @dataclass(frozen=True, slots=True)
 class ClaimPolicy:
-    minimum: int
+    minimum: int = 100_000
     """Smallest unit: below it a claim is not worth its gas."""
-    every_s: float
+    every_s: float = 300
     """How often channels are looked at."""
 
 

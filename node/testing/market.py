@@ -1,0 +1,155 @@
+"""A whole marketplace in one process: workers and clients on a network in memory and a chain in memory. Product code.
+
+    async with open_market() as market:
+        worker = await market.worker()
+        client = await market.client(deposit=1_000_000)
+        async with client.chat("fake", [{"role": "user", "content": "hi"}]) as stream:
+            text = await stream.text()
+
+Nothing here is a network, a chain or a language model; it is for tests, and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import trio
+
+from node.chain.memory import MemoryChain, MemoryLedger
+from node.client.client import Client
+from node.client.settings import ClientSettings
+from node.client.wallet import ClientWallet
+from node.network.discovery import OfferBook
+from node.network.memory import MemoryHub, open_hub
+from node.store.channels import ChannelBook
+from node.store.ledger import Ledger
+from node.testing.fake_backend import FakeBackend
+from node.worker.worker import Worker, WorkerSettings
+from protocol.channel import Role
+from protocol.keys import PrivateKey
+from protocol.pricing import Price
+
+START_MS = 1_800_000_000_000
+
+
+def key(name: str) -> PrivateKey:
+    """A key made from a name: the same in every run. For tests only."""
+    return PrivateKey(hashlib.sha256(f"gristmill test key {name}".encode()).digest())
+
+
+@dataclass(slots=True)
+class Market:
+    folder: Path
+    hub: MemoryHub
+    ledger: MemoryLedger
+    nursery: trio.Nursery
+    stack: AsyncExitStack
+    now_ms: Callable[[], int]
+    price: Price
+    workers: list[Worker] = field(default_factory=list)
+    _names: itertools.count[int] = field(default_factory=itertools.count)
+
+    def settings(self) -> WorkerSettings:
+        return WorkerSettings(price=self.price, token=self.ledger.token)
+
+    async def worker(
+        self, backend: FakeBackend | None = None, settings: WorkerSettings | None = None, name: str = ""
+    ) -> Worker:
+        """A worker that serves. The same `name` reopens the same key and journal."""
+        name = name or f"worker {next(self._names)}"
+        hot = key(name)
+        self.ledger.mint(hot.address, native=10**18)
+        journal = self._journal(name, bytes(hot.address))
+        worker = Worker(
+            key=hot,
+            network=self.hub.join(hot.peer_id),
+            chain=MemoryChain(self.ledger, hot.address),
+            ledger=journal,
+            backend=backend or FakeBackend(),
+            settings=settings or self.settings(),
+            now_ms=self.now_ms,
+        )
+        await self.nursery.start(worker.run)
+        self.workers.append(worker)
+        return worker
+
+    async def client(
+        self,
+        *,
+        deposit: int = 10_000_000,
+        settings: ClientSettings | None = None,
+        name: str = "",
+        meet: bool = True,
+    ) -> Client:
+        """A client with a deposit that knows every worker's offer."""
+        name = name or f"client {next(self._names)}"
+        payer, session = key(f"{name} payer"), key(f"{name} session")
+        self.ledger.mint(payer.address, native=10**18, tokens=deposit)
+        chain = MemoryChain(self.ledger, payer.address)
+        network = self.hub.join(session.peer_id)
+        randoms = (hashlib.sha256(f"{name} {n}".encode()).digest() for n in itertools.count())
+        options = settings or ClientSettings()
+        wallet = ClientWallet(
+            payer=payer,
+            session=session,
+            chain=chain,
+            network=network,
+            book=ChannelBook.restore(self._journal(name, bytes(payer.address)), Role.CLIENT),
+            settings=options,
+            random32=lambda: next(randoms),
+            now_s=lambda: self.now_ms() // 1000,
+        )
+        client = Client(
+            network=network,
+            wallet=wallet,
+            offers=OfferBook(chain.domain, self.now_ms),
+            settings=options,
+            spawn=self.nursery.start_soon,
+            now_ms=self.now_ms,
+            random32=lambda: next(randoms),
+        )
+        if deposit:
+            await client.deposit(deposit)
+        if meet:
+            for worker in self.workers:
+                await client.meet(worker.network.addresses[0])
+        return client
+
+    def _journal(self, name: str, tag: bytes) -> Ledger:
+        path = self.folder / name.replace(" ", "-") / "journal.sqlite"
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        ledger = Ledger.open(path, chain_tag=tag)
+        self.stack.callback(ledger.close)
+        return ledger
+
+
+@asynccontextmanager
+async def open_market(
+    *, seed: int | None = None, price: Price | None = None, latency: float = 0.0
+) -> AsyncIterator[Market]:
+    """A market while the block runs. Time is trio's, so a `MockClock` moves all of it."""
+    begun = trio.current_time()
+
+    def now_ms() -> int:
+        return START_MS + int((trio.current_time() - begun) * 1000)
+
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="gristmill-market-")))
+        hub = await stack.enter_async_context(open_hub(seed=seed, latency=latency))
+        async with trio.open_nursery() as nursery:
+            yield Market(
+                folder=folder,
+                hub=hub,
+                ledger=MemoryLedger(clock=lambda: now_ms() / 1000),
+                nursery=nursery,
+                stack=stack,
+                now_ms=now_ms,
+                price=price or Price(request=10, input=1_000_000, output=2_000_000),
+            )
+            nursery.cancel_scope.cancel()
