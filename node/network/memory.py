@@ -357,7 +357,7 @@ class MemoryHub:
                     continue
                 reached.add(peer)
                 accept, channel = network.topics[topic]
-                if not accept(data):
+                if not _accepted(accept, topic, data):
                     network.stats.gossip_refused += 1
                     continue
                 try:
@@ -374,6 +374,14 @@ class MemoryHub:
 
     def _sweep(self) -> None:
         self._links = [link for link in self._links if not link.over]
+
+
+def _accepted(accept: Callable[[bytes], bool], topic: str, data: bytes) -> bool:
+    try:
+        return accept(data)
+    except Exception:  # `accept` must not raise; if it does, the message is refused and the mistake is ours to see
+        log.exception("the validator of %s raised", topic)
+        return False
 
 
 @asynccontextmanager

@@ -28,7 +28,10 @@ Pair = Callable[[], AbstractAsyncContextManager[tuple[Any, Any]]]
 @asynccontextmanager
 async def libp2p_pair() -> AsyncIterator[tuple[Any, Any]]:
     limits = NetworkLimits(keepalive=60)
-    async with open_host(PrivateKey(os.urandom(32)), limits=limits) as a, open_host(PrivateKey(os.urandom(32)), limits=limits) as b:
+    async with (
+        open_host(PrivateKey(os.urandom(32)), limits=limits) as a,
+        open_host(PrivateKey(os.urandom(32)), limits=limits) as b,
+    ):
         yield a, b
 
 
@@ -383,7 +386,15 @@ def test_bad_addresses(pair: Pair) -> None:
 
     async def test(client: Any, server: Any) -> None:
         wrong = server.addresses[0].replace(server.peer_id, stranger)
-        for address in (wrong, "", "nonsense", "/ip4/127.0.0.1/tcp/1", f"/p2p/{stranger}", client.addresses[0], "/x" * 999):
+        for address in (
+            wrong,
+            "",
+            "nonsense",
+            "/ip4/127.0.0.1/tcp/1",
+            f"/p2p/{stranger}",
+            client.addresses[0],
+            "/x" * 999,
+        ):
             with pytest.raises(NetworkError):
                 await client.connect(address)
         assert client.peers == (server.peer_id,)
@@ -443,9 +454,6 @@ def test_gossip_delivers_what_is_accepted_and_refuses_the_rest(pair: Pair) -> No
 
 
 def test_gossip_validator_that_raises_refuses(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    if pair is not libp2p_pair:
-        pytest.skip("the in-memory network lets a validator's mistake surface in the test")
-
     async def test(client: Any, server: Any) -> None:
         async def receive(data: bytes) -> None:
             raise AssertionError("must not be delivered")
