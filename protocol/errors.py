@@ -13,67 +13,213 @@ from enum import IntEnum
 
 
 class WireCode(IntEnum):
-    """Why a stream ended early. Sent in `Abort`; each has a heading in docs/spec/errors.md."""
+    """Why a stream ended early. Sent in `Abort`. The texts here become docs/spec/errors.md."""
 
     INTERNAL = 1
-    """The sender failed for a reason of its own; nothing the peer did."""
+    """The sender failed for a reason of its own; nothing the peer did.
+
+    Fix: Try another worker; ask again later.
+    """
     MALFORMED = 2
-    """Bytes that are no message: bad length, bad msgpack, unknown field, wrong type, out of bounds."""
+    """Bytes that are no message: bad length, bad msgpack, unknown field, wrong type, out of bounds.
+
+    Fix: A bug in the sender. Do not repeat the same bytes.
+    """
     TOO_LARGE = 3
-    """A frame over the limit of its kind."""
+    """A frame over the limit of its kind.
+
+    Fix: Send less; the limits are in [messages.md](messages.md).
+    """
     UNEXPECTED = 4
-    """A well-formed message that the transition table has no key for in this state."""
+    """A well-formed message that the transition table has no key for in this state.
+
+    Fix: A bug in the sender; the table is in [job.md](job.md).
+    """
     BAD_SIGNATURE = 5
-    """A signature that is malformed, malleable (high s) or by the wrong key."""
+    """A signature that is malformed, malleable (high s) or by the wrong key.
+
+    Fix: Sign again with the right key, low s.
+    """
     WRONG_DOMAIN = 6
-    """Signed for another chain, contract or channel."""
+    """Signed for another chain, contract or channel.
+
+    Fix: Compare chain id and contract addresses with the offer.
+    """
     BAD_VOUCHER = 7
-    """A voucher that is lower than the last, over the allocation, or for another channel."""
+    """A voucher that is lower than the last, over the allocation, or for another channel.
+
+    Fix: Query the channel and go on from what the worker holds.
+    """
     EXPIRED = 8
-    """An offer, ask or allocation past its time."""
+    """An offer, ask or allocation past its time.
+
+    Fix: Fetch the current offer and ask again.
+    """
     BAD_RECEIPT = 9
-    """A receipt that does not follow from the stream: digest, counts, cost or bindings differ."""
+    """A receipt that does not follow from the stream: digest, counts, cost or bindings differ.
+
+    Fix: Do not pay; keep the stream as evidence.
+    """
     DEADLINE = 10
-    """The agreed deadline passed."""
+    """The agreed deadline passed.
+
+    Fix: Ask with a later deadline, or another worker.
+    """
     UNPAID = 11
-    """The credit window was used up and no voucher came in time."""
+    """The credit window was used up and no voucher came in time.
+
+    Fix: The client did not keep up: check its clock, connection and allocation.
+    """
     CANCELLED = 12
-    """The client no longer wants the result."""
+    """The client no longer wants the result.
+
+    Fix: Nothing; the receipt covers what was delivered.
+    """
     DRAINING = 13
-    """The worker is shutting down."""
+    """The worker is shutting down.
+
+    Fix: Ask another worker.
+    """
     BACKEND = 14
-    """The model runtime failed."""
+    """The model runtime failed.
+
+    Fix: Ask another worker; the operator looks at the log.
+    """
 
 
 class RefusalReason(IntEnum):
-    """Why a worker does not take a job. A closed set: signed, countable, and each with a fix in the docs."""
+    """Why a worker does not take a job. A closed set: signed, countable, each with its fix."""
 
     MODEL_UNKNOWN = 1
+    """This worker does not sell that model id.
+
+    Fix: Choose from the current offer, which comes with the refusal.
+    """
     CONTEXT_EXCEEDED = 2
+    """Prompt and `max_tokens` do not fit the context of the model. Found before any work.
+
+    Fix: Shorten the prompt or lower `max_tokens`.
+    """
     MAX_TOKENS_EXCEEDED = 3
+    """More tokens asked for than the offer sells in one part.
+
+    Fix: Lower `max_tokens`.
+    """
     UNSUPPORTED_PARAM = 4
+    """A parameter that this worker does not honour; the detail names it.
+
+    Fix: Leave it out, or choose a worker whose offer lists it.
+    """
     OFFER_EXPIRED = 5
+    """The ask names an offer past its time.
+
+    Fix: Ask under the current offer.
+    """
     OFFER_UNKNOWN = 6
+    """The ask names an offer that this worker did not make or no longer remembers.
+
+    Fix: Ask under the current offer.
+    """
     PRICE_CHANGED = 7
+    """The offer named was replaced by one with another price.
+
+    Fix: Look at the current offer and decide again.
+    """
     CHANNEL_UNKNOWN = 8
+    """No such channel is journaled here.
+
+    Fix: Open it first: send the signed allocation.
+    """
     CHANNEL_CLOSING = 9
+    """The channel is being closed or withdrawn from.
+
+    Fix: Open another channel.
+    """
     ALLOCATION_INSUFFICIENT = 10
+    """The job can cost more than is left of the allocation.
+
+    Fix: Raise the allocation, or lower `max_tokens`.
+    """
     VOUCHER_INSUFFICIENT = 11
+    """What is owed is not covered by the voucher plus the credit.
+
+    Fix: Send a higher voucher.
+    """
     VOUCHER_INVALID = 12
+    """The voucher is not above the last one, or its signature does not hold.
+
+    Fix: Query the channel; sign above what the worker holds.
+    """
     SIGNER_MISMATCH = 13
+    """The ask or voucher is not signed by the channel's session key.
+
+    Fix: Sign with `payerAuthorizer` of the channel.
+    """
     WRONG_WORKER = 14
+    """The ask is addressed to another worker.
+
+    Fix: Send it to the address that it names.
+    """
     WRONG_DOMAIN = 15
+    """Another chain, contract or token than the offer's.
+
+    Fix: Compare with the offer.
+    """
     DEADLINE_INVALID = 16
+    """The deadline is past or more than a day ahead.
+
+    Fix: Check the clock.
+    """
     BUSY = 17
+    """No place is free and none is expected in time.
+
+    Fix: Try another worker, or wait.
+    """
     QUEUE_FULL = 18
+    """The queue of accepted jobs is full.
+
+    Fix: Try another worker, or wait.
+    """
     CREDIT_EXHAUSTED = 19
+    """Unpaid work over all channels is at the operator's cap.
+
+    Fix: Pay ahead: send a voucher that covers the whole job.
+    """
     CHAIN_STALE = 20
+    """The worker has not seen the chain lately and will not extend trust.
+
+    Fix: Try another worker; the operator checks the RPC server.
+    """
     DRAINING = 21
+    """The worker is shutting down.
+
+    Fix: Try another worker.
+    """
     DUPLICATE_JOB = 22
+    """This part of this job was already taken or served.
+
+    Fix: Fetch the kept result instead, or use a new job id.
+    """
     PROMPT_INVALID = 23
+    """The messages do not form a prompt for this model.
+
+    Fix: Check roles and their order.
+    """
     INTERNAL = 24
+    """The worker failed for a reason of its own.
+
+    Fix: Try another worker.
+    """
     DEPOSIT_INSUFFICIENT = 25
+    """The payer's vault balance does not cover the allocation.
+
+    Fix: Deposit more.
+    """
     DELAY_TOO_SHORT = 26
+    """The channel can be emptied faster than this worker accepts.
+
+    Fix: Open a channel with a longer withdraw delay.
+    """
 
     @property
     def code(self) -> str:

@@ -21,15 +21,25 @@ class Exclusion(StrEnum):
     """Why an offer is not considered."""
 
     MODEL_UNKNOWN = "model_unknown"
+    """It does not sell the model."""
     OFFER_EXPIRED = "offer_expired"
+    """Its time is over; the worker's next offer will do."""
     CONTEXT_EXCEEDED = "context_exceeded"
+    """Prompt and `max_tokens` together are longer than its context."""
     MAX_TOKENS_EXCEEDED = "max_tokens_exceeded"
+    """`max_tokens` is over what it sells in one part."""
     UNSUPPORTED_PARAM = "unsupported_param"
+    """The request sets a parameter that it does not list."""
     PRICE_TOO_HIGH = "price_too_high"
+    """The job could cost more than `Policy.max_cost` here."""
     TOKEN_NOT_HELD = "token_not_held"  # noqa: S105 (a reason, not a secret)
+    """It is paid in a token that is not in `Policy.tokens`."""
     EXCLUDED_BY_POLICY = "excluded_by_policy"
+    """`Policy.only` or `Policy.exclude` says so."""
     RECENT_FAILURE = "recent_failure"
+    """It failed us, and the time of `Policy.failure_backoff_ms` is not over."""
     BUSY = "busy"
+    """It had no free slot when the offer was signed."""
 
 
 @dataclass(frozen=True, slots=True)
