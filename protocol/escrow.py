@@ -44,6 +44,7 @@ class SkipReason(IntEnum):
     NOT_HIGHER = 2
     OVER_ALLOCATED = 3
     BAD_SIGNATURE = 4
+    OVER_VOUCHER = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,10 @@ class Claim:
     """One entry of a claim."""
 
     config: ChannelConfig
+    amount: int
+    """The claimed total that the receiver asks for."""
     cumulative: int
+    """The voucher's ceiling."""
     signer: Address | None
     """Who signed the voucher for `cumulative` on this channel; None when nobody can have."""
 
@@ -233,15 +237,17 @@ def _claim_one(state: Escrow, entry: Claim) -> tuple[Escrow, SkipReason]:
     channel = state.channel(channel_id)
     if channel.closed:
         return state, SkipReason.CLOSED
-    if entry.cumulative <= channel.claimed:
+    if entry.amount <= channel.claimed:
         return state, SkipReason.NOT_HIGHER
-    if entry.cumulative > channel.allocated:
+    if entry.amount > channel.allocated:
         return state, SkipReason.OVER_ALLOCATED
+    if entry.amount > entry.cumulative:
+        return state, SkipReason.OVER_VOUCHER
     if entry.signer != config.payer_authorizer:
         return state, SkipReason.BAD_SIGNATURE
-    added = entry.cumulative - channel.claimed
+    added = entry.amount - channel.claimed
     state = replace(state, owed=_add(state.owed, (config.receiver, config.token), added))
-    return _put_channel(state, channel_id, replace(channel, claimed=entry.cumulative)), SkipReason.NONE
+    return _put_channel(state, channel_id, replace(channel, claimed=entry.amount)), SkipReason.NONE
 
 
 def settle(state: Escrow, receiver: Address, token: Address) -> Escrow:

@@ -172,7 +172,8 @@ contract Channels is IChannels, EIP712 {
 
     function _claim(ClaimEntry calldata entry) private returns (uint128 added) {
         ChannelConfig calldata config = entry.config;
-        uint128 amount = entry.maxClaimableAmount;
+        uint128 amount = entry.amount;
+        uint128 ceiling = entry.maxClaimableAmount;
         bytes32 id = channelIdOf(config);
         Channel storage state = _channels[id];
         uint128 claimed = state.claimed;
@@ -181,7 +182,8 @@ contract Channels is IChannels, EIP712 {
         if (state.closed) reason = SkipReason.Closed;
         else if (amount <= claimed) reason = SkipReason.NotHigher;
         else if (amount > state.allocated) reason = SkipReason.OverAllocated;
-        else if (!config.payerAuthorizer.isValid(voucherDigest(id, amount), entry.signature)) {
+        else if (amount > ceiling) reason = SkipReason.OverVoucher;
+        else if (!config.payerAuthorizer.isValid(voucherDigest(id, ceiling), entry.signature)) {
             reason = SkipReason.BadSignature;
         }
         if (reason != SkipReason.None) {

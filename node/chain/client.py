@@ -212,7 +212,7 @@ class EvmChain:
         return await self._change("allocate", "allocate", config_tuple(config), allocated, valid_before, signature)
 
     async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
-        batch = [(config_tuple(entry.config), entry.cumulative, entry.signature) for entry in entries]
+        batch = [(config_tuple(e.config), e.amount, e.cumulative, e.signature) for e in entries]
         return await self._change("claim", "claim", batch)
 
     async def settle(self, receiver: Address, token: Address) -> TxResult:

@@ -337,10 +337,10 @@ class MemoryChain:
     async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
         claims = []
         for entry in entries:
-            _fits(128, cumulative=entry.cumulative)
+            _fits(128, amount=entry.amount, cumulative=entry.cumulative)
             voucher = Voucher(self._id(entry.config), entry.cumulative)
             signer = _signer(voucher.digest(self.domain), entry.signature)
-            claims.append(escrow.Claim(entry.config, entry.cumulative, signer))
+            claims.append(escrow.Claim(entry.config, entry.amount, entry.cumulative, signer))
 
         def change(world: World, now: int) -> tuple[World, Events]:
             state, events = world.escrow, []
@@ -353,7 +353,7 @@ class MemoryChain:
                     events.append(("ClaimSkipped", {"channelId": channel_id, "reason": int(reason)}))
                 else:
                     head = {"channelId": channel_id, "receiver": one.config.receiver, "token": one.config.token}
-                    events.append(("Claimed", {**head, "claimed": one.cumulative, "added": one.cumulative - before}))
+                    events.append(("Claimed", {**head, "claimed": one.amount, "added": one.amount - before}))
             return replace(world, escrow=state), events
 
         return await self._send("claim", change)

@@ -147,7 +147,8 @@ class Attacker:
         except Reverted as reverted:
             actual = reverted.name
         self.outcomes[function, actual] += 1
-        self._require(actual == expected, f"{function}{args}: contract {actual}, model {expected}")
+        if actual != expected:
+            raise Disagreement(f"{function}{args}: contract {actual}, model {expected}")
         self.state = after
         self._check(function, consent)
         return result
@@ -180,9 +181,8 @@ class Attacker:
         before, now, state, require = self.before, self.numbers(), self.state, self._require
         self.before = now
         for (token, person), amount in now["balance"].items():
-            require(amount == state.balance_of(token, person), f"{function}: balance of {person} differs")
-            kept = amount >= before["balance"][token, person] or person in consent
-            require(kept, f"I10: {function} took from {person}")
+            require(amount == state.balance_of(token, person), f"{function}: a balance differs")
+            require(amount >= before["balance"][token, person] or person in consent, f"I10: {function} took money")
         for channel_id, (allocated, claimed, withdraw_at, closed) in now["channel"].items():
             channel = escrow.Channel(allocated, claimed, withdraw_at, bool(closed))
             require(channel == state.channel(channel_id), f"{function}: channel differs")
@@ -238,7 +238,7 @@ class Attacker:
         actions = (
             *(self.deposit, self.withdraw, self.govern, self.replay, self.wait),
             *(self.allocate, self.allocate, self.claim, self.claim, self.claim, self.settle),
-            *(self.initiate_withdraw, self.finalize_withdraw, self.close),
+            *(self.claim, self.initiate_withdraw, self.finalize_withdraw, self.close),
             *(self.register, self.rotate, self.set_payout_or_revoke),
         )
         dice.choice(actions)(dice)
@@ -332,10 +332,11 @@ class Attacker:
         for _ in range(dice.choice((0, 1, 1, 2, 3, 4))):
             config = self.config(dice)
             amount = self.amount(dice, config)
-            signature = self.voucher(dice, config, amount, self.flaw(dice))
-            digest = Voucher(self.ids[config], amount).digest(self.world.domain)
-            entries.append((config_tuple(config), amount, signature))
-            claims.append(Claim(config, amount, signer_of(digest, signature)))
+            ceiling = dice.choice((amount, amount, min(amount + 7, UINT128_MAX), self.amount(dice, config)))
+            signature = self.voucher(dice, config, ceiling, self.flaw(dice))
+            digest = Voucher(self.ids[config], ceiling).digest(self.world.domain)
+            entries.append((config_tuple(config), amount, ceiling, signature))
+            claims.append(Claim(config, amount, ceiling, signer_of(digest, signature)))
         before, sender = self.state, dice.choice(list(KEYS))
         result = self.step(sender, self.world.channels, "claim", (entries,), lambda s: escrow.claim(s, claims)[0])
         if result:
@@ -373,7 +374,7 @@ class Attacker:
         channel = self.state.channel(self.ids[config])
         voucher = self.amount(dice, config)
         voucher_signature = self.voucher(dice, config, voucher, self.flaw(dice))
-        final = self.amount(dice, config) if flaw == "time" else min(voucher, channel.allocated)
+        final = dice.choice((min(voucher, channel.allocated), channel.allocated + 1, self.amount(dice, config)))
         about = dice.choice(self.configs) if flaw == "channel" else config
         struct = Close(self.ids[about], final + (flaw == "amount" and final < UINT128_MAX))
         signature = self.sign(struct, config.receiver_authorizer, flaw, self.world.domain)

@@ -97,10 +97,10 @@ class Evm:
 
     def give(self, account: Address, amount: int) -> None:
         """Set the native balance of `account`."""
-        self._evm.set_balance(str(account), amount)
+        self._evm.set_balance("0x" + account.hex(), amount)
 
     def native_balance(self, account: Address) -> int:
-        return int(self._evm.get_balance(str(account)))
+        return int(self._evm.get_balance("0x" + account.hex()))
 
     def deploy(self, name: str, *args: Any, sender: Address) -> Contract:
         """Deploy the shipped artifact `name`. Raises `Reverted`."""
@@ -115,19 +115,19 @@ class Evm:
                 self._events[_selector(entry)] = entry
         inputs: list[dict[str, Any]] = next((e["inputs"] for e in abi if e["type"] == "constructor"), [])
         try:
-            address = self._evm.deploy(str(sender), code + encode(_types(inputs), args))
+            address = self._evm.deploy("0x" + sender.hex(), code + encode(_types(inputs), args))
         except RuntimeError as error:
             raise self._reverted(error) from None
         return Contract(self, Address(address), abi)
 
     def insert_code(self, account: Address, code: bytes) -> None:
         """Put runtime bytecode at an address, for small hand-made contracts."""
-        self._evm.insert_account_info(str(account), self._pyrevm.AccountInfo(code=code))
+        self._evm.insert_account_info("0x" + account.hex(), self._pyrevm.AccountInfo(code=code))
 
     def transact(self, sender: Address, to: Address, data: bytes, value: int = 0) -> tuple[bytes, list[Any]]:
         """One raw call: (output, logs). Gas is not reported: storage stays warm here between calls, on a chain not."""
         try:
-            output = self._evm.message_call(str(sender), str(to), data, value=value)
+            output = self._evm.message_call("0x" + sender.hex(), "0x" + to.hex(), data, value=value)
         except RuntimeError as error:
             raise self._reverted(error) from None
         result = self._evm.result

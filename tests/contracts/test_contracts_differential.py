@@ -23,8 +23,8 @@ from node.testing.attacker import Attacker
 from node.testing.evm import ARTIFACTS
 from protocol.escrow import SkipReason
 
-SEEDS = int(os.environ.get("CONTRACT_SEEDS", "40"))
-STEPS = 150
+SEEDS = int(os.environ.get("CONTRACT_SEEDS", "60"))
+STEPS = 80
 EXAMPLES = int(os.environ.get("CONTRACT_EXAMPLES", "40"))
 _OPEN = {"Channels_Unknown", "Channels_Closed"}
 EXPECTED = {

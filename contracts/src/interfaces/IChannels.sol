@@ -34,8 +34,12 @@ interface IChannels {
         bool closed;
     }
 
+    /// @param amount The claimed total the receiver asks for: what its receipts add up to.
+    /// @param maxClaimableAmount The voucher's ceiling; `amount` may be less, because the payer signs ahead by a tick.
+    /// @param signature By `payerAuthorizer` over Voucher{channelId, maxClaimableAmount}.
     struct ClaimEntry {
         ChannelConfig config;
+        uint128 amount;
         uint128 maxClaimableAmount;
         bytes signature;
     }
@@ -46,7 +50,8 @@ interface IChannels {
         Closed,
         NotHigher,
         OverAllocated,
-        BadSignature
+        BadSignature,
+        OverVoucher
     }
 
     error Channels_ZeroAddress();
@@ -90,8 +95,9 @@ interface IChannels {
     function allocate(ChannelConfig calldata config, uint128 allocated, uint40 validBefore, bytes calldata signature)
         external;
 
-    /// @notice Takes the newest voucher of 1 to 400 channels. Anyone may submit. A bad entry emits `ClaimSkipped` and
-    /// does not touch the others. Money is owed to the receiver until `settle`.
+    /// @notice Raises the claimed total of 1 to 400 channels to each entry's `amount`, under the newest voucher. Anyone
+    /// may submit. A bad entry emits `ClaimSkipped` and does not touch the others. Money is owed until `settle`.
+    /// Warning: whoever holds a voucher chooses `amount`; up to the ceiling that the payer signed, nobody else can object.
     /// Warning: an ERC-1271 authorizer gets at most 100,000 gas to answer and its "no" may be a "yes" tomorrow: a worker
     /// must not rely on such a voucher before the claim is mined.
     /// @return added Total newly claimed over all entries and tokens, for dry runs.
