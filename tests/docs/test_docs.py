@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import node.store.errors  # noqa: F401 - its codes are subclasses to be found
 from node import errors as node_errors
 from node.cli.commands import COMMANDS
 from node.config import KEYS
 from protocol import messages
 from protocol.errors import RefusalReason, WireCode
+from protocol.selection import Exclusion
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "contracts").glob("*.md")])
@@ -60,7 +62,9 @@ def test_every_wire_message_and_protocol_id_has_a_heading() -> None:
     tags = {
         str(kind.__struct_config__.tag)
         for kind in vars(messages).values()
-        if isinstance(kind, type) and getattr(getattr(kind, "__struct_config__", None), "tag", None)
+        if isinstance(kind, type)
+        and not kind.__name__.startswith("_")
+        and getattr(getattr(kind, "__struct_config__", None), "tag", None)
     }
     assert len(tags) > 10
     found = headings("docs/spec/messages.md")
@@ -94,6 +98,13 @@ def test_every_error_code_has_an_entry_with_its_exit_status() -> None:
     page = text("docs/reference/errors.md")
     wanted = {f"| `{code}` | {status} |" for code, status in node_error_codes()}
     assert missing(sorted(wanted), page) == []
+    declared = {
+        found
+        for path in sorted((ROOT / "node").rglob("*.py"))
+        for found in re.findall(r'^    code(?:: ClassVar\[str\])? = "(\w+)"', path.read_text(), re.MULTILINE)
+    }
+    assert missing([f"| `{code}` |" for code in sorted(declared)], page) == []
+    assert missing([f"| `{one.value}` |" for one in Exclusion], page) == []
 
 
 def test_every_environment_variable_is_explained() -> None:

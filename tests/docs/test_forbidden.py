@@ -1,0 +1,59 @@
+"""Invariants H3 and H4: constructs that product code never contains, found in the syntax tree and not by grep."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = sorted(path for package in ("node", "protocol") for path in (ROOT / package).rglob("*.py"))
+MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+METHODS = {("torch", "load"), ("os", "system"), ("os", "popen"), ("numpy", "load"), ("np", "load"), ("torch", "hub")}
+
+
+def findings(source: str) -> list[str]:
+    """What must not be in this source, by name."""
+    found = []
+    for one in ast.walk(ast.parse(source)):
+        match one:
+            case ast.Assert():
+                found.append("assert")
+            case ast.Import():
+                found += [alias.name for alias in one.names if alias.name.split(".")[0] in MODULES]
+            case ast.ImportFrom() if (one.module or "").split(".")[0] in MODULES:
+                found.append(str(one.module))
+            case ast.Call(func=ast.Name(id=name)) if name in CALLS:
+                found.append(name)
+            case ast.Attribute(value=ast.Name(id=module), attr=name) if (module, name) in METHODS:
+                found.append(f"{module}.{name}")
+            case ast.keyword(arg="shell" | "trust_remote_code", value=ast.Constant(value=True)):
+                found.append(f"{one.arg}=True")
+            case ast.keyword(arg="weights_only", value=ast.Constant(value=False)):
+                found.append("weights_only=False")
+    return found
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_product_code_is_free_of_it(path: Path) -> None:
+    assert findings(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "assert x",
+        "import pickle",
+        "from pickle import loads",
+        "eval('1')",
+        "torch.load(path)",
+        "run(x, shell=True)",
+        "f(trust_remote_code=True)",
+        "load(p, weights_only=False)",
+        "os.system('x')",
+    ],
+)
+def test_each_would_be_found(planted: str) -> None:
+    assert findings(planted) != []
