@@ -92,6 +92,8 @@ class Client:
         self.random32 = random32
         self.meter = RunningCost()
         self.history: dict[PeerId, History] = {}
+        self.problems: list[str] = []
+        """What failed when the bootstrap peers were dialled, in words."""
         self._bootstrap = bootstrap
         self._counter = counter
 

@@ -1,0 +1,161 @@
+"""Build a `Client` from a `Config`: libp2p host, chain, journal, keys. Everything heavy is imported here, when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from node.client.client import Client, TokenCounter
+from node.client.settings import ClientSettings
+from node.client.wallet import ClientWallet
+from node.config import Config
+from node.errors import KeyError_, ModelError, NodeError
+from node.network.discovery import OfferBook, follow_gossip
+from node.network.offline import OfflineNetwork
+from node.ports import Network
+from node.store.channels import ChannelBook
+from node.wiring import now_ms, now_s, open_chain, open_journal, random32
+from protocol.channel import Role
+from protocol.errors import RemoteProtocolError
+from protocol.ids import ModelId
+from protocol.keys import PrivateKey
+from protocol.messages import ChatMessage
+
+if TYPE_CHECKING:
+    from node.models.tokenizer import Tokenizer
+
+PASSWORD_FILE = "password"  # noqa: S105 (a file's name)
+
+
+@asynccontextmanager
+async def connect(
+    config: Config,
+    *,
+    payer: PrivateKey | None = None,
+    session: PrivateKey | None = None,
+    workers: Sequence[str] = (),
+    online: bool = True,
+) -> AsyncIterator[Client]:
+    """A connected client for the length of the block.
+
+    `payer`, `session`: unlocked keys; by default `payer` and `session` of the config's keystore, opened with its password
+    file. `workers`: multiaddrs to meet besides `p2p.bootstrap`. `online=False` meets nobody (for money commands).
+
+    Raises `ConfigError`, `KeyError_`, `ChainError`, `LedgerError`, `NetworkError`.
+    """
+    payer = payer or _load(config, "payer")
+    session = session or _load(config, "session")
+    settings = client_settings(config)
+    async with AsyncExitStack() as stack:
+        ledger = open_journal(config, "client", payer)
+        stack.callback(ledger.close)
+        chain = await stack.enter_async_context(open_chain(config, payer, ledger))
+        network = await stack.enter_async_context(_network(config, session, online=online))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        book = ChannelBook.restore(ledger, Role.CLIENT)
+        await book.close_open_jobs(0)
+        offers = OfferBook(chain.domain, now_ms)
+        client = Client(
+            network=network,
+            wallet=ClientWallet(
+                payer=payer,
+                session=session,
+                chain=chain,
+                network=network,
+                book=book,
+                settings=settings,
+                random32=random32,
+                now_s=now_s,
+            ),
+            offers=offers,
+            settings=settings,
+            spawn=nursery.start_soon,
+            now_ms=now_ms,
+            random32=random32,
+            bootstrap=(*config.p2p.bootstrap, *workers),
+            counter=_counter(config.models_dir, stack),
+        )
+        for state in list(book.channels.values()):
+            if not state.closed:
+                await client.wallet.refresh(state.channel_id)
+        if online:
+            if config.p2p.gossip:
+                await follow_gossip(network, offers)
+            client.problems = await client.discover()
+            nursery.start_soon(_keep_fresh, client)
+        try:
+            yield client
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+def _network(config: Config, session: PrivateKey, *, online: bool) -> AbstractAsyncContextManager[Network]:
+    if not online:
+        return nullcontext(OfflineNetwork(session.peer_id))
+    from node.network.host import open_host
+
+    return open_host(session, listen=config.p2p.listen)
+
+
+async def _keep_fresh(client: Client) -> None:
+    while True:
+        await trio.sleep(5)
+        await client.refresh_offers()
+
+
+def client_settings(config: Config) -> ClientSettings:
+    given = config.client
+    return ClientSettings(
+        allocation=given.allocation,
+        withdraw_delay_s=given.withdraw_delay_s,
+        max_cost=given.max_cost,
+        deadline_ms=given.deadline_ms,
+        first_token_ms=given.first_token_ms,
+        stall_ms=given.stall_ms,
+    )
+
+
+def _load(config: Config, name: str) -> PrivateKey:
+    """A key of the keystore, with the password of the configured file."""
+    from node.keystore import MAX_PASSWORD_BYTES, Keystore, read_private
+
+    path = config.keys.password_file or config.keys_dir / PASSWORD_FILE
+    if not path.exists():
+        raise KeyError_(f"the key {name} needs a password", hint=f"put it into {path} (mode 0600), or hand in the key")
+    password = read_private(path, MAX_PASSWORD_BYTES + 2).removesuffix(b"\n").removesuffix(b"\r")
+    return Keystore(config.keys_dir, scrypt_n=config.keys.scrypt_n).load(name, password)
+
+
+def _counter(models_dir: Path, stack: AsyncExitStack) -> TokenCounter:
+    """Counts with the model's own tokenizer when the model is in the local store and the tokenizer library is installed."""
+    tokenizers: dict[ModelId, Tokenizer | None] = {}
+
+    def load(model: ModelId) -> Tokenizer | None:
+        try:
+            from node.models.store import ModelStore
+            from node.models.tokenizer import Tokenizer
+
+            tokenizer = Tokenizer(ModelStore(models_dir).path(model))
+        except (ImportError, ModelError, OSError):
+            return None
+        stack.callback(tokenizer.close)
+        tokenizer.warm()
+        return tokenizer
+
+    def count(model: ModelId, messages: Sequence[ChatMessage]) -> int | None:
+        if model not in tokenizers:
+            tokenizers[model] = load(model)
+        tokenizer = tokenizers[model]
+        if tokenizer is None:
+            return None
+        try:
+            return len(tokenizer.chat([{"role": m.role, "content": m.content} for m in messages]))
+        except (NodeError, RemoteProtocolError):
+            return None
+
+    return count

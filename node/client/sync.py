@@ -1,0 +1,136 @@
+"""The same client for code without trio: one background thread runs the event loop, calls cross over and wait.
+
+    with sync_client(config) as client:
+        client.deposit(5_000_000)
+        with client.chat("smollm2-135m-instruct", [{"role": "user", "content": "Hello"}]) as stream:
+            for chunk in stream:
+                print(chunk.text, end="")
+        print(stream.receipt)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from node.client.chat import ChatStream
+from node.client.client import Client
+from node.client.connect import connect
+from node.client.values import ChatChunk
+from node.ports import TxResult
+
+if TYPE_CHECKING:
+    from node.config import Config
+
+T = TypeVar("T")
+_Request = tuple[Callable[[], Awaitable[Any]], "SimpleQueue[tuple[bool, Any]]"]
+
+
+class SyncClient:
+    """Blocking twin of `Client`; made by `sync_client`. One caller at a time per stream."""
+
+    def __init__(self, client: Client, call: Callable[[Callable[[], Awaitable[Any]]], Any]) -> None:
+        self._client = client
+        self._call = call
+
+    def deposit(self, amount: int) -> list[TxResult]:
+        return list(self._call(lambda: self._client.deposit(amount)))
+
+    def balance(self) -> int:
+        return int(self._call(self._client.balance))
+
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> SyncChatStream:
+        return SyncChatStream(self._client.chat(model, messages, **options), self._call)
+
+    @property
+    def client(self) -> Client:
+        """The trio client, for reading its state."""
+        return self._client
+
+
+class SyncChatStream:
+    """Blocking twin of `ChatStream`; its attributes (`receipt`, `parts`, `usage`, ...) are the stream's own."""
+
+    def __init__(self, stream: ChatStream, call: Callable[[Callable[[], Awaitable[Any]]], Any]) -> None:
+        self._stream = stream
+        self._call = call
+
+    def __enter__(self) -> SyncChatStream:
+        self._call(self._stream.__aenter__)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._call(lambda: self._stream.__aexit__(kind, error, trace))
+
+    def __iter__(self) -> Iterator[ChatChunk]:
+        while True:
+            try:
+                yield self._call(self._stream.__anext__)
+            except StopAsyncIteration:
+                return
+
+    def text(self) -> str:
+        """The whole answer."""
+        return "".join(chunk.text for chunk in self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def sync_client(config: Config, **options: Any) -> Iterator[SyncClient]:
+    """A connected blocking client; `options` are those of `node.client.connect.connect`. Raises as it does."""
+    ready: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+
+    async def serve() -> None:
+        stop = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            async with connect(config, **options) as client:
+
+                def call(work: Callable[[], Awaitable[T]]) -> T:
+                    answer: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+
+                    async def run() -> None:
+                        try:
+                            answer.put((True, await work()))
+                        except BaseException as error:  # crosses to the calling thread, whatever it is
+                            answer.put((False, error))
+                            if isinstance(error, trio.Cancelled):
+                                raise
+
+                    token.run_sync_soon(nursery.start_soon, run)
+                    good, value = answer.get()
+                    if good:
+                        return value  # type: ignore[no-any-return]
+                    raise value
+
+                ready.put((True, (SyncClient(client, call), lambda: token.run_sync_soon(stop.set))))
+                await stop.wait()
+            nursery.cancel_scope.cancel()
+
+    def main() -> None:
+        try:
+            trio.run(serve)
+        except BaseException as error:  # a failed start crosses to the caller; later ones end the thread
+            ready.put((False, error))
+
+    thread = threading.Thread(target=main, name="gristmill client", daemon=True)
+    thread.start()
+    good, value = ready.get()
+    if not good:
+        raise value
+    client, stop = value
+    try:
+        yield client
+    finally:
+        stop()
+        thread.join()
