@@ -97,9 +97,9 @@ async def allocate(w: World, config: ChannelConfig, allocated: int, by: PrivateK
     return await chain.allocate(config, allocated, valid_before, PAYER.sign(order.digest(chain.domain)))
 
 
-def voucher(chain: Chain, config: ChannelConfig, cumulative: int, key: PrivateKey = SESSION) -> ClaimEntry:
+def voucher(chain: Chain, config: ChannelConfig, cumulative: int, amount: int | None = None) -> ClaimEntry:
     digest = Voucher(config.channel_id(chain.domain), cumulative).digest(chain.domain)
-    return ClaimEntry(config, cumulative, key.sign(digest))
+    return ClaimEntry(config, cumulative if amount is None else amount, cumulative, SESSION.sign(digest))
 
 
 async def collect(chain: Chain, count: int) -> list[Any]:
@@ -142,7 +142,7 @@ def test_deposit_allocate_claim_settle_withdraw(kind: str) -> None:
         state = await worker.channel(channel_id)
         assert (state.allocated, state.claimed, state.withdraw_at, state.closed) == (1_500, 0, 0, False)
         ok(await worker.claim([voucher(worker, config, 700)]))
-        ok(await worker.claim([voucher(worker, config, 700), voucher(worker, config, 900)]))
+        ok(await worker.claim([voucher(worker, config, 700), voucher(worker, config, 1_000, amount=900)]))
         assert (await worker.channel(channel_id)).claimed == 900 and await worker.owed(WORKER.address, token) == 900
         ok(await worker.settle(WORKER.address, token))
         assert await worker.owed(WORKER.address, token) == 0

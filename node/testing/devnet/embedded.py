@@ -211,8 +211,7 @@ class Methods:
         return "0x0"
 
     def _increase_time(self, seconds: Any) -> str:
-        self._chain.offset += _int(seconds)
-        return hex(self._chain.offset)
+        return hex(self._chain.increase_time(_int(seconds)))
 
     def _revert(self, snapshot: Any) -> bool:
         number = self._number(snapshot)

@@ -144,6 +144,11 @@ class EvmChain:
         self._set_time()
         self._mine([])
 
+    def increase_time(self, seconds: int) -> int:
+        """The next block comes at least `seconds` after the head. Many blocks in one second have put the head ahead."""
+        self.offset = max(self.offset, self.head.timestamp - int(time.time())) + seconds
+        return self.offset
+
     def rewind(self, number: int) -> None:
         """Forget every block after `number`: the next one is its child, on another branch than before."""
         for header in self.headers[number + 1 :]:
