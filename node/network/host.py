@@ -13,37 +13,29 @@ out, because `guards` counts exactly, and its listener too, because it never giv
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
-from libp2p import create_yamux_muxer_option
-from libp2p.abc import IMuxedConn, INetStream, ISecureConn
-from libp2p.crypto.secp256k1 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.abc import IMuxedConn
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
-from libp2p.network.auto_connector import AutoConnector
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.network.swarm import Swarm
+from libp2p.network.stream.net_stream import NetStream, StreamState
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore, PeerStoreError
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as Noise
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
-from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.errors import NetworkError
 from node.network.gossip import Gossip, open_gossip
+from node.network.groups import plain_errors
 from node.network.guards import Guards, NetworkLimits
-from node.network.sockets import BufferedSocket, Dialer, Listening, address_of_socket, host_and_port
+from node.network.sockets import BufferedSocket, Listening, address_of_socket, host_and_port
 from node.network.stats import NetworkStats
 from node.network.streams import HostStream, NegotiationFailed, agree, expect_line, propose
+from node.network.swarm import build_swarm, quiet_libp2p
 from node.network.yamux import Mux, MuxStream, StreamLimit
 from node.ports import ByteStream, StreamClosed, StreamHandler
 from protocol.errors import GristmillError
@@ -64,9 +56,8 @@ class HostNetwork:
         self.guards = Guards(limits)
         self.stats = NetworkStats()
         self._peer_id = key.peer_id
-        self._swarm = _build_swarm(key, limits)
+        self._swarm = build_swarm(key, limits, self._take_stream)
         self._host = BasicHost(self._swarm)
-        self._swarm.set_stream_handler(self._serve)
         self._handlers: dict[str, StreamHandler] = {}
         self._addresses: tuple[str, ...] = ()
         self._proven: dict[ID, set[str]] = {}
@@ -75,6 +66,7 @@ class HostNetwork:
         """Protocols that identify promised and the peer then refused."""
         self._dialing: dict[ID, trio.Lock] = {}
         self._gossip: Gossip | None = None
+        self._tasks: trio.Nursery | None = None
 
     # --- the port
 
@@ -215,8 +207,6 @@ class HostNetwork:
             self._denied.pop(peer_id, None)
             self._host.get_peerstore().clear_protocol_data(peer_id)
 
-    _tasks: trio.Nursery | None = None
-
     # --- serving
 
     async def _accept(self, socket: trio.SocketStream) -> None:
@@ -252,21 +242,26 @@ class HostNetwork:
             self.guards.release(ticket)
             await trio.aclose_forcefully(socket)
 
-    async def _serve(self, stream: INetStream) -> None:
+    def _take_stream(self, stream: MuxStream) -> None:
+        """A peer has opened a stream. Not a task of its connection: handlers are told that it ended, not cancelled."""
+        if self._tasks is None:
+            stream.abort("the host is closing")
+        else:
+            self._tasks.start_soon(self._serve, stream)
+
+    async def _serve(self, mux: MuxStream) -> None:
         """One inbound stream: agree on a protocol, run its handler, let nothing escape."""
-        mux = stream.muxed_stream
-        peer_id = stream.muxed_conn.peer_id
-        spoken = self._host.get_mux().handlers
+        peer_id = mux.muxed_conn.peer_id
         try:
             with trio.fail_after(self.limits.negotiation_timeout):
-                protocol = await agree(mux, spoken)
+                protocol = await agree(mux, self._host.get_mux().handlers)
         except (NegotiationFailed, MuxedStreamError, trio.TooSlowError) as error:
             log.debug("no protocol on a stream of %s: %s", peer_id, error)
             mux.abort()
             return
         handler = self._handlers.get(protocol)
         if handler is None:
-            await self._serve_libp2p(stream, protocol)
+            await self._serve_libp2p(mux, TProtocol(protocol))
             return
         peer = _peer_id(peer_id)
         if peer is None:
@@ -291,15 +286,19 @@ class HostNetwork:
         else:
             mux.leave()
 
-    async def _serve_libp2p(self, stream: INetStream, protocol: str) -> None:
-        handler = self._host.get_mux().handlers.get(TProtocol(protocol))
+    async def _serve_libp2p(self, mux: MuxStream, protocol: TProtocol) -> None:
+        handler = self._host.get_mux().handlers.get(protocol)
+        stream = NetStream(mux, None, None)
+        await stream.set_state(StreamState.OPEN)
+        stream.set_protocol(protocol)
         try:
             if handler is not None:
-                stream.set_protocol(TProtocol(protocol))
                 await handler(stream)
         except Exception as error:  # py-libp2p's own handlers: identify, ping, gossip
             log.debug("%s failed: %r", protocol, error)
-            await stream.reset()
+            mux.abort()
+        else:
+            mux.leave()
 
     # --- life
 
@@ -358,32 +357,34 @@ async def open_host(
     limits: NetworkLimits | None = None,
     bootstrap: Sequence[str] = (),
 ) -> AsyncIterator[HostNetwork]:
-    """Run a host while the block runs: listen on `listen` (multiaddrs; port 0 takes a free one) and stay connected to `bootstrap`.
+    """Run a host while the block runs.
 
+    Listens on `listen` (multiaddrs; port 0 takes a free one; none makes a client) and stays connected to `bootstrap`.
     Raises `NetworkError` when an address cannot be listened on or a bootstrap address is malformed.
     """
     quiet_libp2p()
     for multiaddr in bootstrap:
         parse_multiaddr(multiaddr)
     network = HostNetwork(key, limits or NetworkLimits())
-    async with (
-        background_trio_service(network._swarm),
-        open_gossip(network._host, network.limits, network.stats) as gossip,
-        trio.open_nursery() as nursery,
-    ):
-        network._gossip = gossip
-        network._tasks = nursery
-        try:
-            await network._listen(listen, nursery)
-            for multiaddr in bootstrap:
-                nursery.start_soon(network._keep_connected, multiaddr)
-            yield network
-        finally:
-            network._tasks = None
-            await network._close_connections()
-            nursery.cancel_scope.cancel()
-            with trio.move_on_after(3, shield=True):
-                await network._host.close()
+    with plain_errors():
+        async with (
+            background_trio_service(network._swarm),
+            open_gossip(network._host, network.limits, network.stats) as gossip,
+            trio.open_nursery() as nursery,
+        ):
+            network._gossip = gossip
+            network._tasks = nursery
+            try:
+                await network._listen(listen, nursery)
+                for multiaddr in bootstrap:
+                    nursery.start_soon(network._keep_connected, multiaddr)
+                yield network
+            finally:
+                network._tasks = None
+                await network._close_connections()
+                nursery.cancel_scope.cancel()
+                with trio.move_on_after(3, shield=True):
+                    await network._host.close()
 
 
 def parse_multiaddr(text: str) -> tuple[Multiaddr, PeerId]:
@@ -400,56 +401,6 @@ def parse_multiaddr(text: str) -> tuple[Multiaddr, PeerId]:
         return address, PeerId(str(peer))
     except GristmillError as error:
         raise NetworkError(str(error), hint=hint) from error
-
-
-def quiet_libp2p() -> None:
-    """py-libp2p warns of every failed handshake of a stranger; keep it silent unless LIBP2P_DEBUG asks for its log."""
-    if not os.environ.get("LIBP2P_DEBUG"):
-        for name in ("libp2p", "libp2p.network.auto_connector"):  # the second sets a level of its own
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-class _NoAutoConnector(AutoConnector):
-    """py-libp2p's dials whomever identify has told it of; whom we connect to is decided above this package."""
-
-    async def maybe_connect(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-
-class _Muxers(MuxerMultistream):
-    """Muxer negotiation that makes our `Mux`; py-libp2p's makes its own for this protocol whatever it is told."""
-
-    def __init__(self, limits: NetworkLimits, timeout: int) -> None:
-        super().__init__(create_yamux_muxer_option(), timeout)
-        self._limits = limits
-
-    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        return Mux(conn, peer_id, self._limits)
-
-
-def _build_swarm(key: PrivateKey, limits: NetworkLimits) -> Swarm:
-    pair = create_new_key_pair(key.secret_bytes())
-    timeout = max(1, round(limits.handshake_timeout))
-    noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
-    upgrader = TransportUpgrader({NOISE: noise}, create_yamux_muxer_option(), timeout)
-    upgrader.muxer_multistream = _Muxers(limits, timeout)
-    peerstore = PeerStore()
-    own = ID.from_pubkey(pair.public_key)
-    peerstore.add_key_pair(own, pair)
-    most = 2 * limits.connections + 64  # `guards` limits inbound connections; outbound ones are ours to count
-    config = ConnectionConfig(
-        max_connections=most,
-        min_connections=0,
-        low_watermark=0,
-        high_watermark=most,
-        max_connections_per_peer=limits.connections_per_peer,
-        outbound_upgrade_timeout=limits.dial_timeout,
-        inbound_upgrade_timeout=limits.handshake_timeout,
-    )
-    swarm = Swarm(own, peerstore, upgrader, [Dialer()], RetryConfig(max_retries=0), config)
-    swarm.auto_connector = _NoAutoConnector(swarm)
-    return swarm
 
 
 def _peer_id(peer_id: ID) -> PeerId | None:

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from node.errors import NetworkError
+from node.network.groups import plain_errors
 from node.network.stats import NetworkStats
 from node.ports import ByteStream, StreamClosed, StreamHandler
 from protocol.errors import GristmillError
@@ -389,6 +390,7 @@ async def open_hub(
     *, seed: int | None = None, latency: float = 0.0, buffer: int = 256 * 1024
 ) -> AsyncIterator[MemoryHub]:
     """A hub while the block runs; its handlers are cancelled at the end. `seed` turns on random splits of what readers get."""
-    async with trio.open_nursery() as nursery:
-        yield MemoryHub(nursery, seed=seed, latency=latency, buffer=buffer)
-        nursery.cancel_scope.cancel()
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            yield MemoryHub(nursery, seed=seed, latency=latency, buffer=buffer)
+            nursery.cancel_scope.cancel()

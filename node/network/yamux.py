@@ -18,7 +18,7 @@ import logging
 import struct
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 import trio
 from libp2p.abc import ConnectionType, IMuxedConn, IMuxedStream, ISecureConn
@@ -249,10 +249,18 @@ class MuxStream(IMuxedStream):
 class Mux(IMuxedConn):
     """One connection's streams. `start` runs until the connection ends and never raises for what the peer does."""
 
-    def __init__(self, conn: ISecureConn, peer_id: ID, limits: NetworkLimits | None = None) -> None:
+    def __init__(
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        limits: NetworkLimits | None = None,
+        on_stream: Callable[[MuxStream], None] | None = None,
+    ) -> None:
         self.secured_conn = conn
         self.peer_id = peer_id
         self.limits = limits or NetworkLimits()
+        self.on_stream = on_stream
+        """Takes the peer's new streams; without it they wait for `accept_stream`."""
         self.streams: dict[int, MuxStream] = {}
         self.unread = 0
         """Bytes that arrived and nobody has read, over all streams."""
@@ -494,14 +502,16 @@ class Mux(IMuxedConn):
             self.send(_WINDOW, _RST, stream_id, 0)
             return
         stream = MuxStream(self, stream_id)
-        try:
-            self._accept_send.send_nowait(stream)
-        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-            self.send(_WINDOW, _RST, stream_id, 0)
-            return
         self._accepted += 1
         self.streams[stream_id] = stream
         self.send(_WINDOW, _ACK, stream_id, 0)
+        if self.on_stream is not None:
+            self.on_stream(stream)
+            return
+        try:
+            self._accept_send.send_nowait(stream)
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            stream.abort("nobody accepts streams")
 
     def _deliver(self, stream: MuxStream, part: memoryview, last: bool) -> None:
         if stream.broken or stream.closed_at is not None:
@@ -530,8 +540,3 @@ class Mux(IMuxedConn):
             await self.secured_conn.close()
         except Exception as error:  # the socket may be broken in any way; it is closed all the same
             log.debug("closing the connection to %s: %r", self.peer_id, error)
-
-
-def mux_for(limits: NetworkLimits) -> Callable[[ISecureConn, ID], Any]:
-    """What libp2p's muxer negotiation calls to make a connection."""
-    return lambda conn, peer_id: Mux(conn, peer_id, limits)
