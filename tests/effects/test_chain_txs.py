@@ -254,7 +254,12 @@ def test_nonce_too_low_for_our_own_landed_transaction_is_success() -> None:
 def test_a_nonce_taken_by_another_program_is_given_up_for_the_next() -> None:
     async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
         assert (await sender.send("first", TO, b"")).ok
-        node.nonce = 5  # the same key sent four transactions elsewhere
+
+        def stolen(raw: bytes) -> None:
+            node.nonce = 5  # the same key sent four transactions elsewhere, since we asked
+            node.take(raw)
+
+        node.on_send = [stolen]
         result = await sender.send("second", TO, b"")
         assert result.ok and nonce_of(node.sent[-1]) == 5
         assert journal.kinds == ["tx_signed", "tx_final", "tx_signed", "tx_dropped", "tx_signed", "tx_final"]
@@ -353,6 +358,18 @@ def test_a_node_that_goes_away_while_waiting_is_waited_for() -> None:
             node.down = False
             node.mine()
         assert journal.kinds[-1] == "tx_final"
+
+    run(main)
+
+
+def test_what_a_reorganisation_threw_out_is_sent_again_first() -> None:
+    async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
+        for _ in range(3):
+            await sender.send("pay", TO, b"", 1)
+        node.nonce, node.mined = 1, {keccak256(node.sent[0]): 101}
+        assert (await sender.send("next", TO, b"", 1)).ok
+        assert [nonce_of(raw) for raw in node.sent] == [0, 1, 2, 1, 2, 3]
+        assert node.sent[1:3] == node.sent[3:5] and node.nonce == 4
 
     run(main)
 
