@@ -213,7 +213,7 @@ def _weights(gguf: GgufFile, info: TensorInfo, done: Callable[[int], Any]) -> np
     except (ValueError, KeyError):
         raise ModelError(f"tensor {info.name}: unknown type {info.kind}") from None
     columns = info.shape[-1] if info.shape else 0
-    if not columns or columns % block:
+    if not math.prod(info.shape) or not columns or columns % block:
         raise ModelError(f"tensor {info.name}: rows of {columns} values are not whole blocks of {block}")
     rows, row_bytes = math.prod(info.shape) // columns, columns // block * block_bytes
     raw = np.frombuffer(gguf.bytes_of(info, rows * row_bytes), dtype=np.uint8).reshape(rows, row_bytes)
