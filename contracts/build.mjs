@@ -21,7 +21,7 @@ if (!process.argv.includes('--src')) {
 const settings = {
   evmVersion: 'cancun',
   metadata: { appendCBOR: false, bytecodeHash: 'none' },
-  optimizer: { enabled: true, runs: 200 },
+  optimizer: { enabled: true, runs: 20000 },
 };
 
 const read = (path) => path.startsWith('src/') ? join(src, path.slice(4)) : join(here, path.startsWith('@') ? 'node_modules' : '.', path);

@@ -52,7 +52,7 @@ class Channel:
     """What the chain stores of a channel; the config is only in its id."""
 
     allocated: int = 0
-    """Total ever allocated."""
+    """Total ever allocated; from closing on, what was claimed of it."""
     claimed: int = 0
     """Total ever claimed: never above `allocated`, never falls."""
     withdraw_at: int = 0
@@ -63,7 +63,7 @@ class Channel:
     @property
     def remainder(self) -> int:
         """Money still in the channel."""
-        return 0 if self.closed else self.allocated - self.claimed
+        return self.allocated - self.claimed
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +269,8 @@ def finalize_withdraw(state: Escrow, now: int, config: ChannelConfig) -> Escrow:
     channel_id, channel = _open(state, config)
     _require(channel.withdraw_at != 0, "Channels_NoWithdraw")
     _require(now >= channel.withdraw_at, "Channels_TooEarly")
-    state = _put_channel(state, channel_id, replace(channel, closed=True))
-    return _release(state, config.token, config.payer, channel.allocated - channel.claimed)
+    state = _put_channel(state, channel_id, replace(channel, allocated=channel.claimed, closed=True))
+    return _release(state, config.token, config.payer, channel.remainder)
 
 
 def close(
@@ -289,7 +289,7 @@ def close(
         _require(final_amount <= voucher_amount, "Channels_OverVoucher")
         _require(voucher_signer == config.payer_authorizer, "Channels_BadSignature")
     _require(close_signer == config.receiver_authorizer != ZERO_ADDRESS, "Channels_BadSignature")
-    state = _put_channel(state, channel_id, replace(channel, claimed=final_amount, closed=True))
+    state = _put_channel(state, channel_id, Channel(final_amount, final_amount, channel.withdraw_at, True))
     state = _release(state, config.token, state.payout_of(config.receiver), final_amount - channel.claimed)
     return _release(state, config.token, config.payer, channel.allocated - final_amount)
 

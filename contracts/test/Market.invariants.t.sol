@@ -120,7 +120,7 @@ contract MarketInvariants is Fixture {
         bytes32[] memory ids = handler.ids();
         for (uint256 i = 0; i < ids.length; ++i) {
             IChannels.Channel memory c = channels.channel(ids[i]);
-            if (!c.closed) remainders += c.allocated - c.claimed;
+            remainders += c.allocated - c.claimed;
         }
         same(locked, remainders + owed, "locks");
         same(vault.liabilities(address(token)), balance(config.payer) + balance(config.receiver) + locked, "liabilities");

@@ -187,7 +187,8 @@ class Attacker:
             channel = escrow.Channel(allocated, claimed, withdraw_at, bool(closed))
             require(channel == state.channel(channel_id), f"{function}: channel differs")
             was = before["channel"][channel_id]
-            require(was[1] <= claimed <= allocated >= was[0], "I2: a total fell, or claimed passed allocated")
+            require(was[1] <= claimed <= allocated, "I2: claimed fell, or passed allocated")
+            require(allocated >= was[0] or (closed and allocated == claimed), "I2: an open channel lost money")
             require(claimed <= self.signed.get(channel_id, 0), "I4: claimed without the session key's voucher")
             require(not was[3] or (allocated, claimed, withdraw_at, closed) == was, "I6: a closed channel changed")
         for token in self.tokens:
@@ -196,8 +197,8 @@ class Attacker:
             owed = sum(v for (_, t), v in now["owed"].items() if t == token)
             remainders = 0
             for config, channel_id in self.ids.items():
-                allocated, claimed, _, closed = now["channel"][channel_id]
-                remainders += allocated - claimed if config.token == token and not closed else 0
+                allocated, claimed, _, _ = now["channel"][channel_id]
+                remainders += allocated - claimed if config.token == token else 0
             require(liabilities == balances + locked, "I1: liabilities are not the sum of balances and locks")
             require(locked == remainders + owed, "I1: locks are not channel remainders plus what is owed")
             require(self._coins(token) >= liabilities, "I1: the vault owes more than it has")

@@ -23,9 +23,9 @@ from node.testing.attacker import Attacker
 from node.testing.evm import ARTIFACTS
 from protocol.escrow import SkipReason
 
-SEEDS = int(os.environ.get("CONTRACT_SEEDS", "60"))
+SEEDS = int(os.environ.get("CONTRACT_SEEDS", "45"))
 STEPS = 80
-EXAMPLES = int(os.environ.get("CONTRACT_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("CONTRACT_EXAMPLES", "25"))
 _OPEN = {"Channels_Unknown", "Channels_Closed"}
 EXPECTED = {
     "deposit": {"Vault_Paused", "Vault_TokenNotAllowed", "Vault_ZeroAddress", "Vault_WrongValue", "Vault_ZeroAmount"},

@@ -103,7 +103,7 @@ def test_a_channel_from_deposit_to_withdrawal(scene: Scene) -> None:
     assert scene.balance(WORKER.address) == 120
     closing = WORKER.sign(Close(scene.id, 140).digest(scene.world.domain))
     scene.channels.send(MALLORY.address, "close", config_tuple(scene.config), 140, 150, scene.voucher(150), closing)
-    assert scene.state() == (300, 140, 0, True)
+    assert scene.state() == (140, 140, 0, True)
     assert (scene.balance(WORKER.address), scene.balance(ANN.address)) == (140, 860)  # I6: claim + refund = amount
     scene.vault.send(WORKER.address, "withdraw", scene.token, 140, PAYOUT)
     assert scene.world.token.call("balanceOf", PAYOUT) == 140

@@ -24,7 +24,8 @@ interface IChannels {
         bytes32 salt;
     }
 
-    /// @param allocated Total ever allocated. @param claimed Total ever claimed; never above `allocated`, never falls.
+    /// @param allocated Total ever allocated; from closing on, what was claimed of it.
+    /// @param claimed Total ever claimed; never above `allocated`, never falls.
     /// @param withdrawAt Time from which the payer's withdrawal may be finalized; zero when none has begun.
     /// @param closed Final: no money is in the channel and none can come.
     struct Channel {
