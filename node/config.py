@@ -210,6 +210,15 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelsConfig:
+    """The model store."""
+
+    folder: Path | None = setting(
+        None, "Folder of the model store; empty means `models` in the data dir. Several data dirs may share one."
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class StoreConfig:
     """The journal."""
 
@@ -255,6 +264,7 @@ class Config:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    models: ModelsConfig = field(default_factory=ModelsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -278,7 +288,7 @@ class Config:
 
     @property
     def models_dir(self) -> Path:
-        return self.data_dir / "models"
+        return self.models.folder or self.data_dir / "models"
 
     @property
     def devnet_state(self) -> Path:

@@ -7,8 +7,19 @@ docs/reference/cli.md, which `scripts/gen-reference` writes.
 from __future__ import annotations
 
 COMMANDS: dict[str, str] = {
+    "demo": "Show the whole product at work: a paid chat on a local chain, with everything checked.",
     "init": "Make the data dir: configuration file and keys.",
     "wallet": "Make, import and list keys.",
+    "start": "Run the worker.",
+    "status": "What a running worker is doing.",
+    "drain": "Let a running worker finish its jobs and stop.",
+    "claim": "Claim what clients owe this worker.",
+    "chat": "Chat with a model: the answer on stdout, usage and cost on stderr.",
+    "offers": "What workers sell now, and why one would be chosen.",
+    "deposit": "Put tokens into the vault.",
+    "withdraw": "Take tokens out of the vault.",
+    "channels": "This client's payment channels: list them, close them.",
+    "audit": "Refold the journal and compare it with the chain.",
     "models": "The content-addressed model store.",
     "config": "Show the configuration.",
     "doctor": "Check this installation; each finding comes with the command that mends it.",

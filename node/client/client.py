@@ -152,6 +152,24 @@ class Client:
         policy = self._policy(policy)
         return ChatStream(self, model, typed, wanted, lambda: self.select(model, typed, wanted, policy))
 
+    async def open_channel(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        *,
+        policy: Policy | None = None,
+        **params: Any,
+    ) -> tuple[ChannelState, bytes]:
+        """Open the channel that such a chat will need, if there is none: afterwards a chat is one round trip.
+
+        Returns the channel and the hash of the transaction by which the worker submitted our allocation (empty when the
+        channel was there). Raises as entering a chat does.
+        """
+        typed, wanted = _messages(messages), _params(params)
+        best = self.select(model, typed, wanted, self._policy(policy))[0]
+        await self.reach(best.offer)
+        return await self.wallet.ensure_channel(best.offer, best.cost)
+
     def select(
         self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy
     ) -> list[Candidate]:

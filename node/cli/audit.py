@@ -1,0 +1,48 @@
+"""`audit`: refold the journal and compare it with the chain."""
+
+from __future__ import annotations
+
+import click
+
+from node.cli import passwords
+from node.cli.main import Command, Shared
+from node.cli.options import password_options
+from node.errors import LedgerError
+
+KEYS = {"worker": "worker", "client": "payer"}
+
+
+@click.command(cls=Command)
+@click.option("--role", type=click.Choice(["worker", "client"]), help="Which journal; by default every one that exists.")
+@password_options
+@click.pass_obj
+def command(shared: Shared, role: str | None) -> None:
+    """Refold the whole journal, check every signature in it, and compare it with the chain.
+
+    Exit 0 only when every invariant holds. Needs the journal to itself: stop the worker first.
+    """
+    import trio
+
+    roles = [role] if role else [name for name in KEYS if shared.config.journal(name).exists()]
+    found: dict[str, list[str]] = {}
+    for name in roles:
+        found[name] = trio.run(_audit, shared, name)
+    data = {name: findings or "ok" for name, findings in found.items()}
+    lines = [f"{name:<7} " + ("ok" if not findings else "") for name, findings in found.items()]
+    lines += [f"  {finding}" for findings in found.values() for finding in findings]
+    shared.output.result({"audit": data}, "\n".join(lines) or "there is no journal to audit")
+    if any(found.values()):
+        raise click.exceptions.Exit(1)
+
+
+async def _audit(shared: Shared, role: str) -> list[str]:
+    from node.audit import audit
+    from node.wiring import open_chain, open_journal
+    from protocol.channel import Role
+
+    if not shared.config.journal(role).exists():
+        raise LedgerError(f"there is no journal of a {role} in {shared.config.data_dir}")
+    key = passwords.unlock(shared, KEYS[role])
+    with open_journal(shared.config, role, key) as ledger:
+        async with open_chain(shared.config, key, ledger) as chain:
+            return await audit(ledger, Role(role), chain)

@@ -1,0 +1,82 @@
+"""`channels`: this client's payment channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from node.cli.connected import client_options, run
+from node.cli.main import Group, Shared
+from node.cli.options import password_options
+from node.errors import ConfigError
+
+if TYPE_CHECKING:
+    from node.client.client import Client
+
+
+@click.group(cls=Group)
+def command() -> None:
+    """This client's payment channels.
+
+    A channel locks part of the vault balance for one worker. Closing it returns what was not spent: at once when the
+    worker consents, else after the channel's delay, which nobody can refuse.
+    """
+
+
+@command.command("list")
+@password_options
+@click.pass_obj
+def list_(shared: Shared) -> None:
+    """List the channels, with what was locked, signed, spent and claimed."""
+
+    async def work(client: Client) -> None:
+        for state in client.book.channels.values():
+            status = "closed" if state.closed else "leaving" if state.leaving else "open"
+            data = {
+                "channel": state.channel_id,
+                "receiver": str(state.config.receiver),
+                "status": status,
+                "allocated": str(state.allocated),
+                "cumulative": str(state.cumulative),
+                "spent": str(state.spent),
+                "claimed": str(state.claimed),
+                "withdraw_at": state.withdraw_at,
+            }
+            text = f"{state.channel_id}  {status:<8} spent {state.spent} of {state.allocated}, claimed {state.claimed}"
+            shared.output.row(data, text)
+
+    run(shared, work, online=False)
+
+
+@command.command()
+@click.argument("channel", required=False)
+@client_options
+@click.pass_obj
+def close(shared: Shared, channel: str | None, workers: tuple[str, ...]) -> None:
+    """Close CHANNEL, or every channel when none is named. Run it again after the delay to finish a delayed one."""
+
+    async def work(client: Client) -> None:
+        from node.cli.start import transaction
+        from protocol.ids import ChannelId
+
+        wanted = None if channel is None else ChannelId(channel)
+        if wanted is not None and wanted not in client.book.channels:
+            raise ConfigError(f"{channel} is not a channel of this client", hint="gristmill channels list")
+        peers = {offer.worker: offer.peer_id for offer in client.offers.current()}
+        for state in list(client.book.channels.values()):
+            if state.closed or (wanted is not None and state.channel_id != wanted):
+                continue
+            done = await client.wallet.close(state.channel_id, peers.get(state.config.receiver))
+            data = {
+                "channel": done.channel_id,
+                "cooperative": done.cooperative,
+                "returned": str(done.returned),
+                "available_at": done.available_at,
+                "note": done.note,
+                "transactions": [transaction(result) for result in done.transactions],
+            }
+            when = f"available from {done.available_at} (chain seconds)" if done.available_at else f"{done.returned} returned"
+            shared.output.row(data, f"{done.channel_id}  {when}" + (f"  ({done.note})" if done.note else ""))
+
+    run(shared, work, workers)

@@ -1,0 +1,138 @@
+"""`chat`: a paid answer from a worker of the market."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from node.cli.connected import client_options, run
+from node.cli.main import Command, Shared
+from node.cli.params import AMOUNT
+from node.errors import ConfigError
+
+if TYPE_CHECKING:
+    from node.client.client import Client
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.argument("text", required=False)
+@click.option("--system", help="A system message before the text.")
+@click.option("--messages", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON list of messages.")
+@click.option("--max-tokens", type=click.IntRange(1, 131_072), default=256, show_default=True, help="Most tokens of the answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Keep the likeliest tokens.")
+@click.option("--top-k", type=click.IntRange(0, 1 << 20), default=0, help="Keep this many tokens; 0 keeps all.")
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least likelihood, relative to the best token.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the normative sampler.")
+@click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
+@click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit.")
+@client_options
+@click.pass_obj
+def command(
+    shared: Shared,
+    model: str,
+    text: str | None,
+    system: str | None,
+    file: Path | None,
+    max_cost: int | None,
+    workers: tuple[str, ...],
+    **params: Any,
+) -> None:
+    """Chat with MODEL. TEXT is the user's message; `-` or nothing reads it from standard input.
+
+    The answer goes to stdout as it comes; worker, usage, cost and receipt go to stderr. With --json every chunk is a line,
+    and the last line holds the verified receipt.
+    """
+    messages = _messages(text, system, file)
+
+    async def work(client: Client) -> None:
+        from protocol.selection import Policy
+
+        policy = Policy(max_cost=max_cost) if max_cost is not None else None
+        await chat(shared, client, model, messages, policy, params)
+
+    run(shared, work, workers)
+
+
+async def chat(
+    shared: Shared, client: Client, model: str, messages: list[dict[str, str]], policy: Any, params: dict[str, Any]
+) -> None:
+    output = shared.output
+    _, allocation = await client.open_channel(model, messages, policy=policy, **params)
+    before = await client.wallet.chain.head()
+    stream = client.chat(model, messages, policy=policy, **params)
+    async with stream:
+        async for chunk in stream:
+            if output.json:
+                output.row({"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)})
+            else:
+                output.write(chunk.text)
+    after = await client.wallet.chain.head()
+    if not output.json:
+        output.write("\n")
+    receipt = stream.receipt
+    if receipt is None:
+        return
+    timings = stream.timings
+    summary = {
+        "worker": stream.worker,
+        "model": str(receipt.model_id),
+        "usage": {"input_tokens": receipt.input_tokens, "output_tokens": receipt.output_tokens},
+        "cost": str(receipt.cost),
+        "finish_reason": stream.finish_reason,
+        "seconds": {
+            "accepted": timings.accepted,
+            "first_token": timings.first_token,
+            "ask_to_first_token": timings.first_token - timings.asked,
+            "total": timings.finished,
+        },
+        "channel": stream.channel_id,
+        "allocation_transaction": allocation or stream.allocation_transaction or None,
+        "blocks": {"before": before.number, "after": after.number},
+        "receipt": receipt_data(receipt),
+        "receipt_signature": stream.receipt_signature,
+    }
+    if output.json:
+        output.row(summary)
+        return
+    speed = receipt.output_tokens / max(timings.finished - timings.first_token, 1e-9)
+    output.say(
+        f"\nworker   {stream.worker}\n"
+        f"usage    {receipt.input_tokens} tokens in, {receipt.output_tokens} out, {speed:.1f} tokens/s, "
+        f"first token after {1000 * (timings.first_token - timings.asked):.0f} ms\n"
+        f"cost     {receipt.cost} (smallest unit)\n"
+        f"receipt  number {receipt.sequence} on channel {stream.channel_id}, verified"
+    )
+
+
+def receipt_data(receipt: Any) -> dict[str, Any]:
+    """A receipt in the form of `--json`: hashes as hex, amounts as decimal strings."""
+    data = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
+    data["cost"] = str(receipt.cost)
+    return {name: "0x" + value.hex() if isinstance(value, bytes) else value for name, value in data.items()}
+
+
+def _messages(text: str | None, system: str | None, file: Path | None) -> list[dict[str, str]]:
+    if file is not None:
+        try:
+            loaded = json.loads(file.read_text("utf-8"))
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in loaded]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{file} is no list of messages: {error}", hint='[{"role": "user", "content": "..."}]') from None
+    else:
+        messages = []
+        if text is None or text == "-":
+            text = sys.stdin.read()
+    if text:
+        messages.append({"role": "user", "content": text})
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    if not messages:
+        raise click.UsageError("there is nothing to say: give TEXT, --messages or standard input")
+    return messages

@@ -1,0 +1,41 @@
+"""`deposit`: the only transaction a client needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from node.cli.connected import run
+from node.cli.main import Command, Shared
+from node.cli.options import password_options
+from node.cli.params import AMOUNT
+
+if TYPE_CHECKING:
+    from node.client.client import Client
+
+
+@click.command(cls=Command)
+@click.argument("amount", type=AMOUNT)
+@password_options
+@click.pass_obj
+def command(shared: Shared, amount: int) -> None:
+    """Put AMOUNT (smallest unit of the network's token) into the vault.
+
+    Channels to workers are opened out of it by signature; it can be withdrawn at any time, less what is in channels.
+    """
+
+    async def work(client: Client) -> None:
+        from node.cli.start import transaction
+
+        results = await client.deposit(amount)
+        balance = await client.balance()
+        data = {
+            "deposited": str(amount),
+            "vault_balance": str(balance),
+            "transactions": [transaction(result) for result in results],
+        }
+        gas = sum(result.gas_used for result in results)
+        shared.output.result(data, f"deposited {amount}, the vault holds {balance} (smallest unit; {gas} gas)")
+
+    run(shared, work, online=False)

@@ -1,0 +1,80 @@
+"""`offers`: what workers sell now, and why one would be chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from node.cli.connected import client_options, run
+from node.cli.main import Command, Shared
+
+if TYPE_CHECKING:
+    from node.client.client import Client
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.option("--wait", "wait_s", type=click.FloatRange(0, 60), default=0.0, help="Seconds to listen to gossip first.")
+@client_options
+@click.pass_obj
+def command(shared: Shared, model: str | None, wait_s: float, workers: tuple[str, ...]) -> None:
+    """What workers sell now. With MODEL: how they rank for a short request, and why not, per worker."""
+
+    async def work(client: Client) -> None:
+        import trio
+
+        await trio.sleep(wait_s)
+        if model is None:
+            list_offers(shared, client)
+        else:
+            explain(shared, client, model)
+
+    run(shared, work, workers)
+
+
+def list_offers(shared: Shared, client: Client) -> None:
+    from protocol.ids import ModelId
+
+    for offer in client.offers.current():
+        for model in offer.document.models:
+            price = model.price
+            data = {
+                "worker": offer.peer_id,
+                "addresses": offer.document.addresses,
+                "model": model.name,
+                "model_id": str(ModelId(model.model_id)),
+                "price": {"request": str(price.request), "input": str(price.input), "output": str(price.output)},
+                "context_length": model.context_length,
+                "dtype": model.dtype,
+                "numerics_class": model.numerics_class,
+                "tokens_per_second": model.tokens_per_second,
+                "ttft_ms": model.ttft_ms,
+                "free_slots": offer.document.free_slots,
+                "expires": offer.document.expires,
+            }
+            text = (
+                f"{offer.peer_id}  {model.name}  {price.request} + {price.input}/M in + {price.output}/M out  "
+                f"{model.tokens_per_second} tokens/s  {model.dtype}  {offer.document.free_slots} free"
+            )
+            shared.output.row(data, text)
+
+
+def explain(shared: Shared, client: Client, model: str) -> None:
+    from protocol.messages import ChatMessage, Params
+    from protocol.selection import Policy
+
+    selection = client.explain(model, (ChatMessage("user", "Hello"),), Params(), Policy())
+    for rank, candidate in enumerate(selection.ranked, 1):
+        data = {
+            "worker": candidate.offer.peer_id,
+            "rank": rank,
+            "score": candidate.score,
+            "cost": str(candidate.cost),
+            "tokens_per_second": candidate.tokens_per_second,
+            "reasons": [],
+        }
+        shared.output.row(data, f"{rank}. {candidate.offer.peer_id}  score {candidate.score:.3f}  up to {candidate.cost}")
+    for peer, reasons in selection.rejected.items():
+        data = {"worker": peer, "rank": None, "reasons": [reason.value for reason in reasons]}
+        shared.output.row(data, f"-  {peer}  {', '.join(reason.value for reason in reasons)}")

@@ -1,0 +1,123 @@
+"""`start`: run the worker until SIGTERM (drain, then stop) or Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from node.cli import passwords
+from node.cli.main import Command, Shared
+from node.cli.options import password_options, setting_option
+from protocol.keys import PrivateKey
+
+DRAIN_SECONDS = 30.0
+
+
+@click.command(cls=Command)
+@setting_option("--network", "network", metavar="NAME", help="Network to serve on.")
+@setting_option("--listen", "p2p.listen", multiple=True, metavar="MULTIADDR", help="Listen here; repeatable.")
+@setting_option("--bootstrap", "p2p.bootstrap", multiple=True, metavar="MULTIADDR", help="Connect to this peer; repeatable.")
+@setting_option("--model", "worker.models", multiple=True, metavar="MODEL", help="Serve this model; repeatable.")
+@password_options
+@click.option("--drain", "drain_s", type=float, default=DRAIN_SECONDS, help="Seconds that running jobs get after SIGTERM.")
+@click.pass_obj
+def command(shared: Shared, drain_s: float) -> None:
+    """Run the worker.
+
+    With --json each event is one line: `ready` once everything is checked and jobs are taken, `stopped` at the end.
+    """
+    import trio
+
+    logging.basicConfig(level=logging.DEBUG if shared.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    key = passwords.unlock(shared, "worker")
+    trio.run(_serve, shared, key, drain_s)
+
+
+async def _serve(shared: Shared, key: PrivateKey, drain_s: float) -> None:
+    import trio
+
+    from node.app import open_worker
+    from node.worker import control
+
+    output = shared.output
+    stop = trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with open_worker(shared.config, key, say=output.say) as running, trio.open_nursery() as nursery:
+            worker = running.worker
+
+            async def status(_: dict[str, Any]) -> Mapping[str, Any]:
+                return report(worker)
+
+            async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
+                return claim_report(await worker.claim())
+
+            async def drain(_: dict[str, Any]) -> Mapping[str, Any]:
+                stop.set()
+                return {"draining": True}
+
+            handlers = {"status": status, "claim": claim, "drain": drain}
+            path = shared.config.data_dir / "control.sock"
+            nursery.start_soon(control.serve, path, handlers)
+            nursery.start_soon(_until_signal, signals, stop)
+            addresses = list(worker.network.addresses)
+            output.row(
+                {"event": "ready", "pid": os.getpid(), "peer_id": key.peer_id, "account": key.address, "addresses": addresses},
+                "\n".join([f"ready   {key.peer_id}", *(f"listens {address}" for address in addresses)]),
+            )
+            await stop.wait()
+            output.say(f"draining: {worker.server.busy} jobs under way")
+            clean = await worker.drain(drain_s)
+            output.row({"event": "stopped", "clean": clean}, "stopped" if clean else "stopped with jobs under way")
+            nursery.cancel_scope.cancel()
+
+
+async def _until_signal(signals: Any, stop: Any) -> None:
+    async for _ in signals:
+        stop.set()
+
+
+def report(worker: Any) -> dict[str, Any]:
+    """What `status` shows."""
+    channels = worker.book.channels.values()
+    stats = worker.server.stats
+    return {
+        "peer_id": str(worker.key.peer_id),
+        "account": str(worker.key.address),
+        "addresses": list(worker.network.addresses),
+        "models": [
+            {"name": info.name, "id": str(info.id), "dtype": info.dtype} for info in worker.server.backend.models.values()
+        ],
+        "draining": worker.server.draining,
+        "streams": worker.server.busy,
+        "accepted": stats.accepted,
+        "finished": stats.finished,
+        "output_tokens": stats.output_tokens,
+        "refused": dict(stats.refused),
+        "ended": dict(stats.ended),
+        "channels": len(worker.book.channels),
+        "earned": str(sum(state.spent for state in channels)),
+        "claimed": str(sum(state.claimed for state in channels)),
+        "claimable": str(sum(state.claimable for state in channels)),
+        "unpaid": str(worker.meter.credit_in_use(worker.book.channels)),
+        "chain_age_ms": worker.chain_age_ms(),
+        "journal_records": worker.ledger.head.seq,
+    }
+
+
+def claim_report(done: Any) -> dict[str, Any]:
+    """What `claim` shows."""
+    return {
+        "claimed": {str(channel): str(amount) for channel, amount in done.claimed.items()},
+        "total": str(sum(done.claimed.values())),
+        "transactions": [transaction(result) for result in done.transactions],
+    }
+
+
+def transaction(result: Any) -> dict[str, Any]:
+    """One transaction in the form of `--json`."""
+    return {"purpose": result.purpose, "hash": "0x" + result.hash.hex(), "gas": result.gas_used, "block": result.block}
