@@ -222,6 +222,10 @@ def report(error: BaseException, shared: Shared) -> int:
         case OSError() if error.strerror:
             output.error("system", f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
             return 1
+        case ModuleNotFoundError() if error.name and not error.name.startswith(("node.", "protocol.")):
+            package = error.name.partition(".")[0]
+            output.error("missing", f"the package {package} is not installed", "pip install 'gristmill[worker,devnet]'")
+            return 1
         case _:
             output.error("internal", f"{type(error).__name__}: {error}", "--debug shows where; please report it")
             return 1

@@ -463,6 +463,13 @@ def test_debug_shows_the_traceback_on_stderr_only(
     assert "Traceback" in captured.err and json.loads(captured.out)["error"]["code"] == "internal"
 
 
+def test_a_missing_package_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame.cli, "main", lambda *_, **__: __import__("no_such_package_anywhere.inner"))
+    result = run("models", "list", "--json")
+    assert (result.status, result.error) == (1, "missing")
+    assert result.one["error"]["message"] == "the package no_such_package_anywhere is not installed"
+
+
 def test_a_full_disk_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "/data/x")
