@@ -9,7 +9,7 @@ Rules of this file:
    when we are.
 
 Both roles hold the same state and run the same changes; the few rules that differ ask `state.role`. Amounts are in the
-smallest unit of the channel's token and cumulative over the channel's life. Invariants L1 to L9: docs/invariants.md.
+smallest unit of the channel's token and cumulative over the channel's life. Invariants L1 to L10: docs/invariants.md.
 """
 
 from __future__ import annotations
