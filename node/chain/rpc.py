@@ -55,14 +55,21 @@ class _Endpoint:
     """One URL: its parts, its idle connections, and whether it has shown its chain id."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ChainError(f"not a URL of a JSON-RPC node: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ChainError(f"not an http(s) URL of a JSON-RPC node: {parts.scheme or url[:20]!r}")
+            raise ChainError("the URL of a JSON-RPC node must begin with http:// or https:// and name a host")
+        if parts.username is not None:
+            raise ChainError("a user name in the URL of a JSON-RPC node is not supported")
         self.tls = parts.scheme == "https"
         self.host = parts.hostname
-        self.port = parts.port or (443 if self.tls else 80)
+        self.port = port or (443 if self.tls else 80)
+        self.authority = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self.name = f"{parts.scheme}://{self.host}:{self.port}"
+        self.name = f"{parts.scheme}://{self.authority}"
         self.idle: list[_Connection] = []
         self.verified = False
 
@@ -91,7 +98,7 @@ class _Connection:
         """POST `body`; status and body of the answer. Raises `ChainError` when it is over `limit`."""
         http = self._http
         headers = [
-            ("Host", f"{self._endpoint.host}:{self._endpoint.port}"),
+            ("Host", self._endpoint.authority),
             ("Content-Type", "application/json"),
             ("Accept", "application/json"),
             ("Content-Length", str(len(body))),

@@ -222,7 +222,10 @@ def test_cancelling_a_call_leaves_the_client_usable() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("url", ["", "ftp://x", "127.0.0.1:8545", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "ftp://x", "127.0.0.1:8545", "http://", "file:///etc/passwd", "http://a:b", "http://u:p@h", "http://[::1"],
+)
 def test_urls_are_checked(url: str) -> None:
     with pytest.raises(ChainError):
         JsonRpc([url])

@@ -233,7 +233,12 @@ def test_already_known_is_not_an_error() -> None:
             node.take(raw)
 
         node.on_send = [known]
-        assert (await sender.send("pay", TO, b"")).ok
+        node.mine_at_once = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sender.send, "pay", TO, b"")
+            await trio.sleep(1)
+            node.mine()
+        assert journal.kinds == ["tx_signed", "tx_final"] and len(node.sent) == 1
 
     run(main)
 
