@@ -93,11 +93,13 @@ class HostNetwork:
         if peer == self._peer_id:
             raise NetworkError(f"{multiaddr} is this node itself")
         peer_id = ID.from_string(peer)
-        async with self._dialing.setdefault(peer_id, trio.Lock()):
-            try:
+        lock = self._dialing.setdefault(peer_id, trio.Lock())
+        try:
+            async with lock:
                 if self._live(peer_id) is None:
                     await self._dial(address, peer_id)
-            finally:
+        finally:
+            if not lock.locked():
                 self._dialing.pop(peer_id, None)
         return peer
 

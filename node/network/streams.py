@@ -131,7 +131,7 @@ async def propose(stream: MuxStream, protocol: str) -> tuple[str, ...]:
     return (_GREETING, protocol)
 
 
-async def agree(stream: MuxStream, spoken: Container[str]) -> str:
+async def agree(stream: MuxStream, spoken: Container[object]) -> str:
     """The answering side: returns the first proposed protocol that is `spoken`. Raises `NegotiationFailed`."""
     await stream.write(encode_line(_GREETING))
     line = await read_line(stream)

@@ -10,6 +10,8 @@ The rules:
 - What a peer may make us hold is counted before it is kept: unread bytes per stream and per connection, streams it has open,
   bytes waiting to be sent. A stream that passes its bound is reset, a connection that breaks the protocol is closed.
 - Bytes that arrived are delivered before the news that the stream or the connection ended.
+
+A stream and its connection are one state machine, so they share this file.
 """
 
 from __future__ import annotations

@@ -147,6 +147,7 @@ def test_a_writer_that_ignores_flow_control_is_reset_and_others_go_on() -> None:
         bad, good = await mux.accept_stream(), await mux.accept_stream()
         for _ in range(1000):
             await peer.data(2, bytes(64 * KIB))
+            assert mux.unread <= 256 * KIB
         await peer.wait_for(WINDOW, RST, 2)
         await trio.testing.wait_all_tasks_blocked()
         assert mux.unread == 0 and len(bad._buffer) == 0
@@ -389,6 +390,6 @@ def test_random_frames_never_raise_and_stay_bounded() -> None:
 
         run(test, limits)
 
-    for seed in range(300):
+    for seed in range(100):
         one(seed)
-    assert outcomes["ended"] > 100 and outcomes["alive"] > 100, outcomes
+    assert outcomes["ended"] > 30 and outcomes["alive"] > 30, outcomes
