@@ -89,7 +89,7 @@ class VerifiedOffer:
 
     @property
     def peer_id(self) -> PeerId:
-        return PeerId(self.document.peer_id)
+        return str.__new__(PeerId, self.document.peer_id)  # `open_offer` has checked it; selection asks for it often
 
     def valid_at(self, now_ms: int) -> bool:
         return now_ms < self.document.expires
