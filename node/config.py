@@ -9,7 +9,8 @@ Rules
 - A file that another user can write is refused: it decides where money goes.
 - No secret is a setting. Passwords come from a file, a descriptor or the prompt.
 
-Amounts of money are whole numbers in the token's smallest unit.
+Amounts of money are whole numbers in the token's smallest unit. The file is long because the list of settings is; the rules of
+loading are its last third.
 """
 
 # ruff: noqa: RUF009 (`setting` returns a dataclass field)
