@@ -214,7 +214,7 @@ known = st.dictionaries(st.sampled_from(PEERS), histories)
 
 
 @given(offer_lists, policies, known, st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 def test_the_choice_is_complete_ordered_and_independent_of_order(
     offers: tuple[VerifiedOffer, ...], policy: Policy, history: dict[PeerId, History], random: Random
 ) -> None:
