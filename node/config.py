@@ -490,4 +490,3 @@ def _pick(sources: list[_Source], name: str) -> tuple[Any, str]:
                 what = key.setting.doc + (f" Unit: {key.setting.unit}." if key.setting.unit else "")
                 raise ConfigError(f"{source.where(name)}: {name} {error}", hint=what) from None
     return key.default, "default"
-
