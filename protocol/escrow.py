@@ -337,8 +337,8 @@ def _open(state: Escrow, config: ChannelConfig) -> tuple[ChannelId, Channel]:
     """A channel that holds or held money and is not closed."""
     channel_id = config.channel_id(state.domain)
     channel = state.channel(channel_id)
-    _require(channel.allocated > 0, "Channels_Unknown")
     _require(not channel.closed, "Channels_Closed")
+    _require(channel.allocated > 0, "Channels_Unknown")
     return channel_id, channel
 
 

@@ -206,8 +206,8 @@ contract Channels is IChannels, EIP712 {
     function _open(ChannelConfig calldata config) private view returns (bytes32 id, Channel storage state) {
         id = channelIdOf(config);
         state = _channels[id];
-        if (state.allocated == 0) revert Channels_Unknown(id);
         if (state.closed) revert Channels_Closed(id);
+        if (state.allocated == 0) revert Channels_Unknown(id);
     }
 
     function _requireSigner(bytes32 id, address signer, bytes32 digest, bytes calldata signature) private view {

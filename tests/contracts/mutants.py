@@ -41,7 +41,12 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "_requireSigner(id, config.receiverAuthorizer, closeDigest(id, finalAmount), closeSignature);",
         "",
     ),
-    ("close again", "Channels.sol", "if (state.closed) revert Channels_Closed(id);\n    }", "}"),
+    (
+        "close again",
+        "Channels.sol",
+        "        if (state.closed) revert Channels_Closed(id);\n        if (state.allocated == 0)",
+        "        if (state.allocated == 0)",
+    ),
     (
         "anyone begins a withdrawal",
         "Channels.sol",
