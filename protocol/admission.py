@@ -7,7 +7,7 @@ Two steps, cheap before dear: `check_ask` needs no tokenizer, so a stranger cann
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from protocol.channel import ChannelState
@@ -17,6 +17,7 @@ from protocol.job import Terms, ask_struct
 from protocol.keys import require_signer
 from protocol.messages import AskMessage, amount_from_wire
 from protocol.offers import ModelOffer, VerifiedOffer
+from protocol.payment import exposure, unsecured
 from protocol.selection import changed_params
 from protocol.typed_data import Domain, Voucher
 
@@ -40,7 +41,7 @@ class Load:
     free_slots: int
     draining: bool
     credit_in_use: int
-    """Unpaid work on all channels, smallest unit."""
+    """The most that all other channels together may come to owe, smallest unit: see `payment.exposure`."""
     credit_limit: int
     """The most of it that the operator risks; 0 = no limit."""
     chain_age_ms: int
@@ -121,16 +122,13 @@ def _check_channel(
         require_signer(voucher.digest(domain), ask.voucher_signature, signer, "voucher")
     except RemoteProtocolError as error:
         raise Rejected(RefusalReason.VOUCHER_INVALID, error.detail[:200]) from None
-    if cumulative > channel.allocated:
-        raise Rejected(
-            RefusalReason.ALLOCATION_INSUFFICIENT, f"voucher of {cumulative}, {channel.allocated} allocated"
-        )
     return Checked(ask, offer, model, channel, cumulative)
 
 
 def check_prompt(checked: Checked, input_tokens: int, *, domain: Domain, running: int, load: Load) -> Terms:
     """The rest, once the prompt is tokenised. `running`: cost so far of the channel's other parts under way.
 
+    Judges the channel as it is now, not as it was before the prompt was tokenised: the journal must take what is accepted here.
     Raises `Rejected`. The terms it returns are what the client must arrive at as well.
     """
     ask, model, channel, document = checked.ask, checked.model, checked.channel, checked.offer.document
@@ -138,6 +136,12 @@ def check_prompt(checked: Checked, input_tokens: int, *, domain: Domain, running
         raise Rejected(
             RefusalReason.CONTEXT_EXCEEDED,
             f"{input_tokens} prompt tokens and {ask.params.max_tokens} to generate, context {model.context_length}",
+        )
+    if channel.leaving:
+        raise Rejected(RefusalReason.CHANNEL_CLOSING)
+    if checked.cumulative > channel.allocated:
+        raise Rejected(
+            RefusalReason.ALLOCATION_INSUFFICIENT, f"voucher of {checked.cumulative}, {channel.allocated} allocated"
         )
     terms = Terms(
         domain=domain,
@@ -154,10 +158,12 @@ def check_prompt(checked: Checked, input_tokens: int, *, domain: Domain, running
         raise Rejected(
             RefusalReason.ALLOCATION_INSUFFICIENT, f"up to {terms.limit} needed, {channel.free} free on the channel"
         )
-    due = channel.spent + running + terms.spent(input_tokens, 0)
-    covered = max(checked.cumulative, channel.cumulative)
-    if due - covered > terms.credit:
-        raise Rejected(RefusalReason.VOUCHER_INSUFFICIENT, f"{due} due, {covered} covered, credit {terms.credit}")
-    if load.credit_limit and load.credit_in_use + terms.credit > load.credit_limit:
+    paid = replace(channel, cumulative=max(checked.cumulative, channel.cumulative))
+    due = unsecured(paid, running + terms.spent(input_tokens, 0))
+    if due > terms.credit:
+        raise Rejected(RefusalReason.VOUCHER_INSUFFICIENT, f"{due} more due than covered, credit {terms.credit}")
+    key = (terms.ask.job_id, terms.ask.part)
+    risk = exposure(replace(paid, open_jobs={**paid.open_jobs, key: terms.limit}), terms.credit)
+    if load.credit_limit and risk and load.credit_in_use + risk > load.credit_limit:
         raise Rejected(RefusalReason.CREDIT_EXHAUSTED, "unpaid work is at the operator's limit")
     return terms

@@ -41,6 +41,16 @@ def _capped(state: ChannelState, amount: int) -> int:
     return min(amount, state.spent + state.reserved, state.ceiling)
 
 
+def unsecured(state: ChannelState, running: int) -> int:
+    """Worker: cost delivered that no voucher covers, or that is vouched for and no longer locked on chain (a reorg)."""
+    return max(0, state.spent + running - min(state.cumulative, state.allocated))
+
+
+def exposure(state: ChannelState, credit: int) -> int:
+    """Worker: the most that the channel may come to owe. A job that is paid ahead in full risks nothing."""
+    return min(unsecured(state, state.reserved), max(credit, unsecured(state, 0)))
+
+
 def recovered_costs(state: ChannelState, tick: int) -> dict[Part, int]:
     """What to book for parts that a crash cut off, when nobody remembers how much was delivered.
 

@@ -100,7 +100,9 @@ async def fetch_offer(network: Network, book: OfferBook, peer: PeerId, *, timeou
     return book.learn(reply, peer=peer)
 
 
-async def discover(network: Network, book: OfferBook, bootstrap: tuple[str, ...], *, timeout_s: float = 10) -> list[str]:
+async def discover(
+    network: Network, book: OfferBook, bootstrap: tuple[str, ...], *, timeout_s: float = 10
+) -> list[str]:
     """Dial every bootstrap address and fetch what it sells; returns what failed, in words. Some may only pass gossip on."""
     failures = []
     for address in bootstrap:

@@ -27,20 +27,33 @@ Answer = Callable[[PeerId, Any], Awaitable[msgspec.Struct]]
 
 
 class JobStream(Generic[M]):
-    """A machine on a stream. One task may send while another receives; two may not send at once."""
+    """A machine on a stream. One task receives; whoever sends waits for its turn, so messages leave in the machine's order.
 
-    def __init__(self, stream: ByteStream, machine: M) -> None:
+    `patience_s`: how long a peer that reads nothing may hold a write up; then the stream is broken.
+    """
+
+    def __init__(self, stream: ByteStream, machine: M, *, patience_s: float = 30) -> None:
         self.stream = stream
         self.machine = machine
+        self._patience_s = patience_s
+        self._turn = trio.Lock()
         self._ended = False
 
     async def send(self, message: JobConversation) -> None:
         """Raises `LocalProtocolError` (then nothing was sent) or `StreamClosed`."""
-        await self.send_frame(self.machine.send(message))
+        async with self._turn:
+            await self._write(self.machine.send(message))
 
     async def send_frame(self, frame: bytes) -> None:
         """Send what the machine has already framed (`JobWorker.agree`, `JobWorker.deliver`)."""
-        await self.stream.send_all(frame)
+        async with self._turn:
+            await self._write(frame)
+
+    async def _write(self, frame: bytes) -> None:
+        with trio.move_on_after(self._patience_s):
+            await self.stream.send_all(frame)
+            return
+        raise StreamClosed(f"the peer has read nothing for {self._patience_s:g} s")
 
     async def receive(self) -> JobConversation:
         """The peer's next message. Raises `RemoteProtocolError`, or `StreamClosed` at the end of what it has to say."""
@@ -77,9 +90,7 @@ async def end_with(stream: ByteStream, frame: bytes) -> None:
     await stream.reset()
 
 
-async def converse(
-    network: Network, peer: PeerId, protocol: str, question: msgspec.Struct, *, timeout_s: float
-) -> Any:
+async def converse(network: Network, peer: PeerId, protocol: str, question: msgspec.Struct, *, timeout_s: float) -> Any:
     """Ask one question, return the one answer.
 
     Raises `NetworkError`, `Timeout`, or `RemoteProtocolError`: the peer's fault, or its own `Abort` with its code.

@@ -270,6 +270,7 @@ class MemoryHub:
         """Bytes of one direction of a stream on their way; writers wait behind them."""
         self._random = None if seed is None else random.Random(seed)
         self._networks: dict[PeerId, MemoryNetwork] = {}
+        self._joined = 0
         self._connections: set[frozenset[PeerId]] = set()
         self._partitions: set[frozenset[PeerId]] = set()
         self._links: list[_Link] = []
@@ -279,9 +280,16 @@ class MemoryHub:
         """A new network for `peer_id`."""
         if peer_id in self._networks:
             raise NetworkError(f"{peer_id} has joined already")
-        network = MemoryNetwork(self, peer_id, f"/memory/{len(self._networks) + 1}")
+        self._joined += 1
+        network = MemoryNetwork(self, peer_id, f"/memory/{self._joined}")
         self._networks[peer_id] = network
         return network
+
+    def leave(self, peer_id: PeerId) -> None:
+        """The node is gone: its connections break, its address answers no more, and it may join again."""
+        for other in self.neighbours(peer_id):
+            self.unlink(peer_id, other, "the far end has gone")
+        self._networks.pop(peer_id, None)
 
     # --- faults
 

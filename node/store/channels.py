@@ -17,8 +17,8 @@ from node.store.ledger import Entry, Ledger, Record
 from node.store.writer import Work
 from protocol.channel import Change, ChannelOpened, ChannelState, Effect, JobEnded, Role, apply, opened
 from protocol.errors import LocalProtocolError
-from protocol.ids import ChannelId
-from protocol.payment import recovered_costs
+from protocol.ids import ChannelId, JobId
+from protocol.payment import recovered_costs, unsecured
 from protocol.records import KINDS, fold, from_body, kind_of, to_body
 
 
@@ -29,13 +29,22 @@ class ChannelBook:
         self.ledger = ledger
         self.role = role
         self._states: dict[ChannelId, ChannelState] = {}
+        self._at_risk: set[ChannelId] = set()
+        self.cut_off: set[tuple[ChannelId, JobId, int]] = set()
+        """Parts that ended without a receipt: a worker may not serve them again, because they have been charged for."""
 
     @classmethod
     def restore(cls, ledger: Ledger, role: Role) -> ChannelBook:
         """Fold the journal. Raises `LocalProtocolError` when it breaks a rule: then nothing is signed."""
         book = cls(ledger, role)
-        book._states = replay(ledger, lambda states, record: fold_record(role, states, record), {})
+        replay(ledger, book._fold, None)
         return book
+
+    def _fold(self, _: None, record: Record) -> None:
+        if record.kind in KINDS:
+            change = from_body(record.kind, msgspec.msgpack.decode(record.body))
+            fold(self.role, self._states, change)
+            self._note(change)
 
     async def close_open_jobs(self, tick: int) -> int:
         """After a crash: end the parts that were under way, by the rule of `recovered_costs`. Returns how many.
@@ -58,23 +67,43 @@ class ChannelBook:
     def get(self, channel_id: ChannelId) -> ChannelState | None:
         return self._states.get(channel_id)
 
+    @property
+    def at_risk(self) -> list[ChannelState]:
+        """Channels on which something is, or may come to be, delivered without cover."""
+        return [self._states[channel_id] for channel_id in self._at_risk]
+
+    def _note(self, change: Change) -> None:
+        state = self._states[change.channel_id]
+        if not state.closed and unsecured(state, state.reserved):
+            self._at_risk.add(state.channel_id)
+        else:
+            self._at_risk.discard(state.channel_id)
+        if isinstance(change, JobEnded) and not change.receipt:
+            self.cut_off.add((change.channel_id, change.job_id, change.part))
+
     async def change(self, changes: Sequence[Change], *, also: Work[object] | None = None) -> list[Effect]:
-        """Apply and journal, all or none. Raises `ProtocolError` (nothing changed) or `LedgerError` (nothing is to be said)."""
-        staged = dict(self._states)
+        """Apply and journal, all or none. Raises `ProtocolError` (nothing changed) or `LedgerError` (nothing is to be said).
+
+        `also` may not refuse: what is applied here cannot be taken back, so it has to reach the journal.
+        """
+        staged: dict[ChannelId, ChannelState] = {}
         effects: list[Effect] = []
         for change in changes:
+            held = staged.get(change.channel_id) or self._states.get(change.channel_id)
             if isinstance(change, ChannelOpened):
-                if change.channel_id in staged:
+                if held is not None:
                     raise LocalProtocolError(f"channel {change.channel_id} is already open")
                 staged[change.channel_id] = opened(self.role, change)
                 continue
-            if change.channel_id not in staged:
+            if held is None:
                 raise LocalProtocolError(f"channel {change.channel_id} is not in this journal")
-            staged[change.channel_id], more = apply(staged[change.channel_id], change)
+            staged[change.channel_id], more = apply(held, change)
             effects.extend(more)
         entries = [Entry(kind_of(c), bytes(c.channel_id), to_body(c)) for c in changes]
         with trio.CancelScope(shield=True):
-            self._states = staged
+            self._states.update(staged)
+            for change in changes:
+                self._note(change)
             await self.ledger.append(entries, also=also)
         return effects
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from node.errors import NodeError
+from node import errors
 
 
-class LedgerError(NodeError):
+class LedgerError(errors.LedgerError):
     """Base of all errors of the journal."""
 
     code = "journal"

@@ -25,6 +25,7 @@ from node.chain.memory import MemoryChain, MemoryLedger
 from node.client.client import Client
 from node.client.settings import ClientSettings
 from node.client.wallet import ClientWallet
+from node.errors import NodeError
 from node.network.discovery import OfferBook
 from node.network.memory import MemoryHub, open_hub
 from node.store.channels import ChannelBook
@@ -32,6 +33,7 @@ from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
 from node.worker.worker import Worker, WorkerSettings
 from protocol.channel import Role
+from protocol.ids import PeerId
 from protocol.keys import PrivateKey
 from protocol.pricing import Price
 
@@ -53,7 +55,11 @@ class Market:
     now_ms: Callable[[], int]
     price: Price
     workers: list[Worker] = field(default_factory=list)
+    failures: dict[PeerId, BaseException] = field(default_factory=dict)
+    """How workers ended that ended by themselves."""
+    _scopes: dict[PeerId, trio.CancelScope] = field(default_factory=dict)
     _names: itertools.count[int] = field(default_factory=itertools.count)
+    _draws: itertools.count[int] = field(default_factory=itertools.count)
 
     def settings(self) -> WorkerSettings:
         return WorkerSettings(price=self.price, token=self.ledger.token)
@@ -75,9 +81,29 @@ class Market:
             settings=settings or self.settings(),
             now_ms=self.now_ms,
         )
-        await self.nursery.start(worker.run)
+        await self.nursery.start(self._run, worker)
         self.workers.append(worker)
         return worker
+
+    async def _run(self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        scope = self._scopes[worker.key.peer_id] = trio.CancelScope()
+        try:
+            with scope:
+                await worker.run(task_status=task_status)
+        except NodeError as error:
+            self.failures[worker.key.peer_id] = error
+
+    def crash(self, node: Worker | Client) -> None:
+        """Kill a node as `kill -9` would, as far as one process can play it; the same `name` opens it again.
+
+        Its journal takes nothing more, its connections are gone, its loops end.
+        """
+        node.book.ledger.close()
+        peer = node.network.peer_id
+        self.hub.leave(peer)
+        if peer in self._scopes:
+            self._scopes.pop(peer).cancel()
+        self.workers = [worker for worker in self.workers if worker is not node]
 
     async def client(
         self,
@@ -87,20 +113,22 @@ class Market:
         name: str = "",
         meet: bool = True,
     ) -> Client:
-        """A client with a deposit that knows every worker's offer."""
+        """A client with a deposit that knows every worker's offer. The same `name` reopens the same keys and journal."""
         name = name or f"client {next(self._names)}"
         payer, session = key(f"{name} payer"), key(f"{name} session")
         self.ledger.mint(payer.address, native=10**18, tokens=deposit)
         chain = MemoryChain(self.ledger, payer.address)
         network = self.hub.join(session.peer_id)
-        randoms = (hashlib.sha256(f"{name} {n}".encode()).digest() for n in itertools.count())
+        randoms = (hashlib.sha256(f"{name} {n}".encode()).digest() for n in self._draws)
         options = settings or ClientSettings()
+        book = ChannelBook.restore(self._journal(name, bytes(payer.address)), Role.CLIENT)
+        await book.close_open_jobs(0)
         wallet = ClientWallet(
             payer=payer,
             session=session,
             chain=chain,
             network=network,
-            book=ChannelBook.restore(self._journal(name, bytes(payer.address)), Role.CLIENT),
+            book=book,
             settings=options,
             random32=lambda: next(randoms),
             now_s=lambda: self.now_ms() // 1000,
@@ -114,6 +142,8 @@ class Market:
             now_ms=self.now_ms,
             random32=lambda: next(randoms),
         )
+        for channel_id in tuple(book.channels):
+            await wallet.refresh(channel_id)
         if deposit:
             await client.deposit(deposit)
         if meet:

@@ -30,6 +30,8 @@ class ClaimPolicy:
     """Smallest unit: below it a claim is not worth its gas."""
     every_s: float = 300
     """How often channels are looked at."""
+    retry_s: float = 10
+    """How soon again after the chain failed us: a leaving payer does not wait."""
 
 
 def due(
@@ -91,14 +93,17 @@ class Claimer:
 
     async def run(self) -> None:
         """Look at the channels every `every_s`, and at once when told to hurry. Survives chain trouble."""
+        pause = self._policy.every_s
         while True:
-            with trio.move_on_after(self._policy.every_s):
+            with trio.move_on_after(pause):
                 await self._urgent.wait()
             self._urgent = trio.Event()
+            pause = self._policy.every_s
             try:
                 await self.claim()
             except ChainError as error:
                 log.warning("claiming failed, will try again: %s", error)
+                pause = min(pause, self._policy.retry_s)
 
     async def claim(self, *, everything: bool = False) -> ClaimReport:
         """One round. Raises `ChainError`."""

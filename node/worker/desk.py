@@ -10,7 +10,7 @@ from protocol.ids import Address, Hash32, ModelId
 from protocol.keys import PrivateKey
 from protocol.messages import OfferMessage
 from protocol.offers import ModelOffer, OfferDocument, VerifiedOffer, open_offer, sign_offer
-from protocol.pricing import Price
+from protocol.pricing import Price, cost
 from protocol.typed_data import Domain
 
 HONOURED = (
@@ -79,6 +79,11 @@ class OfferDesk:
     def valid(self) -> Mapping[Hash32, VerifiedOffer]:
         """Offers by hash that have not expired: what an ask may name."""
         return self._valid
+
+    @property
+    def credit(self) -> int:
+        """Cost of the output that one channel may be ahead of its vouchers."""
+        return cost(Price(output=self._terms.price.output), 0, self._terms.credit_tokens)
 
     def current(self) -> OfferMessage:
         """The offer of now, signed anew when half of its life is over."""

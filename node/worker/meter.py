@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from protocol.channel import ChannelState, Part
 from protocol.ids import ChannelId
+from protocol.payment import unsecured
 
 
 class Meter:
@@ -29,8 +30,8 @@ class Meter:
         return sum(cost for part, cost in self._running.get(channel, {}).items() if part != without)
 
     def credit_in_use(self, channels: Mapping[ChannelId, ChannelState]) -> int:
-        """Delivered and not covered by a voucher, over all channels with work under way."""
-        return sum(channels[c].owed(self.running(c)) for c in self._running if c in channels)
+        """Delivered and not covered, over all channels with work under way."""
+        return sum(unsecured(channels[c], self.running(c)) for c in self._running if c in channels)
 
     @property
     def streams(self) -> int:

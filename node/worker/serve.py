@@ -11,9 +11,10 @@ The order is the promise:
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,16 +24,18 @@ from node.errors import ModelError, PromptInvalid
 from node.network.drive import JobStream
 from node.ports import Backend, ByteStream, Prompt, Step, StreamClosed
 from node.store.channels import ChannelBook
+from node.store.errors import ResultConflict, ResultsFull
 from node.store.faults import fault_point
 from node.store.results import KEEP_MS, Results
+from node.store.writer import Work
 from node.worker.desk import OfferDesk
 from node.worker.meter import Meter
 from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
 from protocol.channel import Change, JobEnded, JobOpened, Part, VoucherAdded
-from protocol.errors import LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
+from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import ChannelId, Hash32, JobId, ModelId, keccak256
 from protocol.job import JobWorker, Terms, ask_struct, receipt_to_wire
-from protocol.keys import PrivateKey
+from protocol.keys import PrivateKey, require_signer
 from protocol.messages import (
     Abort,
     Accept,
@@ -47,9 +50,13 @@ from protocol.messages import (
     amount_from_wire,
     encode,
 )
-from protocol.typed_data import Domain, Refusal
+from protocol.payment import exposure, unsecured
+from protocol.typed_data import Domain, Refusal, Voucher
 
 log = logging.getLogger(__name__)
+_CHUNK_TOKENS = 1024
+_CHUNK_TEXT = 32 * 1024
+"""Characters; a chunk's bound on the wire is twice this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +125,24 @@ class JobServer:
         self.chain_age_ms = chain_age_ms
         self.stats = Stats()
         self.draining = False
-        self._busy = 0
+        self.busy = 0
+        """Parts under way, those included that only wait for their ack."""
+        self._parts: set[tuple[ChannelId, JobId, int]] = set()
+        self._serving: set[_Serving] = set()
 
     @property
     def free_slots(self) -> int:
-        return 0 if self.draining else min(self.settings.max_streams - self._busy, self.backend.free_slots)
+        return 0 if self.draining else min(self.settings.max_streams - len(self._parts), self.backend.free_slots)
 
-    @property
-    def busy(self) -> int:
-        """Streams under way."""
-        return self._busy
+    def wake(self, channel_id: ChannelId) -> None:
+        """What is paid or booked on one stream of a channel may let the others go on."""
+        for serving in self._serving:
+            if serving.channel_id == channel_id:
+                serving.notify()
 
     async def handle(self, stream: ByteStream) -> None:
         """One stream. Ends normally whatever the peer does; only our own ledger's failure is raised."""
-        link: JobStream[JobWorker] = JobStream(stream, JobWorker())
+        link: JobStream[JobWorker] = JobStream(stream, JobWorker(), patience_s=self.settings.stall_ms / 1000)
         try:
             ask = None
             with trio.move_on_after(self.settings.first_byte_ms / 1000):
@@ -149,29 +160,36 @@ class JobServer:
         except StreamClosed:
             pass
 
-    def load(self) -> Load:
+    def load(self, asking: ChannelId) -> Load:
+        """How busy we are, seen from one channel."""
+        credit = self.desk.credit
         return Load(
             free_slots=self.free_slots,
             draining=self.draining,
-            credit_in_use=self.meter.credit_in_use(self.book.channels),
+            credit_in_use=sum(exposure(s, credit) for s in self.book.at_risk if s.channel_id != asking),
             credit_limit=self.settings.credit_limit,
             chain_age_ms=self.chain_age_ms(),
             chain_age_limit_ms=self.settings.chain_age_limit_ms,
         )
 
     async def _answer(self, link: JobStream[JobWorker], ask: AskMessage) -> None:
-        kept = self._kept(ask)
-        if kept is not None:
-            await self._serve_again(link, ask, kept)
-            return
+        self.busy += 1
         try:
+            kept = self._kept(ask)
+            if kept is not None:
+                await self._serve_again(link, ask, kept)
+                return
             checked = self._check(ask)
-            async with self._slot():
+            with self._slot((checked.channel.channel_id, JobId(ask.job_id), ask.part)) as part:
                 prompt = await self._prepare(ask)
-                terms = self._agree(checked, prompt)
-                await _Serving(self, link, checked, prompt, terms).run()
+                terms = self._agree(checked, part, prompt)
+                serving = _Serving(self, link, checked, prompt, terms)
+                receipt = await serving.run()
+            await serving.conclude(receipt)  # the place is free: who is slow to acknowledge holds up nobody
         except Rejected as no:
             await self._refuse(link, ask, no)
+        finally:
+            self.busy -= 1
 
     def _check(self, ask: AskMessage) -> Checked:
         return check_ask(
@@ -180,21 +198,20 @@ class JobServer:
             domain=self.domain,
             offers=self.desk.valid,
             channel=self.book.get(ChannelId(ask.channel_id)),
-            load=self.load(),
+            load=self.load(ChannelId(ask.channel_id)),
             now_ms=self.now_ms(),
         )
 
-    def _agree(self, checked: Checked, prompt: Prompt) -> Terms:
-        key = (JobId(checked.ask.job_id), checked.ask.part)
-        channel = self.book.get(checked.channel.channel_id)
-        if channel is None or key in channel.open_jobs:
-            raise Rejected(RefusalReason.DUPLICATE_JOB, "this part is being served")
+    def _agree(self, checked: Checked, part: tuple[ChannelId, JobId, int], prompt: Prompt) -> Terms:
+        if part in self.book.cut_off:
+            raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was cut off by a crash and is charged for")
+        channel = self.book.channels[checked.channel.channel_id]
         return check_prompt(
             Checked(checked.ask, checked.offer, checked.model, channel, checked.cumulative),
             len(prompt.token_ids) + len(checked.ask.resume),
             domain=self.domain,
             running=self.meter.running(channel.channel_id),
-            load=self.load(),
+            load=self.load(channel.channel_id),
         )
 
     async def _prepare(self, ask: AskMessage) -> Prompt:
@@ -205,14 +222,20 @@ class JobServer:
             return await trio.to_thread.run_sync(self.backend.prepare, model, messages)
         except PromptInvalid as error:
             raise Rejected(RefusalReason.PROMPT_INVALID, str(error)[:300]) from None
+        except ModelError as error:
+            log.error("the model runtime cannot take a prompt: %s", error)
+            raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
 
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        self._busy += 1
+    @contextmanager
+    def _slot(self, part: tuple[ChannelId, JobId, int]) -> Iterator[tuple[ChannelId, JobId, int]]:
+        """A place for a part that nobody else is being served, from before its prompt is tokenised to its end."""
+        if part in self._parts:
+            raise Rejected(RefusalReason.DUPLICATE_JOB, "this part is being served")
+        self._parts.add(part)
         try:
-            yield
+            yield part
         finally:
-            self._busy -= 1
+            self._parts.discard(part)
 
     async def _refuse(self, link: JobStream[JobWorker], ask: AskMessage, no: Rejected) -> None:
         self.stats.refused[no.reason.code] += 1
@@ -222,25 +245,50 @@ class JobServer:
         await link.send(Refuse(reason=no.reason, detail=no.detail[:500], at=at, signature=signature, offer=offer))
 
     def _kept(self, ask: AskMessage) -> KeptResult | None:
-        raw = self.results.get(result_key(ask.job_id, ask.part))
+        """The result of this ask. Raises `Rejected` for another ask under the same name: a part is charged for once."""
+        raw = self.results.get(result_key(ask.channel_id, ask.job_id, ask.part))
         if raw is None:
             return None
         kept = msgspec.msgpack.decode(raw, type=KeptResult)
-        # Only the ask that was paid for gets the result: anybody may know a job id.
-        return kept if kept.ask == ask_struct(ask).struct_hash() else None
+        if kept.ask != ask_struct(ask).struct_hash():
+            raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was served for another ask")
+        return kept
 
     async def _serve_again(self, link: JobStream[JobWorker], ask: AskMessage, kept: KeptResult) -> None:
         """The same result for the same ask: nothing runs, nothing is charged twice."""
-        machine = link.machine
         await link.send(kept.accept)
-        for start in range(0, len(kept.token_ids), 1024):
-            text = kept.text if start == 0 else ""
-            await link.send(Chunk(token_ids=kept.token_ids[start : start + 1024], text=text))
+        for start in range(0, len(kept.token_ids), _CHUNK_TOKENS):
+            await link.send(Chunk(token_ids=kept.token_ids[start : start + _CHUNK_TOKENS], text=""))
+        for start in range(0, len(kept.text), _CHUNK_TEXT):
+            await link.send(Chunk(token_ids=(), text=kept.text[start : start + _CHUNK_TEXT]))
         await link.send(kept.receipt)
+        await self.await_ack(link, ask)
+
+    async def await_ack(self, link: JobStream[JobWorker], ask: AskMessage) -> None:
+        """After the receipt: take the vouchers that still come; an ack lets the result go."""
         with trio.move_on_after(self.settings.ack_ms / 1000):
-            while not machine.over:
-                await link.receive()
-            await self.results.acknowledge(result_key(ask.job_id, ask.part), now_ms=self.now_ms())
+            while not link.machine.over:
+                message = await link.receive()
+                if isinstance(message, VoucherMessage | Ack):
+                    await self.take_voucher(ChannelId(ask.channel_id), message)
+                if isinstance(message, Ack):
+                    key = result_key(ask.channel_id, ask.job_id, ask.part)
+                    await self.results.acknowledge(key, now_ms=self.now_ms())
+
+    async def take_voucher(self, channel_id: ChannelId, message: VoucherMessage | Ack) -> None:
+        """Book it if it is the highest so far; on a channel with several streams another one may have been faster.
+
+        Raises `RemoteProtocolError`.
+        """
+        cumulative = amount_from_wire(message.cumulative)
+        state = self.book.channels[channel_id]
+        if cumulative > state.cumulative:
+            voucher = Voucher(channel_id, cumulative)
+            require_signer(
+                voucher.digest(self.domain), message.signature, state.config.payer_authorizer, "voucher"
+            )
+            await self.book.change([VoucherAdded(channel_id, cumulative, message.signature)])
+        self.wake(channel_id)
 
 
 class _Serving:
@@ -272,8 +320,17 @@ class _Serving:
         self.accept = b""
         self._wake = trio.Event()
 
-    async def run(self) -> None:
+    async def run(self) -> ReceiptMessage:
+        """Serve the part to its end in the journal; returns the receipt, still to be sent."""
         self.server.stats.accepted += 1
+        self.server._serving.add(self)
+        try:
+            return await self._run()
+        finally:
+            self.server._serving.discard(self)
+            self.server.meter.drop(self.channel_id, self.key)
+
+    async def _run(self) -> ReceiptMessage:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._produce)
             await self._open()
@@ -288,11 +345,11 @@ class _Serving:
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
                     message = await self._close()
-        await self._speak_receipt(message)
+        return message
 
     def _end(self, reason: FinishReason) -> None:
         self.finish = self.finish or reason
-        self._notify()
+        self.notify()
 
     async def _open(self) -> None:
         """Journal the acceptance. No checkpoint lies between the admission check and the change, so both see one state."""
@@ -322,14 +379,14 @@ class _Serving:
                 async for step in steps:
                     self.pending.append(step)
                     self.pending_tokens += len(step.token_ids)
-                    self._notify()
+                    self.notify()
                     while self.pending_tokens >= limit:
                         await self._changed()
         except ModelError as error:
             log.error("the model runtime failed: %s", error)
             self.failure = str(error)
         self.produced = True
-        self._notify()
+        self.notify()
 
     # ------------------------------------------------------------------------------------------------ delivering
 
@@ -339,11 +396,14 @@ class _Serving:
         last = stalled = -1.0
         deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
         while self.finish is None:
+            if trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving:
+                self._end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody will be able to pay for it
+                continue
             if not self.pending:
                 if self.produced:
                     self._end(FinishReason.CANCELLED)  # the runtime stopped without a reason of the model's
-                elif not await self._changed(until=deadline):
-                    self._end(FinishReason.CANCELLED)
+                else:
+                    await self._changed(until=deadline)
                 continue
             wait = last + server.settings.coalesce_ms / 1000 - trio.current_time()
             if wait > 0:
@@ -355,21 +415,24 @@ class _Serving:
                 continue
             if stalled < 0:
                 stalled = trio.current_time() + server.settings.stall_ms / 1000
-            if not await self._changed(until=min(stalled, deadline)):
+            if not await self._changed(until=min(stalled, deadline)) and stalled <= trio.current_time():
                 log.info("job %s: no voucher in time, ending unpaid", self.key[0])
                 self.fault = RemoteProtocolError(WireCode.UNPAID, "no voucher came in time")
                 self._end(FinishReason.CANCELLED)
 
     def _affordable(self) -> list[Step]:
-        """The waiting steps that fit into the credit window, in order."""
+        """The waiting steps that fit into the credit window and into one chunk, in order."""
         state = self.server.book.channels[self.channel_id]
         others = self.server.meter.running(self.channel_id, without=self.key)
-        count = self.machine.digest.count
+        count = before = self.machine.digest.count
         batch: list[Step] = []
+        text = 0
         for step in self.pending:
-            count += len(step.token_ids)
+            count, text = count + len(step.token_ids), text + len(step.text)
+            if batch and (count - before > _CHUNK_TOKENS or text > _CHUNK_TEXT):
+                break
             cost = self.terms.spent(self.terms.input_limit, count)
-            if state.owed(others + cost) > self.terms.credit:
+            if unsecured(state, others + cost) > self.terms.credit:
                 break
             batch.append(step)
         return batch
@@ -389,7 +452,7 @@ class _Serving:
             await self.link.send_frame(frame)
         if batch[-1].finish_reason is not None:
             self.finish = self.finish or batch[-1].finish_reason
-        self._notify()
+        self.notify()
 
     # ------------------------------------------------------------------------------------------------- listening
 
@@ -399,7 +462,7 @@ class _Serving:
             while True:
                 message = await self.link.receive()
                 if isinstance(message, VoucherMessage):
-                    await self._voucher(message)
+                    await self.server.take_voucher(self.channel_id, message)
                 elif isinstance(message, Cancel | Abort):
                     break
         except StreamClosed:
@@ -407,13 +470,6 @@ class _Serving:
         except RemoteProtocolError as error:
             self.fault = error
         self._end(FinishReason.CANCELLED)
-
-    async def _voucher(self, message: VoucherMessage | Ack) -> None:
-        cumulative = amount_from_wire(message.cumulative)
-        state = self.server.book.channels[self.channel_id]
-        if cumulative > state.cumulative:  # else a voucher of another stream of this channel was faster
-            await self.server.book.change([VoucherAdded(self.channel_id, cumulative, message.signature)])
-        self._notify()
 
     # --------------------------------------------------------------------------------------------------- closing
 
@@ -434,37 +490,32 @@ class _Serving:
             receipt=message,
         )
         now = server.now_ms()
-        keeping = server.results.keeping(
-            result_key(*self.key), msgspec.msgpack.encode(kept), now + KEEP_MS, now_ms=now
+        key = result_key(self.channel_id, *self.key)
+        keeping = _if_it_fits(
+            server.results.keeping(key, msgspec.msgpack.encode(kept), now + KEEP_MS, now_ms=now)
         )
+        server.meter.drop(self.channel_id, self.key)  # from here on it is spent, not running: no moment counts it twice
         await server.book.change([ended], also=keeping)
-        server.meter.drop(self.channel_id, self.key)
+        server.wake(self.channel_id)
         server.stats.finished += 1
         server.stats.output_tokens += receipt.output_tokens
         server.stats.ended[self.finish.code] += 1
         return message
 
-    async def _speak_receipt(self, message: ReceiptMessage) -> None:
+    async def conclude(self, message: ReceiptMessage) -> None:
+        """Say how it ended, and wait for the ack."""
         fault_point("send.receipt")
-        try:
-            if self.failure or self.fault:
-                code = self.fault.code if self.fault else WireCode.BACKEND
-                self.server.stats.ended[code.name.lower()] += 1
-                await self.link.abort(code, self.fault.detail if self.fault else self.failure)
-                return
-            await self.link.send(message)
-        except LocalProtocolError:
-            return  # the client aborted: there is nobody to tell; the receipt is kept for it
-        with trio.move_on_after(self.server.settings.ack_ms / 1000):
-            while not self.machine.over:
-                last = await self.link.receive()
-                if isinstance(last, VoucherMessage | Ack):
-                    await self._voucher(last)
-            await self.server.results.acknowledge(result_key(*self.key), now_ms=self.server.now_ms())
+        if self.failure or self.fault:
+            code = self.fault.code if self.fault else WireCode.BACKEND
+            self.server.stats.ended[code.name.lower()] += 1
+            await self.link.abort(code, self.fault.detail if self.fault else self.failure)
+            return
+        await self.link.send(message)
+        await self.server.await_ack(self.link, self.ask)
 
     # --------------------------------------------------------------------------------------------------- waiting
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         self._wake.set()
         self._wake = trio.Event()
 
@@ -477,9 +528,21 @@ class _Serving:
         return False
 
 
-def result_key(job_id: bytes, part: int) -> Hash32:
-    """Key of a kept result: the job id for its first part, a hash for later ones."""
-    return Hash32(job_id) if part == 0 else Hash32(keccak256(bytes(job_id) + part.to_bytes(4)))
+def result_key(channel_id: bytes, job_id: bytes, part: int) -> Hash32:
+    """Key of a kept result. Job ids are the clients' choice, so the channel is in it: nobody can take another's name."""
+    return Hash32(keccak256(bytes(channel_id) + bytes(job_id) + part.to_bytes(4)))
+
+
+def _if_it_fits(keeping: Work[None]) -> Work[None]:
+    """Keeping a result is a courtesy; the receipt that is journaled with it is not to be lost over it."""
+
+    def work(connection: sqlite3.Connection) -> None:
+        try:
+            keeping(connection)
+        except (ResultsFull, ResultConflict) as error:
+            log.error("a result is not kept: %s", error)
+
+    return work
 
 
 __all__ = ["JobServer", "KeptResult", "ServeSettings", "Stats", "result_key"]

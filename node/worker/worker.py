@@ -17,6 +17,7 @@ import trio
 from node.errors import ChainError, LedgerError, NetworkError
 from node.network.discovery import announce
 from node.network.drive import serve_one
+from node.network.groups import plain_errors
 from node.ports import Backend, ByteStream, Chain, ChainEvent, Network
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
@@ -154,6 +155,10 @@ class Worker:
         self.network.handle(OFFER_PROTOCOL, self._serve_offer)
         self.network.handle(CHANNEL_PROTOCOL, self._serve_channel)
         self.network.handle(JOB_PROTOCOL, self.server.handle)
+        with plain_errors():
+            await self._run_loops(task_status)
+
+    async def _run_loops(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_head)
             nursery.start_soon(self._watch_events)
@@ -210,10 +215,16 @@ class Worker:
 
     async def _watch_events(self) -> None:
         """Refresh a channel whenever the contract says something about it, undone or not."""
+        missed = False
         while True:
             try:
+                if missed:  # what was told while we could not look is not told again
+                    await self._catch_up()
+                    missed = False
                 async for event in self.chain.events():
+                    missed = True
                     await self._see(event)
+                    missed = False
             except ChainError as error:
                 log.warning("events of the chain cannot be followed: %s", error)
                 await trio.sleep(self.settings.chain_poll_ms / 1000)
