@@ -15,7 +15,7 @@ import trio
 
 from node.client.part import Part
 from node.client.values import ChatChunk, PartRecord, Timings, Usage
-from node.errors import NodeError, Refused, Timeout, WorkerFault
+from node.errors import NetworkError, NodeError, NoWorker, Refused, Timeout, VerificationFailed, WorkerFault
 from node.network.drive import JobStream
 from node.ports import StreamClosed
 from protocol import pricing
@@ -40,12 +40,16 @@ RETRY_ELSEWHERE = frozenset(
         RefusalReason.OFFER_UNKNOWN,
         RefusalReason.PRICE_CHANGED,
         RefusalReason.CREDIT_EXHAUSTED,
+        RefusalReason.VOUCHER_INSUFFICIENT,
         RefusalReason.CHAIN_STALE,
         RefusalReason.MODEL_UNKNOWN,
         RefusalReason.INTERNAL,
     }
 )
 """Reasons that may not hold at another worker. The rest is about the request itself: asking again changes nothing."""
+
+STALE_OFFER = frozenset({RefusalReason.OFFER_EXPIRED, RefusalReason.OFFER_UNKNOWN})
+"""The refusal brought the current offer: the same worker is asked again under it, unless it has become dearer."""
 
 
 class ChatStream:
@@ -125,30 +129,45 @@ class ChatStream:
 
     async def _start(self) -> None:
         """Ask the best candidates until one accepts. Raises `Refused`, `NoWorker`, `InsufficientFunds`, `WorkerFault`, ..."""
-        candidates = self._choose()
         last: NodeError | None = None
-        for candidate in candidates[: self._client.settings.attempts]:
+        for candidate in self._choose()[: self._client.settings.attempts]:
             try:
-                await self._ask(candidate)
+                await self._ask_renewed(candidate)
                 return
             except Refused as no:
                 if no.reason not in RETRY_ELSEWHERE:
                     raise
                 last = no
-            except (WorkerFault, Timeout) as error:
+            except (WorkerFault, VerificationFailed, Timeout, NetworkError) as error:
                 last = error
-            except NodeError as error:
-                if error.code not in ("network",):
-                    raise
-                last = error
-            self._client.failed(candidate.offer.peer_id)
+            if not (isinstance(last, Refused) and last.reason in STALE_OFFER):
+                self._client.failed(candidate.offer.peer_id)
             log.info("%s did not take the job: %s", candidate.offer.peer_id, last)
         raise last if last is not None else WorkerFault("no worker was asked")
 
+    async def _ask_renewed(self, candidate: Candidate) -> None:
+        """Ask, and once more when only the offer was out of date."""
+        try:
+            await self._ask(candidate)
+        except Refused as no:
+            if no.reason not in STALE_OFFER:
+                raise
+            peer, cost = candidate.offer.peer_id, candidate.cost
+            again = next((c for c in self._choose_again() if c.offer.peer_id == peer and c.cost <= cost), None)
+            if again is None or again.offer.hash == candidate.offer.hash:
+                raise
+            await self._ask(again)
+
+    def _choose_again(self) -> list[Candidate]:
+        try:
+            return self._choose()
+        except NoWorker:
+            return []
+
     async def _ask(self, candidate: Candidate) -> None:
         client, offer = self._client, candidate.offer
-        input_limit = client.count_tokens(candidate.model, self._messages)
         price, params = candidate.model.price, self._params
+        input_limit = client.count_tokens(candidate.model, self._messages, params.max_tokens)
         needed = pricing.cost(price, input_limit, params.max_tokens)
         channel, self.allocation_transaction = await client.wallet.ensure_channel(offer, needed)
         peer = await client.reach(offer)
@@ -176,7 +195,7 @@ class ChatStream:
             input_limit=input_limit,
             receiver_authorizer=channel.config.receiver_authorizer,
             payer_authorizer=channel.config.payer_authorizer,
-            tick_tokens=offer.document.tick_tokens,
+            tick_tokens=min(offer.document.tick_tokens, client.settings.tick_tokens),
             credit_tokens=offer.document.credit_tokens,
         )
         await Part(self, candidate, terms, draft, peer).begin()

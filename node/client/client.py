@@ -192,19 +192,20 @@ class Client:
         offers = self.offers.current()
         model_id = self._model_id(model, offers)
         known = next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
-        tokens = self.count_tokens(known, messages) if known else 0
+        tokens = self.count_tokens(known, messages, params.max_tokens) if known else 0
         return choose(offers, Request(model_id, tokens, params), policy, self.history, self.now_ms())
 
-    def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage]) -> int:
+    def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> int:
         """Prompt tokens: exact where the model's tokenizer is at hand, else an upper bound.
 
-        The bound holds for byte-level tokenizers: no text has more tokens than bytes.
+        The bound holds for byte-level tokenizers, where no text has more tokens than bytes; and no worker accepts a prompt
+        that leaves less than `max_tokens` of the context.
         """
         exact = self._counter(ModelId(model.model_id), messages) if self._counter else None
         if exact is not None:
             return exact
         size = sum(len(m.content.encode()) + TOKENS_PER_MESSAGE for m in messages)
-        return min(size + TEMPLATE_TOKENS, model.context_length)
+        return min(size + TEMPLATE_TOKENS, max(0, model.context_length - max_tokens))
 
     def _model_id(self, model: str, offers: Sequence[VerifiedOffer]) -> ModelId:
         try:
@@ -262,7 +263,7 @@ class Client:
     def succeeded(self, peer: PeerId, tokens: int, seconds: float) -> None:
         """Take a finished part into the history: speed as an average that forgets by halves."""
         seen = self.history.get(peer, History())
-        speed = tokens / seconds if seconds > 0 else seen.tokens_per_second
+        speed = tokens / seconds if seconds > 0 and tokens > 1 else seen.tokens_per_second
         mean = speed if not seen.tokens_per_second else (seen.tokens_per_second + speed) / 2
         self.history[peer] = replace(seen, tokens_per_second=mean, completed=seen.completed + 1, failures=0)
 

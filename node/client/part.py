@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.client.values import ChatChunk, PartRecord, Usage
-from node.errors import NodeError, Refused, Timeout, VerificationFailed, WorkerFault
+from node.errors import NetworkError, NodeError, Refused, Timeout, VerificationFailed, WorkerFault
 from node.network.drive import JobStream
 from node.ports import StreamClosed
 from node.store.faults import fault_point
-from protocol.channel import Change, JobEnded, JobOpened, VoucherAdded
+from protocol.channel import Change, JobEnded, JobOpened, Role, VoucherAdded
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import PeerId
-from protocol.job import JobClient, Terms
+from protocol.job import Client, JobClient, Terms
 from protocol.messages import (
     JOB_PROTOCOL,
     Abort,
@@ -36,7 +36,7 @@ from protocol.messages import (
 )
 from protocol.payment import first_voucher, last_voucher, next_voucher
 from protocol.selection import Candidate
-from protocol.typed_data import Voucher
+from protocol.typed_data import Receipt, Voucher
 
 if TYPE_CHECKING:
     from node.client.chat import ChatStream
@@ -64,10 +64,11 @@ class Part:
         """Send the ask and wait for the answer; then the rest goes on in a task of its own."""
         chat, client = self.chat, self.client
         stream = await client.network.open_stream(self.peer, JOB_PROTOCOL)
-        self.link = JobStream(stream, self.machine)
+        self.link = JobStream(stream, self.machine, patience_s=client.settings.stall_ms / 1000)
         try:
             ask = await self._journal_ask()
         except BaseException:
+            client.meter.drop(self.channel_id, self.key)
             with trio.CancelScope(shield=True):
                 await stream.reset()
             raise
@@ -122,18 +123,23 @@ class Part:
     async def _run(self) -> None:
         chat, client = self.chat, self.client
         try:
-            with chat._scope:
-                await self._pump()
-            if chat._scope.cancelled_caught:
-                raise StreamClosed("the caller left")
-        except (StreamClosed, RemoteProtocolError, trio.TooSlowError) as error:
-            chat._error = self._blame(error)
-            await self._broken(error)
-        except BaseException as error:
+            try:
+                with chat._scope:
+                    await self._pump()
+                if chat._scope.cancelled_caught:
+                    raise StreamClosed("the caller left")
+            except (StreamClosed, RemoteProtocolError, trio.TooSlowError) as error:
+                chat._error = self._blame(error)
+                client.failed(self.peer)
+                await self._broken(error)
+            except BaseException:
+                chat._error = NetworkError("the client was closed while the answer came")
+                await self._broken(None)
+                raise
+        except NodeError as error:  # our own journal: the caller hears of it, and nothing more is signed
             chat._error = error
             with trio.CancelScope(shield=True):
-                await self._broken(None)
-            raise
+                await self._stream.stream.reset()
         finally:
             client.meter.drop(self.channel_id, self.key)
             chat.timings.finished = self._elapsed()
@@ -213,6 +219,7 @@ class Part:
         chat, client, receipt = self.chat, self.client, self.machine.receipt
         if receipt is None:
             raise LocalProtocolError("a receipt that was not verified")
+        wanted = self.machine.states[Role.CLIENT] is Client.ASKED
         ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
         client.meter.drop(self.channel_id, self.key)
         changes: list[Change] = [ended]
@@ -231,13 +238,25 @@ class Part:
         chat.finish_reason = FinishReason(receipt.finish_reason)
         chat.usage, chat.cost = Usage(receipt.input_tokens, receipt.output_tokens), receipt.cost
         chat.parts.append(PartRecord(self.peer, self.channel_id, receipt, message.signature, receipt.cost))
-        client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
+        if wanted and receipt.finish_reason == FinishReason.CANCELLED:
+            self._cut_short(receipt)
+        else:
+            client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
         fault_point("send.ack")
         try:
             await self._stream.send(Ack(cumulative=amount_to_wire(cumulative), signature=signature))
             await self._stream.stream.aclose()
         except StreamClosed:
             log.info("%s was gone before our ack; its voucher is journaled and goes with the next job", self.peer)
+
+    def _cut_short(self, receipt: Receipt) -> None:
+        """An honest receipt for half an answer: paid, and never passed off as a whole one."""
+        text = f"after {receipt.output_tokens} tokens, which are paid by its receipt"
+        if self.client.now_ms() >= self.terms.ask.deadline:
+            self.chat._error = Timeout(f"the deadline came {text}", hint="ask with a later deadline")
+            return
+        self.chat._error = WorkerFault(f"{self.peer} stopped {text}")
+        self.client.failed(self.peer)
 
     async def _refused(self, answer: Refuse) -> None:
         await self._journal_end(0)
@@ -257,7 +276,6 @@ class Part:
             spent = self.machine.spent
             await self._journal_end(spent)
             self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))
-            self.client.failed(self.peer)
             if self.link is None:
                 return
             if isinstance(error, RemoteProtocolError) and not self.machine.over:

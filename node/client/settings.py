@@ -20,5 +20,7 @@ class ClientSettings:
     first_token_ms: int = 30_000
     stall_ms: int = 15_000
     open_timeout_ms: int = 30_000
+    tick_tokens: int = 64
+    """Most output paid ahead, whatever tick an offer names: what one worker can take and not deliver."""
     attempts: int = 3
     """Workers tried before the first token."""
