@@ -49,6 +49,7 @@ class Side:
             (other, session, worker, worker, ZERO_ADDRESS, HOUR),
             (payer, session, other, ZERO_ADDRESS, token, HOUR),
             (payer, session, worker, worker, token, 60),
+            (payer, session, worker, other, token, HOUR),
         ]
         return ChannelConfig(*shapes[n], Hash32(bytes([n]) * 32))
 
@@ -98,7 +99,7 @@ class Side:
     async def numbers(self) -> dict[str, object]:
         chain = self.chains[0]
         found: dict[str, object] = {}
-        for n in range(5):
+        for n in range(6):
             state = await chain.channel(self.config(n).channel_id(chain.domain))
             found[f"channel {n}"] = (state.allocated, state.claimed, bool(state.withdraw_at), state.closed)
         for i, key in enumerate(KEYS):
@@ -112,9 +113,9 @@ class Side:
     def plain(self, value: Any) -> Any:
         """A value of an event without what differs between the chains: own addresses, ids and times."""
         chain = self.chains[0]
-        ids = {self.config(n).channel_id(chain.domain): f"channel {n}" for n in range(5)}
+        ids = {self.config(n).channel_id(chain.domain): f"channel {n}" for n in range(6)}
         if isinstance(value, ChannelConfig):
-            return next(n for n in range(5) if self.config(n) == value)
+            return next(n for n in range(6) if self.config(n) == value)
         return ids.get(value, self.names.get(value, value)) if isinstance(value, bytes) else value
 
     async def events(self, count: int) -> list[object]:
@@ -135,8 +136,11 @@ PRELUDE: list[tuple[Any, ...]] = [
     ("allocate", 2, 0, 40, False, 0),
     ("allocate", 2, 1, 250, False, 0),
     ("allocate", 2, 2, 250, False, 3),
+    ("register", 1, 2, 0),
+    ("allocate", 2, 5, 100, False, 0),
+    ("close", 1, 5, 40, 60, 1, 3),
 ]
-"""So that money is in play from the start."""
+"""So that money is in play from the start, and one close pays a payout address that is not the key."""
 
 
 def random_action(rng: random.Random) -> tuple[Any, ...]:

@@ -125,6 +125,11 @@ def test_history_gaps_and_walks_give_the_same_events(kind: str) -> None:
         await w.deposit(9)
         assert amounts(await drain(late)) == [(8, False), (9, False)]
         assert amounts(await drain(live)) == [(8, False), (9, False)]
+        patient = w.watch((await w.chain.head()).number + 1, keep=4, confirmations=3)
+        await w.deposit(10)
+        assert await drain(patient) == []
+        await w.net.mine(20)
+        assert amounts(await drain(patient)) == [(10, False)]
 
     run(kind, main)
 
