@@ -7,6 +7,7 @@ proves it again byte by byte.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ OPTIONAL: Final = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+_ASIDE: Final = ".aside-"
 MAX_TEXT_FILE: Final = 64 << 20
 """Largest file that is not weights (a tokenizer of 256k tokens has about 32 MB)."""
 
@@ -95,9 +97,8 @@ class ModelStore:
 
     def remove(self, model: ModelId) -> None:
         folder = self.path(model)
-        doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=self.root))
-        folder.rename(doomed / "model")  # gone for readers at once, even if deleting is cut short
-        shutil.rmtree(doomed)
+        with self.staging() as doomed:
+            folder.rename(doomed / "model")  # gone for readers at once, even if deleting is cut short
 
     def add_folder(
         self,
@@ -126,13 +127,30 @@ class ModelStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """An empty folder beside the models, removed at the end unless `commit` took it."""
+        """An empty folder beside the models, removed at the end unless `commit` took it.
+
+        Its owner holds a lock on it; what a killed process left behind has none and is swept here.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.root))
+        with _locked(self.root):
+            self._sweep()
+            staged = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.root))
+            owner = os.open(staged, os.O_RDONLY)
+            fcntl.flock(owner, fcntl.LOCK_EX)
         try:
             yield staged
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+            os.close(owner)
+
+    def _sweep(self) -> None:
+        for left in self.root.glob(_ASIDE + "*"):
+            try:
+                with _locked(left, wait=False) as free:
+                    if free:
+                        shutil.rmtree(left, ignore_errors=True)
+            except FileNotFoundError:  # its owner has just finished with it
+                continue
 
     def commit(self, staged: Path, name: str, *, license_id: str, source: str) -> Manifest:
         """Check a staged folder, write its manifest, sync everything, and give it its name by one rename."""
@@ -249,6 +267,21 @@ def _describe(path: Path, progress: Progress | None) -> FileEntry:
             if progress:
                 progress(len(block))
     return FileEntry(path.name, size, digest.hexdigest())
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the folder's lock; with `wait` False say whether it was free."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

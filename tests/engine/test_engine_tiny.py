@@ -134,6 +134,17 @@ def test_a_long_prompt_does_not_hold_up_a_running_stream(tiny: Path) -> None:
     assert seen == [["short"]] * 4 + [["short", "long"]]
 
 
+def test_a_held_sequence_waits_and_loses_nothing(tiny: Path) -> None:
+    engine = Engine(tiny)
+    alone = tokens_of(engine, job())
+    engine.submit(job("a"))
+    engine.submit(job("b"))
+    first = engine.step(hold={"a"}) + engine.step(hold={"a"})
+    assert {output.id for output in first} == {"b"} and len(first) == 2
+    assert engine.step(hold={"a", "b"}) == [] and not engine.idle
+    assert [output.token_id for output in drain(engine)["a"]] == alone
+
+
 def test_outputs_carry_position_and_reason(tiny: Path) -> None:
     engine = Engine(tiny)
     engine.submit(job(tokens=3))

@@ -140,6 +140,20 @@ def test_an_interrupted_add_leaves_nothing(store: ModelStore, folder: Path) -> N
     assert os.listdir(store.root) == []
 
 
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
+    store: ModelStore, folder: Path
+) -> None:
+    with store.staging() as living:
+        (living / "config.json").write_text("{}")
+        dead = store.root / ".aside-dead"
+        dead.mkdir()
+        (dead / "model.safetensors").write_bytes(bytes(100))
+        manifest = store.add_folder(folder, "mini")
+        assert sorted(os.listdir(store.root)) == sorted([living.name, str(manifest.id)])
+        assert (living / "config.json").read_text() == "{}"
+        assert store.list() == (manifest,)
+
+
 @pytest.mark.parametrize(
     "data",
     [

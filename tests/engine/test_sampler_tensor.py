@@ -79,11 +79,18 @@ def test_same_token_as_the_reference(case: tuple[list[float], SamplingParams, li
     logits, params, prompt, generated = case
     wanted = reference.sample(logits, params, prompt, generated)
     assert sampler.pick(torch.tensor(logits, dtype=torch.float64), params, prompt, generated) == wanted
+    adjusted = reference.adjust(logits, params, prompt, generated)
+    assert sampler.adjust(torch.tensor(logits, dtype=torch.float64), params, prompt, generated).tolist() == adjusted
     if not params.greedy:
-        scores = [x / params.temperature for x in reference.adjust(logits, params, prompt, generated)]
+        scores = [x / params.temperature for x in adjusted]
         kept = sampler.survivors(torch.tensor(scores, dtype=torch.float64), params)
         everything = range(len(scores)) if kept is None else kept.tolist()
         assert sorted(everything) == sorted(reference.survivors(scores, params))
+
+
+def test_the_token_that_reaches_top_p_exactly_is_the_last() -> None:
+    kept = sampler.survivors(torch.zeros(4, dtype=torch.float64), SamplingParams(top_p=0.5))
+    assert kept is not None and kept.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 0.9999999])
