@@ -123,9 +123,7 @@ async def register(config: Config, key: PrivateKey, chain: Chain, say: Say) -> N
         return
     deadline = (await chain.head()).timestamp + 600
     consent = HotKey(owner=key.address, hot_key=key.address, payout=payout, nonce=0, deadline=deadline)
-    result = await chain.register_worker(
-        key.address, payout, deadline, key.sign(consent.digest(chain.workers_domain))
-    )
+    result = await chain.register_worker(key.address, payout, deadline, key.sign(consent.digest(chain.workers_domain)))
     if not result.ok:
         raise ChainError(f"the payout address could not be registered: {result.error}")
     say(f"registered: earnings go to {payout}")

@@ -43,9 +43,7 @@ def fold(records: Iterable[Record], role: Role) -> tuple[dict[ChannelId, Channel
     return states, []
 
 
-def check_signatures(
-    records: Iterable[Record], states: dict[ChannelId, ChannelState], domain: Domain
-) -> list[str]:
+def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelState], domain: Domain) -> list[str]:
     """Every voucher by the session key, every receipt by the worker's key and about its own job, each number once."""
     findings: list[str] = []
     spent: dict[ChannelId, int] = {}
@@ -69,7 +67,9 @@ def check_signatures(
                 numbers.add((change.channel_id, change.sequence))
     for channel_id, state in states.items():
         if spent.get(channel_id, 0) != state.spent:
-            findings.append(f"channel {channel_id}: {state.spent} spent, its parts add up to {spent.get(channel_id, 0)}")
+            findings.append(
+                f"channel {channel_id}: {state.spent} spent, its parts add up to {spent.get(channel_id, 0)}"
+            )
         allocation = Allocation(channel_id, state.authorized, state.valid_before)
         signer = _recovered(allocation.digest(domain), state.allocation_signature)
         if signer != state.config.payer:

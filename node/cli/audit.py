@@ -13,7 +13,9 @@ KEYS = {"worker": "worker", "client": "payer"}
 
 
 @click.command(cls=Command)
-@click.option("--role", type=click.Choice(["worker", "client"]), help="Which journal; by default every one that exists.")
+@click.option(
+    "--role", type=click.Choice(["worker", "client"]), help="Which journal; by default every one that exists."
+)
 @password_options
 @click.pass_obj
 def command(shared: Shared, role: str | None) -> None:

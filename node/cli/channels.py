@@ -76,7 +76,11 @@ def close(shared: Shared, channel: str | None, workers: tuple[str, ...]) -> None
                 "note": done.note,
                 "transactions": [transaction(result) for result in done.transactions],
             }
-            when = f"available from {done.available_at} (chain seconds)" if done.available_at else f"{done.returned} returned"
+            when = (
+                f"available from {done.available_at} (chain seconds)"
+                if done.available_at
+                else f"{done.returned} returned"
+            )
             shared.output.row(data, f"{done.channel_id}  {when}" + (f"  ({done.note})" if done.note else ""))
 
     run(shared, work, workers)

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("text", required=False)
 @click.option("--system", help="A system message before the text.")
-@click.option("--messages", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON list of messages.")
-@click.option("--max-tokens", type=click.IntRange(1, 131_072), default=256, show_default=True, help="Most tokens of the answer.")
+@click.option(
+    "--messages", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON list of messages."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1, 131_072), default=256, show_default=True, help="Most tokens of the answer."
+)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Keep the likeliest tokens.")
 @click.option("--top-k", type=click.IntRange(0, 1 << 20), default=0, help="Keep this many tokens; 0 keeps all.")
@@ -124,7 +128,9 @@ def _messages(text: str | None, system: str | None, file: Path | None) -> list[d
             loaded = json.loads(file.read_text("utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in loaded]
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{file} is no list of messages: {error}", hint='[{"role": "user", "content": "..."}]') from None
+            raise ConfigError(
+                f"{file} is no list of messages: {error}", hint='[{"role": "user", "content": "..."}]'
+            ) from None
     else:
         messages = []
         if text is None or text == "-":

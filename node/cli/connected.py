@@ -22,7 +22,11 @@ def client_options(command: F) -> F:
     """Password options and `--worker`."""
     return password_options(
         click.option(
-            "--worker", "workers", multiple=True, metavar="MULTIADDR", help="A worker to meet besides p2p.bootstrap; repeatable."
+            "--worker",
+            "workers",
+            multiple=True,
+            metavar="MULTIADDR",
+            help="A worker to meet besides p2p.bootstrap; repeatable.",
         )(command)
     )
 
@@ -40,7 +44,9 @@ async def connected(shared: Shared, workers: Sequence[str] = (), *, online: bool
         yield client
 
 
-def run(shared: Shared, work: Callable[[Client], Awaitable[None]], workers: Sequence[str] = (), *, online: bool = True) -> None:
+def run(
+    shared: Shared, work: Callable[[Client], Awaitable[None]], workers: Sequence[str] = (), *, online: bool = True
+) -> None:
     """Run `work` with a connected client."""
     import trio
 

@@ -42,7 +42,9 @@ class DemoFailed(NodeError):
 @click.command(cls=Command)
 @click.argument("question", default=QUESTION)
 @click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True, help="Length of the answer.")
-@click.option("--chain", type=click.Choice(["auto", "anvil", "embedded"]), default="auto", help="Which simulated chain.")
+@click.option(
+    "--chain", type=click.Choice(["auto", "anvil", "embedded"]), default="auto", help="Which simulated chain."
+)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the normative sampler.")
 @click.pass_obj
@@ -329,7 +331,9 @@ class Demo:
         for check, good in checks.items():
             self.say(f"{'ok' if good else 'FAILED':<9} {check}")
         seconds = result["seconds"]
-        self.say(f"time      first token after {seconds['first_token']:.1f} s in all, the whole demo {seconds['total']:.1f} s")
+        self.say(
+            f"time      first token after {seconds['first_token']:.1f} s in all, the whole demo {seconds['total']:.1f} s"
+        )
         for problem in self.problems:
             self.say(f"problem   {problem}")
 
@@ -371,4 +375,8 @@ def _json_lines(data: bytes) -> list[dict[str, Any]]:
 
 def _environment() -> dict[str, str]:
     """Ours without settings that are meant for another data dir."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("GRISTMILL_") or name == "GRISTMILL_ANVIL"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GRISTMILL_") or name == "GRISTMILL_ANVIL"
+    }

@@ -74,7 +74,9 @@ def explain(shared: Shared, client: Client, model: str) -> None:
             "tokens_per_second": candidate.tokens_per_second,
             "reasons": [],
         }
-        shared.output.row(data, f"{rank}. {candidate.offer.peer_id}  score {candidate.score:.3f}  up to {candidate.cost}")
+        shared.output.row(
+            data, f"{rank}. {candidate.offer.peer_id}  score {candidate.score:.3f}  up to {candidate.cost}"
+        )
     for peer, reasons in selection.rejected.items():
         data = {"worker": peer, "rank": None, "reasons": [reason.value for reason in reasons]}
         shared.output.row(data, f"-  {peer}  {', '.join(reason.value for reason in reasons)}")

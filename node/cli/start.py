@@ -21,10 +21,14 @@ DRAIN_SECONDS = 30.0
 @click.command(cls=Command)
 @setting_option("--network", "network", metavar="NAME", help="Network to serve on.")
 @setting_option("--listen", "p2p.listen", multiple=True, metavar="MULTIADDR", help="Listen here; repeatable.")
-@setting_option("--bootstrap", "p2p.bootstrap", multiple=True, metavar="MULTIADDR", help="Connect to this peer; repeatable.")
+@setting_option(
+    "--bootstrap", "p2p.bootstrap", multiple=True, metavar="MULTIADDR", help="Connect to this peer; repeatable."
+)
 @setting_option("--model", "worker.models", multiple=True, metavar="MODEL", help="Serve this model; repeatable.")
 @password_options
-@click.option("--drain", "drain_s", type=float, default=DRAIN_SECONDS, help="Seconds that running jobs get after SIGTERM.")
+@click.option(
+    "--drain", "drain_s", type=float, default=DRAIN_SECONDS, help="Seconds that running jobs get after SIGTERM."
+)
 @click.pass_obj
 def command(shared: Shared, drain_s: float) -> None:
     """Run the worker.
@@ -33,7 +37,9 @@ def command(shared: Shared, drain_s: float) -> None:
     """
     import trio
 
-    logging.basicConfig(level=logging.DEBUG if shared.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.DEBUG if shared.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
     key = passwords.unlock(shared, "worker")
     trio.run(_serve, shared, key, drain_s)
 
@@ -66,7 +72,13 @@ async def _serve(shared: Shared, key: PrivateKey, drain_s: float) -> None:
             nursery.start_soon(_until_signal, signals, stop)
             addresses = list(worker.network.addresses)
             output.row(
-                {"event": "ready", "pid": os.getpid(), "peer_id": key.peer_id, "account": key.address, "addresses": addresses},
+                {
+                    "event": "ready",
+                    "pid": os.getpid(),
+                    "peer_id": key.peer_id,
+                    "account": key.address,
+                    "addresses": addresses,
+                },
                 "\n".join([f"ready   {key.peer_id}", *(f"listens {address}" for address in addresses)]),
             )
             await stop.wait()
@@ -90,7 +102,8 @@ def report(worker: Any) -> dict[str, Any]:
         "account": str(worker.key.address),
         "addresses": list(worker.network.addresses),
         "models": [
-            {"name": info.name, "id": str(info.id), "dtype": info.dtype} for info in worker.server.backend.models.values()
+            {"name": info.name, "id": str(info.id), "dtype": info.dtype}
+            for info in worker.server.backend.models.values()
         ],
         "draining": worker.server.draining,
         "streams": worker.server.busy,

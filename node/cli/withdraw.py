@@ -35,7 +35,8 @@ def command(shared: Shared, amount: int | None, to: Address | None) -> None:
         wanted = held if amount is None else amount
         if wanted > held:
             raise InsufficientFunds(
-                f"the vault holds {held}, not {wanted} (smallest unit)", hint="gristmill channels close brings channels home"
+                f"the vault holds {held}, not {wanted} (smallest unit)",
+                hint="gristmill channels close brings channels home",
             )
         transactions = [] if wanted == 0 else [transaction(await client.wallet.withdraw(wanted, to))]
         data = {"withdrawn": str(wanted), "vault_balance": str(held - wanted), "transactions": transactions}

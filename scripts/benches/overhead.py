@@ -1,0 +1,144 @@
+"""What the market adds to a direct call of the same engine: time to first token, streamed tokens per second.
+
+Both paths run in one process against one engine, alternating, with the real model, libp2p over loopback, both journals on
+disk and our contracts on a simulated chain. The market path is everything a caller waits for: counting tokens, choosing,
+journaling, asking, admission, journaling again, prefill, the first chunk, payment. Client and worker share one interpreter
+here, which is worse than reality for the market.
+
+Figures: `added_ttft_ms_*` over pairs of neighbouring runs; `stream_ratio` = tokens per second through the market over the
+engine's own; `round_trips_before_prefill` on a warm connection, counted by the network, not timed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import trio
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TEXT = "Explain in a few sentences why the sea is salty and rivers are not."
+WARM_UP = 3
+SHORT, LONG = 4, 64
+LONG_RUNS = 9
+
+
+async def _direct(backend: Any, model: Any, max_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and tokens per second after it, by the engine alone (template and tokenizer included)."""
+    from protocol.messages import ChatMessage, Params
+
+    began = time.perf_counter()
+    prompt = backend.prepare(model, [ChatMessage("user", TEXT)])
+    first, count = 0.0, 0
+    async with aclosing(backend.generate(prompt, Params(max_tokens=max_tokens))) as steps:
+        async for step in steps:
+            first = first or time.perf_counter()
+            count += len(step.token_ids)
+    return first - began, (count - 1) / (time.perf_counter() - first)
+
+
+async def _market(client: Any, max_tokens: int) -> tuple[float, float]:
+    """The same through the market. The stream's end is the last chunk: receipt and ack come after the tokens."""
+    began = time.perf_counter()
+    first, last, count, extra = 0.0, 0.0, 0, 0
+    async with client.chat(
+        "smollm2-135m-instruct", [{"role": "user", "content": TEXT}], max_tokens=max_tokens
+    ) as stream:
+        async for chunk in stream:
+            last = time.perf_counter()
+            if not first:
+                first, extra = last, len(chunk.token_ids)
+            count += len(chunk.token_ids)
+    if stream.receipt is None or stream.receipt.output_tokens != count:
+        raise RuntimeError("the market path returned no sound receipt")
+    return first - began, (count - extra) / (last - first) if last > first else 0.0
+
+
+def run(args: Any = None) -> dict[str, Any]:
+    """Measure. `args.runs`: pairs of short runs (default 40)."""
+    result: dict[str, Any] = trio.run(_run, getattr(args, "runs", None) or 40)
+    return result
+
+
+async def _run(runs: int) -> dict[str, Any]:
+    from node.app import open_worker
+    from node.client.connect import connect
+    from node.config import Config, load
+    from node.testing.devnet.devnet import devnet
+    from node.testing.market import key
+
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-overhead-")))
+        folder.chmod(0o700)
+        net = await stack.enter_async_context(devnet())
+        deployment = await net.deploy()
+        deployment.save(folder / "deployment.json")
+        hot, payer, session = key("bench worker"), key("bench payer"), key("bench session")
+        await net.faucet(hot.address, native=10**18)
+        await net.faucet(payer.address, native=10**18, tokens=50_000_000)
+
+        def config(role: str) -> Config:
+            return load(
+                {
+                    "data_dir": folder / role,
+                    "chain.rpc_urls": [net.url],
+                    "chain.deployment": str(folder / "deployment.json"),
+                    "models.folder": str(load({}).models_dir),
+                    "worker.models": ["smollm2-135m-instruct"],
+                    "client.allocation": 10_000_000,
+                }
+            )
+
+        for role in ("worker", "client"):
+            (folder / role).mkdir(mode=0o700)
+        running = await stack.enter_async_context(open_worker(config("worker"), hot))
+        worker = running.worker
+        client = await stack.enter_async_context(
+            connect(config("client"), payer=payer, session=session, workers=worker.network.addresses)
+        )
+        await client.deposit(50_000_000)
+        return await _measure(runs, worker, client, net)
+
+
+async def _measure(runs: int, worker: Any, client: Any, net: Any) -> dict[str, Any]:
+    backend = worker.server.backend
+    model = next(iter(backend.models))
+    for _ in range(WARM_UP):
+        await _direct(backend, model, SHORT)
+        await _market(client, SHORT)
+    stats = client.network.stats
+    before = stats.negotiation_round_trips
+    blocks = int(await net.rpc.call("eth_blockNumber"), 16)
+    direct, market = [], []
+    for _ in range(runs):
+        direct.append((await _direct(backend, model, SHORT))[0] * 1000)
+        market.append((await _market(client, SHORT))[0] * 1000)
+    negotiated = stats.negotiation_round_trips - before
+    ratios = []
+    for _ in range(LONG_RUNS):
+        own = (await _direct(backend, model, LONG))[1]
+        through = (await _market(client, LONG))[1]
+        ratios.append(through / own)
+    transactions = int(await net.rpc.call("eth_blockNumber"), 16) - blocks
+    added = [m - d for m, d in zip(market, direct, strict=True)]
+    return {
+        "figures": {
+            "added_ttft_ms_p50": round(median(added), 3),
+            "added_ttft_ms_p99": round(quantiles(added, n=100, method="inclusive")[98], 3),
+            "ttft_ms_p50": round(median(market), 3),
+            "stream_ratio": round(median(ratios), 4),
+            "stream_ratio_min": round(min(ratios), 4),
+            "round_trips_before_prefill": round(1 + negotiated / runs, 3),
+            "transactions_during_jobs": transactions,
+        },
+        "peers": {"the same engine, called directly": {"ttft_ms_p50": round(median(direct), 3)}},
+        "curves": {"market": market, "direct": direct, "added": added},
+        "unit": "time to first token, ms",
+        "conditions": {"runs": runs, "long_runs": LONG_RUNS, "chain": net.describe(), "one_process": True},
+    }
