@@ -257,7 +257,9 @@ def test_hostile_gossip_ends_nothing() -> None:
                 )
                 await stream.send_all(encode_varint_prefixed(rpc_pb2.RPC(publish=[message]).SerializeToString()))
             await honest.connect(server.addresses[0])
+            honest._gossip.pubsub._largest = 2**30
             while b"honest" not in received:
+                await honest._gossip.pubsub.publish(topic, bytes(64 * 1024 + 1))  # well signed, but too big
                 await honest.publish(topic, b"honest")
                 await trio.sleep(0.1)
             assert set(received) == {b"honest"}
@@ -354,6 +356,8 @@ def test_a_peer_that_comes_back_without_a_protocol() -> None:
             async with open_host(key(), listen=()) as client, open_host(seed) as server:
                 server.handle(ECHO, echo)
                 await use(client, server)
+                while ECHO not in client._host.get_peerstore().get_protocols(server._host.get_id()):
+                    await trio.sleep(0.01)  # identify promises it as well
                 server._handlers.pop(ECHO)
                 server._host.remove_stream_handler(TProtocol(ECHO))
                 stream = await client.open_stream(server.peer_id, ECHO)
