@@ -241,8 +241,8 @@ class ClientWallet:
             return Farewell(state.channel_id, False, 0, state.withdraw_at, note=f"{wait} s of the delay are left")
         result = await self.chain.finalize_withdraw(state.config)
         _all_ok([result])
-        state = await self.refresh(state.channel_id)
-        return Farewell(state.channel_id, False, state.allocated - state.claimed, 0, [result])
+        after = await self.refresh(state.channel_id)
+        return Farewell(state.channel_id, False, state.allocated - after.claimed, 0, [result])
 
     async def _cooperate(self, state: ChannelState, peer: PeerId) -> Farewell:
         owed = max(state.spent, state.claimed)
@@ -266,8 +266,8 @@ class ClientWallet:
             state.config, final, state.cumulative, state.voucher_signature, reply.signature
         )
         _all_ok([result])
-        state = await self.refresh(state.channel_id)
-        return Farewell(state.channel_id, True, state.allocated - state.claimed, 0, [result])
+        await self.refresh(state.channel_id)
+        return Farewell(state.channel_id, True, state.allocated - final, 0, [result])
 
     async def _ask_close(self, state: ChannelState, peer: PeerId, final: int) -> CloseConsent:
         wish = Close(state.channel_id, final)

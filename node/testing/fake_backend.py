@@ -56,7 +56,7 @@ class FakeBackend:
         if model != FAKE_MODEL:
             raise ModelError(f"model {model} is not loaded")
         text = "\n".join(f"{m.role}: {m.content}" for m in messages)
-        if not text.strip():
+        if not any(m.content.strip() for m in messages):
             raise PromptInvalid("the messages are empty")
         return Prompt(model, tuple(len(word) for word in text.split()))
 

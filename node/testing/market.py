@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import trio
 
@@ -27,10 +28,12 @@ from node.client.settings import ClientSettings
 from node.client.wallet import ClientWallet
 from node.errors import NodeError
 from node.network.discovery import OfferBook
+from node.network.groups import plain_errors
 from node.network.memory import MemoryHub, open_hub
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
+from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings
 from protocol.channel import Role
 from protocol.ids import PeerId
@@ -61,8 +64,9 @@ class Market:
     _names: itertools.count[int] = field(default_factory=itertools.count)
     _draws: itertools.count[int] = field(default_factory=itertools.count)
 
-    def settings(self) -> WorkerSettings:
-        return WorkerSettings(price=self.price, token=self.ledger.token)
+    def settings(self, **serve: int) -> WorkerSettings:
+        """Defaults, but for these fields of `ServeSettings`."""
+        return WorkerSettings(price=self.price, token=self.ledger.token, serve=ServeSettings(**serve))
 
     async def worker(
         self, backend: FakeBackend | None = None, settings: WorkerSettings | None = None, name: str = ""
@@ -159,6 +163,18 @@ class Market:
         return ledger
 
 
+def run_market(test: Callable[[Market], Awaitable[None]], *, timeout_s: float = 60, **options: Any) -> None:
+    """`trio.run` of a test on a market of its own, made with `options`."""
+
+    async def main() -> None:
+        with trio.fail_after(timeout_s):
+            async with open_market(**options) as market:
+                await test(market)
+
+    with plain_errors():
+        trio.run(main)
+
+
 @asynccontextmanager
 async def open_market(
     *, seed: int | None = None, price: Price | None = None, latency: float = 0.0
@@ -169,9 +185,9 @@ async def open_market(
     def now_ms() -> int:
         return START_MS + int((trio.current_time() - begun) * 1000)
 
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack, AsyncExitStack() as network:  # journals outlast those who write them
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="gristmill-market-")))
-        hub = await stack.enter_async_context(open_hub(seed=seed, latency=latency))
+        hub = await network.enter_async_context(open_hub(seed=seed, latency=latency))
         async with trio.open_nursery() as nursery:
             yield Market(
                 folder=folder,

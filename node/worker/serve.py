@@ -22,6 +22,7 @@ import trio
 
 from node.errors import ModelError, PromptInvalid
 from node.network.drive import JobStream
+from node.network.groups import plain_errors
 from node.ports import Backend, ByteStream, Prompt, Step, StreamClosed
 from node.store.channels import ChannelBook
 from node.store.errors import ResultConflict, ResultsFull
@@ -331,6 +332,10 @@ class _Serving:
             self.server.meter.drop(self.channel_id, self.key)
 
     async def _run(self) -> ReceiptMessage:
+        with plain_errors():
+            return await self._serve()
+
+    async def _serve(self) -> ReceiptMessage:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._produce)
             await self._open()

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 import pytest
 import trio
 
 from node.audit import audit
 from node.client.client import Client
 from node.testing.fake_backend import FakeBackend, FakeSettings
-from node.testing.market import Market, open_market
+from node.testing.market import Market, run_market
 from node.worker.worker import Worker
 from protocol.channel import ChannelState, Role
 from protocol.messages import FinishReason
 from protocol.pricing import cost
 
 HELLO = [{"role": "user", "content": "hello there"}]
-
-
-def run(test: Callable[[Market], Awaitable[None]], **options: object) -> None:
-    async def main() -> None:
-        with trio.fail_after(60):
-            async with open_market(**options) as market:  # type: ignore[arg-type]
-                await test(market)
-
-    trio.run(main)
 
 
 async def settled(worker: Worker) -> None:
@@ -84,14 +73,14 @@ def test_one_chat_after_another_on_one_channel(options: dict[str, object]) -> No
         assert the_channel(client).spent == total
         await sound(market, worker, client)
 
-    run(test, **options)
+    run_market(test, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": 3, "latency": 0.002}])
 def test_eight_chats_at_once_share_one_channel(options: dict[str, object]) -> None:
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=300, seconds_per_token=0.0005))
-        settings = replace_serve(market, max_streams=8, stall_ms=2_000)
+        settings = market.settings(max_streams=8, stall_ms=2_000)
         worker, client = await market.worker(backend, settings), await market.client()
         costs: list[int] = []
 
@@ -105,14 +94,7 @@ def test_eight_chats_at_once_share_one_channel(options: dict[str, object]) -> No
         assert set(worker.server.stats.ended) == {"length", "stop"}
         await sound(market, worker, client)
 
-    run(test, **options)
-
-
-def replace_serve(market: Market, **changes: object):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    settings = market.settings()
-    return replace(settings, serve=replace(settings.serve, **changes))  # type: ignore[arg-type]
+    run_market(test, **options)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +112,7 @@ def test_an_answer_ends_where_the_model_or_the_limit_says(tokens: int, max_token
         assert stream.receipt.cost == cost(market.price, stream.usage.input_tokens, 12)
         await sound(market, worker, client)
 
-    run(test)
+    run_market(test)
 
 
 def test_a_long_answer_crosses_many_ticks() -> None:
@@ -142,7 +124,7 @@ def test_a_long_answer_crosses_many_ticks() -> None:
         assert len(vouchers) >= 20
         await sound(market, worker, client)
 
-    run(test, seed=9)
+    run_market(test, seed=9)
 
 
 def test_leaving_early_pays_for_what_was_delivered_and_stops_the_engine() -> None:
@@ -162,7 +144,7 @@ def test_leaving_early_pays_for_what_was_delivered_and_stops_the_engine() -> Non
         assert backend.free_slots == backend.settings.slots
         await sound(market, worker, client)
 
-    run(test, seed=4)
+    run_market(test, seed=4)
 
 
 def test_leaving_before_the_first_token_costs_the_prompt() -> None:
@@ -175,17 +157,17 @@ def test_leaving_before_the_first_token_costs_the_prompt() -> None:
         assert stream.receipt.cost == cost(market.price, 3, 0)
         await sound(market, worker, client)
 
-    run(test)
+    run_market(test)
 
 
 def test_a_slow_reader_is_served_to_the_end() -> None:
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=600))
-        worker = await market.worker(backend, replace_serve(market, coalesce_ms=0))
+        worker = await market.worker(backend, market.settings(coalesce_ms=0))
         client = await market.client()
         async with client.chat("fake", HELLO, max_tokens=600) as stream:
             await trio.sleep(0.3)
             assert len((await stream.text()).split()) == 600
         await sound(market, worker, client)
 
-    run(test, seed=5)
+    run_market(test, seed=5)

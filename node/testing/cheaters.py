@@ -1,0 +1,268 @@
+"""Planted cheats: workers that lie and clients that do not keep to the rules, with real keys and real channels. Product code.
+
+A check that was never seen failing proves nothing, so these are for our tests and for yours:
+
+- `corrupt(worker, cheat)` turns an honest worker of a market in memory into a cheat: what it says is changed on its way out, and
+  signed again where a cheat would sign. `CHEATS` lists them by name.
+- `Hand` is a client's hand on the wire: it writes any ask, voucher or bytes, and shows what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import trio
+
+from node.client.client import Client
+from node.ports import ByteStream, StreamClosed
+from node.worker.worker import Worker
+from protocol.channel import ChannelState
+from protocol.errors import RefusalReason
+from protocol.frames import FrameReader, encode_frame
+from protocol.ids import ChannelId, JobId, PeerId
+from protocol.job import ask_struct, receipt_from_wire
+from protocol.keys import PrivateKey
+from protocol.messages import (
+    JOB_PROTOCOL,
+    Accept,
+    AskMessage,
+    ChatMessage,
+    Chunk,
+    JobConversation,
+    Params,
+    ReceiptMessage,
+    Refuse,
+    VoucherMessage,
+    amount_from_wire,
+    amount_to_wire,
+    decode,
+    encode,
+)
+from protocol.offers import VerifiedOffer
+from protocol.typed_data import Domain, Refusal, Voucher
+
+STRANGER = PrivateKey(bytes(31) + b"\x07")
+"""A key that nobody in the market has business with."""
+
+# ----------------------------------------------------------------------------------------------------------- workers
+
+Tamper = Callable[[JobConversation], Sequence[JobConversation]]
+"""What is said instead of one message."""
+
+
+class TamperedStream:
+    """A stream on which one side's messages are changed as they leave. The honest driver writes one frame at a time."""
+
+    def __init__(self, stream: ByteStream, tamper: Tamper) -> None:
+        self._stream = stream
+        self._tamper = tamper
+        self._frames = FrameReader()
+
+    @property
+    def remote_peer(self) -> PeerId:
+        return self._stream.remote_peer
+
+    async def send_all(self, data: bytes) -> None:
+        for payload in self._frames.feed(data):
+            for message in self._tamper(decode(JOB_PROTOCOL, payload)):
+                await self._stream.send_all(encode_frame(encode(message)))
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def reset(self) -> None:
+        await self._stream.reset()
+
+
+def corrupt(worker: Worker, cheat: str) -> None:
+    """From now on this worker cheats on jobs, as `CHEATS[cheat]` does."""
+    honest = worker.server.handle
+
+    async def handle(stream: ByteStream) -> None:
+        await honest(TamperedStream(stream, CHEATS[cheat](worker)))
+
+    worker.network.handle(JOB_PROTOCOL, handle)
+
+
+def silence(worker: Worker) -> None:
+    """From now on this worker takes asks and never answers."""
+
+    async def handle(stream: ByteStream) -> None:
+        await trio.sleep_forever()
+
+    worker.network.handle(JOB_PROTOCOL, handle)
+
+
+def _only(kind: type[msgspec.Struct], change: Callable[[Any], Sequence[JobConversation]]) -> Tamper:
+    return lambda message: change(message) if isinstance(message, kind) else (message,)
+
+
+def _in_receipt(**changes: Any) -> Callable[[Worker], Tamper]:
+    """A receipt that says something else, signed by the worker all the same."""
+
+    def tamper(worker: Worker) -> Tamper:
+        def change(message: ReceiptMessage) -> Sequence[JobConversation]:
+            fields = {k: v(getattr(message.receipt, k)) if callable(v) else v for k, v in changes.items()}
+            wire = msgspec.structs.replace(message.receipt, **fields)
+            signature = worker.key.sign(receipt_from_wire(wire).digest(worker.chain.domain))
+            return (ReceiptMessage(receipt=wire, signature=signature),)
+
+        return _only(ReceiptMessage, change)
+
+    return tamper
+
+
+def _receipt_of_a_stranger(worker: Worker) -> Tamper:
+    def change(message: ReceiptMessage) -> Sequence[JobConversation]:
+        digest = receipt_from_wire(message.receipt).digest(worker.chain.domain)
+        return (msgspec.structs.replace(message, signature=STRANGER.sign(digest)),)
+
+    return _only(ReceiptMessage, change)
+
+
+def _refusal_of_a_stranger(worker: Worker) -> Tamper:
+    def change(message: Accept) -> Sequence[JobConversation]:
+        signature = STRANGER.sign(Refusal(JobId(bytes(32)), int(RefusalReason.BUSY), 1).digest(worker.chain.domain))
+        return (Refuse(reason=RefusalReason.BUSY, detail="", at=1, signature=signature),)
+
+    return _only(Accept, change)
+
+
+def _padded(_: Worker) -> Tamper:
+    """More tokens than were asked for."""
+    return _only(Chunk, lambda message: (message,) * 64)
+
+
+CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxyType(
+    {
+        "input overcounted": lambda _: _only(
+            Accept, lambda m: (msgspec.structs.replace(m, input_tokens=m.input_tokens + 100_000),)
+        ),
+        "input changed in the receipt": _in_receipt(input_tokens=lambda n: n + 1),
+        "output overcounted": _in_receipt(output_tokens=lambda n: n + 1),
+        "wrong digest": _in_receipt(output_digest=bytes(32)),
+        "wrong cost": _in_receipt(cost=lambda raw: amount_to_wire(amount_from_wire(raw) + 1)),
+        "wrong sequence": _in_receipt(sequence=lambda n: n + 1),
+        "receipt for another job": _in_receipt(job_id=bytes(32)),
+        "receipt for another channel": _in_receipt(channel_id=bytes(32)),
+        "receipt for another model": _in_receipt(model_id=bytes(32)),
+        "receipt signed by a stranger": _receipt_of_a_stranger,
+        "refusal signed by a stranger": _refusal_of_a_stranger,
+        "more tokens than asked for": _padded,
+        "other tokens than signed": lambda _: _only(
+            Chunk, lambda m: (msgspec.structs.replace(m, token_ids=tuple(t ^ 1 for t in m.token_ids)),)
+        ),
+        "chunk before accept": lambda _: _only(Accept, lambda m: (Chunk(token_ids=(1,), text="x"), m)),
+        "accepted twice": lambda _: _only(Accept, lambda m: (m, m)),
+        "receipt twice": lambda _: _only(ReceiptMessage, lambda m: (m, m)),
+    }
+)
+"""Everything a worker may try on one stream, by name."""
+
+
+# ----------------------------------------------------------------------------------------------------------- clients
+
+
+class Talk:
+    """One stream, by hand."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self._frames = FrameReader()
+        self._ready: list[JobConversation] = []
+
+    async def send(self, message: JobConversation) -> None:
+        await self.stream.send_all(encode_frame(encode(message)))
+
+    async def receive(self) -> JobConversation | None:
+        """The next message; None when the far end has closed or reset the stream."""
+        while not self._ready:
+            try:
+                data = await self.stream.receive_some()
+            except StreamClosed:
+                return None
+            if not data:
+                return None
+            self._ready += [decode(JOB_PROTOCOL, payload) for payload in self._frames.feed(data)]
+        return self._ready.pop(0)
+
+    async def until(self, *kinds: type[msgspec.Struct]) -> Any:
+        """The next message of one of these kinds, or None at the end."""
+        while (message := await self.receive()) is not None:
+            if isinstance(message, kinds):
+                return message
+        return None
+
+
+@dataclass
+class Hand:
+    """A client's keys and channel, and no manners."""
+
+    client: Client
+    offer: VerifiedOffer
+    state: ChannelState
+    number: int = field(default=0)
+
+    @classmethod
+    async def of(cls, client: Client, worker: Worker, needed: int = 1) -> Hand:
+        """Opens a channel in the honest way first."""
+        offer = client.offers.of(worker.key.peer_id)
+        if offer is None:
+            raise ValueError("the client does not know the worker's offer")
+        state, _ = await client.wallet.ensure_channel(offer, needed)
+        return cls(client, offer, state)
+
+    @property
+    def domain(self) -> Domain:
+        return self.client.domain
+
+    def voucher(
+        self,
+        cumulative: int,
+        *,
+        channel: bytes | None = None,
+        domain: Domain | None = None,
+        key: PrivateKey | None = None,
+    ) -> VoucherMessage:
+        """Right unless told otherwise. Not journaled: this client forgets what it signs."""
+        voucher = Voucher(ChannelId(channel or self.state.channel_id), cumulative)
+        signature = (key or self.client.session).sign(voucher.digest(domain or self.domain))
+        return VoucherMessage(cumulative=amount_to_wire(cumulative), signature=signature)
+
+    def ask(
+        self, cumulative: int = 400, *, voucher: VoucherMessage | None = None, forged: bool = False, **fields: Any
+    ) -> AskMessage:
+        """A sound ask, but for `fields`; with `forged` they are changed after signing. `voucher` replaces its first one."""
+        self.number += 1
+        voucher = voucher or self.voucher(cumulative)
+        draft = AskMessage(
+            job_id=self.number.to_bytes(32),
+            part=0,
+            channel_id=bytes(self.state.channel_id),
+            worker=bytes(self.offer.worker),
+            model_id=self.offer.document.models[0].model_id,
+            offer_hash=bytes(self.offer.hash),
+            deadline=self.client.now_ms() + 60_000,
+            messages=(ChatMessage(role="user", content="hello there"),),
+            params=Params(max_tokens=40),
+            signature=bytes(65),
+            cumulative=voucher.cumulative,
+            voucher_signature=voucher.signature,
+        )
+        final = msgspec.structs.replace(draft, **fields)
+        signed = draft if forged else final
+        return msgspec.structs.replace(final, signature=self.client.session.sign(ask_struct(signed).digest(self.domain)))
+
+    async def talk(self, *messages: JobConversation) -> Talk:
+        """A new stream on which these have been said."""
+        talk = Talk(await self.client.network.open_stream(self.offer.peer_id, JOB_PROTOCOL))
+        for message in messages:
+            await talk.send(message)
+        return talk

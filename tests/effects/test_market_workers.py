@@ -1,0 +1,335 @@
+"""Workers that cheat, stall or die: the client loses at most one window, says whose fault it was, and goes elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import trio
+
+from node.audit import audit
+from node.client.client import Client
+from node.client.settings import ClientSettings
+from node.errors import NoWorker, Refused, Timeout, VerificationFailed, WorkerFault
+from node.testing.cheaters import CHEATS, corrupt, silence
+from node.testing.fake_backend import FakeBackend, FakeSettings
+from node.testing.market import Market, run_market
+from node.worker.worker import Worker
+from protocol.channel import ChannelState, Role
+from protocol.errors import RefusalReason
+from protocol.messages import ChatMessage
+from protocol.pricing import Price, cost
+
+HELLO = [{"role": "user", "content": "hello there"}]
+
+
+def the_channel(client: Client) -> ChannelState:
+    (state,) = client.book.channels.values()
+    return state
+
+
+def window(client: Client, worker: Worker) -> int:
+    """What a client may lose to one worker: the prompt as it estimates it, and one tick of output."""
+    offer = client.offers.of(worker.key.peer_id)
+    assert offer is not None
+    model = offer.document.models[0]
+    prompt = client.count_tokens(model, [ChatMessage(**m) for m in HELLO], 256)  # type: ignore[arg-type]
+    return cost(model.price, prompt, 0) + cost(Price(output=model.price.output), 0, client.settings.tick_tokens)
+
+
+async def clean(client: Client) -> None:
+    assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chain) == []
+
+
+ERRORS = {
+    "chunk before accept": WorkerFault,
+    "accepted twice": WorkerFault,
+    "receipt twice": None,  # the first one is true, and nobody reads on
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheat_is_named_unpaid_and_avoided(cheat: str) -> None:
+    async def test(market: Market) -> None:
+        liar = await market.worker()
+        corrupt(liar, cheat)
+        client = await market.client()
+        expected = ERRORS.get(cheat, VerificationFailed)
+        delivered = 0
+        if expected is None:
+            async with client.chat("fake", HELLO) as stream:
+                await stream.text()
+            return
+        with pytest.raises(expected) as caught:
+            async with client.chat("fake", HELLO) as stream:
+                async for chunk in stream:
+                    delivered = chunk.cost
+        assert str(liar.key.peer_id) in str(caught.value)
+        state = the_channel(client)
+        assert delivered <= state.spent <= max(delivered, cost(market.price, 3, 0)) and not state.open_jobs
+        assert state.cumulative <= delivered + window(client, liar)
+        assert client.history[liar.key.peer_id].failures == 1
+        await clean(client)
+
+        with pytest.raises(NoWorker) as none:
+            client.chat("fake", HELLO)._choose()
+        assert none.value.reasons == {str(liar.key.peer_id): ("recent_failure",)}
+        honest = await market.worker()
+        await client.meet(honest.network.addresses[0])
+        async with client.chat("fake", HELLO) as stream:
+            await stream.text()
+        assert stream.worker == honest.key.peer_id
+
+    run_market(test)
+
+
+def test_a_cheat_at_the_door_costs_only_a_detour() -> None:
+    async def test(market: Market) -> None:
+        liar, honest = await market.worker(), await market.worker()
+        corrupt(liar, "input overcounted")
+        client = await market.client()
+        for _ in range(2):
+            async with client.chat("fake", HELLO) as stream:
+                await stream.text()
+            assert stream.worker == honest.key.peer_id
+
+    run_market(test)
+
+
+def test_with_the_tokenizer_at_hand_one_token_too_many_is_seen() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client()
+        client._counter = lambda model, messages: 3
+        async with client.chat("fake", HELLO) as stream:
+            await stream.text()
+        assert stream.usage.input_tokens == 3
+        client._counter = lambda model, messages: 2
+        with pytest.raises(VerificationFailed, match="3 prompt tokens"):
+            async with client.chat("fake", HELLO):
+                pass
+        assert client.history[worker.key.peer_id].failures == 1
+
+    run_market(test)
+
+
+def test_a_worker_that_never_answers() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker()
+        silence(worker)
+        client = await market.client(settings=ClientSettings(first_token_ms=200))
+        with pytest.raises(Timeout):
+            async with client.chat("fake", HELLO):
+                pass
+        assert the_channel(client).spent == 0
+        assert the_channel(client).cumulative <= window(client, worker)
+        assert client.history[worker.key.peer_id].failures == 1
+        await clean(client)
+
+    run_market(test)
+
+
+def test_a_worker_that_drips_is_ended_by_the_deadline() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=10_000, seconds_per_token=0.1)))
+        client = await market.client(settings=ClientSettings(deadline_ms=450, stall_ms=300))
+        tokens = 0
+        with pytest.raises(Timeout):
+            async with client.chat("fake", HELLO) as stream:
+                async for chunk in stream:
+                    tokens = chunk.usage.output_tokens
+        assert 0 < tokens < 10
+        assert the_channel(client).spent == cost(market.price, 3, tokens)
+        assert not the_channel(client).open_jobs
+        await wait_idle(worker)
+        await clean(client)
+
+    run_market(test)
+
+
+def test_a_worker_that_stalls_is_left() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=10_000, seconds_per_token=0.001))
+        worker = await market.worker(backend)
+        client = await market.client(settings=ClientSettings(stall_ms=200))
+        with pytest.raises(Timeout):
+            async with client.chat("fake", HELLO) as stream:
+                async for _ in stream:
+                    backend.settings.seconds_per_token = 60
+        await wait_idle(worker)
+        assert backend.aborted == 1
+        await clean(client)
+
+    run_market(test)
+
+
+async def wait_idle(worker: Worker) -> None:
+    while worker.server.busy:
+        await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("after", [300, 1_500, 4_000])
+@pytest.mark.parametrize("seed", [None, 6])
+def test_a_cut_stream_keeps_what_was_paid_for_and_the_rest_comes_home(after: int, seed: int | None) -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=500, seconds_per_token=0.0005)))
+        client = await market.client()
+        async with client.chat("fake", HELLO) as stream:  # opens the channel
+            await stream.text()
+        before = the_channel(client)
+        market.hub.cut_stream_after(after)
+        got: list[int] = []
+        stream = client.chat("fake", HELLO, max_tokens=500)
+        with pytest.raises(WorkerFault):
+            async with stream:
+                async for chunk in stream:
+                    got += chunk.token_ids
+        await wait_idle(worker)
+        state = the_channel(client)
+        paid = state.spent - before.spent
+        assert paid == stream.parts[-1].cost == (cost(market.price, 3, len(got)) if paid else 0)
+        assert paid or not got
+        assert state.cumulative <= state.spent + window(client, worker)
+        theirs = worker.book.channels[state.channel_id]
+        assert not theirs.open_jobs
+        assert theirs.spent - state.spent <= 2 * worker.settings.tick + cost(market.price, 300, 0)
+
+        farewell = await client.wallet.close(state.channel_id, worker.key.peer_id)
+        assert farewell.cooperative, farewell.note
+        seen = market.ledger.world.escrow.channel(state.channel_id)
+        assert seen.closed and seen.claimed <= state.cumulative
+        assert await client.balance() == 10_000_000 - seen.claimed
+        await clean(client)
+
+    run_market(test, seed=seed)
+
+
+def test_a_dead_worker_cannot_keep_the_money() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=500, seconds_per_token=0.001)))
+        client = await market.client()
+        with pytest.raises(WorkerFault):
+            async with client.chat("fake", HELLO, max_tokens=500) as stream:
+                async for chunk in stream:
+                    if chunk.usage.output_tokens > 100:
+                        market.crash(worker)
+        state = the_channel(client)
+        assert state.spent == stream.cost > 0
+        first = await client.wallet.close(state.channel_id, worker.key.peer_id)
+        assert not first.cooperative and first.available_at
+        early = await client.wallet.close(state.channel_id, None)
+        assert not early.returned and "left" in early.note
+        market.ledger.advance(state.config.withdraw_delay)
+        last = await client.wallet.close(state.channel_id, None)
+        assert last.returned == state.allocated
+        assert await client.balance() == 10_000_000
+        await clean(client)
+
+    run_market(test)
+
+
+def test_a_model_that_fails_ends_the_part_with_a_typed_error() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=200, fail_after=30)))
+        client = await market.client()
+        tokens = 0
+        with pytest.raises(WorkerFault, match="backend"):
+            async with client.chat("fake", HELLO) as stream:
+                async for chunk in stream:
+                    tokens = chunk.usage.output_tokens
+        assert tokens == 30
+        await wait_idle(worker)
+        assert the_channel(client).spent == worker.book.channels[the_channel(client).channel_id].spent
+        await clean(client)
+        farewell = await client.wallet.close(the_channel(client).channel_id, worker.key.peer_id)
+        assert farewell.cooperative
+
+    run_market(test)
+
+
+def test_a_channel_that_is_said_to_be_open_and_is_not() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker()
+
+        async def pretend(config: object, missing: int, message: object) -> bytes:
+            return bytes(32)
+
+        worker.channels._submit = pretend  # type: ignore[method-assign, assignment]
+        client = await market.client()
+        with pytest.raises(WorkerFault, match="the contract has locked 0"):
+            async with client.chat("fake", HELLO):
+                pass
+        assert the_channel(client).cumulative == 0
+
+    run_market(test)
+
+
+def test_money_cannot_be_asked_back_while_a_job_runs() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=5_000, seconds_per_token=0.001)))
+        client = await market.client()
+        async with client.chat("fake", HELLO) as stream:
+            await stream.__anext__()
+            with pytest.raises(Exception, match="under way"):
+                await client.wallet.close(the_channel(client).channel_id, worker.key.peer_id)
+
+    run_market(test)
+
+
+def test_no_worker_says_why_for_every_worker() -> None:
+    async def test(market: Market) -> None:
+        dear = await market.worker(settings=replace(market.settings(), price=Price(output=10**12)))
+        small = await market.worker(settings=replace(market.settings(), max_tokens=8))
+        failed = await market.worker()
+        full = await market.worker(FakeBackend(FakeSettings(slots=0)))
+        client = await market.client(settings=ClientSettings(max_cost=5_000))
+        client.failed(failed.key.peer_id)
+        with pytest.raises(NoWorker) as caught:
+            async with client.chat("fake", HELLO, max_tokens=16):
+                pass
+        assert caught.value.reasons == {
+            str(dear.key.peer_id): ("price_too_high",),
+            str(small.key.peer_id): ("max_tokens_exceeded",),
+            str(failed.key.peer_id): ("recent_failure",),
+            str(full.key.peer_id): ("busy",),
+        }
+        with pytest.raises(NoWorker) as caught:
+            async with client.chat("no such model", HELLO):
+                pass
+        assert all(why[0] == "model_unknown" for why in caught.value.reasons.values())
+        assert len(caught.value.reasons) == 4
+        assert not client.book.channels
+
+    run_market(test)
+
+
+def test_a_renewed_offer_needs_no_second_question() -> None:
+    """The worker was restarted, or its offer ran out: the refusal brings the new one, and the ask goes out again."""
+
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client()
+        await trio.sleep(0.002)  # the new offer must be younger
+        worker.desk._valid, worker.desk._current = {}, None
+        async with client.chat("fake", HELLO) as stream:
+            await stream.text()
+        assert stream.receipt is not None
+        assert worker.server.stats.refused == {"offer_unknown": 1}
+        assert client.history[worker.key.peer_id].failures == 0
+
+    run_market(test)
+
+
+def test_a_dearer_offer_is_not_taken_silently() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client()
+        await trio.sleep(0.002)
+        worker.desk._valid, worker.desk._current = {}, None
+        worker.desk._terms = replace(worker.desk._terms, price=Price(request=10, input=1_000_000, output=2_000_001))
+        with pytest.raises(Refused) as caught:
+            async with client.chat("fake", HELLO):
+                pass
+        assert caught.value.reason is RefusalReason.OFFER_UNKNOWN
+        async with client.chat("fake", HELLO) as stream:  # asked anew, the caller agrees to the new price
+            await stream.text()
+        assert stream.receipt is not None
+
+    run_market(test)
