@@ -24,6 +24,8 @@ from typing import Final
 
 import trio
 from libp2p.abc import ConnectionType, IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.io.exceptions import IOException
+from libp2p.network.connection.exceptions import RawConnError
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
@@ -50,6 +52,9 @@ _FRAME: Final = 32 * 1024
 """Largest frame that we send, so that streams take turns."""
 _CONTROL_BACKLOG: Final = 1024 * 1024
 """Unsent control frames beyond the send buffer after which the peer is not reading at all."""
+
+_LAST_WORDS: Final = 0.5
+"""Seconds that a connection which can no longer be written to is still read."""
 
 
 class StreamLimit(Exception):
@@ -421,8 +426,12 @@ class Mux(IMuxedConn):
         while True:
             if self._outbox:
                 chunk = bytes(self._outbox[:_NOISE_PLAINTEXT])
-                with trio.fail_after(self.limits.write_timeout):
-                    await self.secured_conn.write(chunk)
+                try:
+                    with trio.fail_after(self.limits.write_timeout):
+                        await self.secured_conn.write(chunk)
+                except (IOException, RawConnError, trio.BrokenResourceError):
+                    await trio.sleep(_LAST_WORDS)  # the peer is gone, but what it said before is still to be read
+                    raise
                 del self._outbox[: len(chunk)]
                 if len(self._outbox) < self.limits.connection_send_buffer:
                     self._outbox_emptied.unpark_all()
