@@ -30,7 +30,9 @@ from node.errors import NodeError
 from node.network.discovery import OfferBook
 from node.network.groups import plain_errors
 from node.network.memory import MemoryHub, open_hub
+from node.ports import ByteStream, StreamHandler
 from node.store.channels import ChannelBook
+from node.store.errors import LedgerClosed
 from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
 from node.worker.serve import ServeSettings
@@ -86,6 +88,8 @@ class Market:
             now_ms=self.now_ms,
         )
         await self.nursery.start(self._run, worker)
+        for protocol, handler in worker.network.handlers.items():
+            worker.network.handle(protocol, _mortal(handler))
         self.workers.append(worker)
         return worker
 
@@ -161,6 +165,18 @@ class Market:
         ledger = Ledger.open(path, chain_tag=tag)
         self.stack.callback(ledger.close)
         return ledger
+
+
+def _mortal(handler: StreamHandler) -> StreamHandler:
+    """A handler of a node that may be crashed: with its journal it is dead, and the dead do not complain."""
+
+    async def handle(stream: ByteStream) -> None:
+        try:
+            await handler(stream)
+        except LedgerClosed:
+            await stream.reset()
+
+    return handle
 
 
 def run_market(test: Callable[[Market], Awaitable[None]], *, timeout_s: float = 60, **options: Any) -> None:

@@ -112,6 +112,7 @@ class ChannelDesk:
                 transaction = await self._submit(config, allocated - seen.allocated, message)
             await self._note(config, channel_id, allocated, message)
             state = await self.refresh(channel_id)
+        await self._book.change([])  # what another task applied a moment ago is durable before it is told
         return self._status(state, transaction)
 
     def _check(self, config: ChannelConfig, allocated: int, valid_before: int) -> None:
@@ -179,8 +180,8 @@ class ChannelDesk:
         if asked < final:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"{final} is due on this channel, not {asked}")
         signature = self._key.sign(Close(state.channel_id, final).digest(self._domain))
-        if state.final is None:
-            await self._book.change([CloseSigned(state.channel_id, final, signature)])
+        change = [CloseSigned(state.channel_id, final, signature)] if state.final is None else []
+        await self._book.change(change)  # of an equal consent that is on its way to the disk, too, the end is awaited
         return CloseConsent(channel_id=bytes(state.channel_id), final=amount_to_wire(final), signature=signature)
 
     def _known(self, channel_id: bytes) -> ChannelState:
