@@ -87,6 +87,8 @@ class Evm:
         self._errors: dict[bytes, tuple[str, list[str]]] = dict(_BUILT_IN)
         self._events: dict[bytes, dict[str, Any]] = {}
         self.artifacts = artifacts
+        self.gas_limit = 30_000_000
+        """Gas of one call. Never unbounded: a hostile contract may loop until it is used up."""
         self.chain_id = chain_id
         self.now = now
         self.set_time(now)
@@ -127,7 +129,7 @@ class Evm:
     def transact(self, sender: Address, to: Address, data: bytes, value: int = 0) -> tuple[bytes, list[Any]]:
         """One raw call: (output, logs). Gas is not reported: storage stays warm here between calls, on a chain not."""
         try:
-            output = self._evm.message_call("0x" + sender.hex(), "0x" + to.hex(), data, value=value)
+            output = self._evm.message_call("0x" + sender.hex(), "0x" + to.hex(), data, value=value, gas=self.gas_limit)
         except RuntimeError as error:
             raise self._reverted(error) from None
         result = self._evm.result

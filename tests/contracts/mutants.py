@@ -39,7 +39,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "close without the receiver",
         "Channels.sol",
         "_requireSigner(id, config.receiverAuthorizer, closeDigest(id, finalAmount), closeSignature);",
-        "",
+        "if (closeSignature.length != 65) revert Channels_BadSignature(id, config.receiverAuthorizer);",
     ),
     (
         "close again",

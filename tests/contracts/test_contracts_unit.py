@@ -308,6 +308,22 @@ def test_contract_wallets_sign_by_erc_1271(deployment: Deployment) -> None:
     assert scene.balance(wallet.address) == 400
 
 
+@pytest.mark.parametrize("mood", [1, 2, 3, 4])
+def test_a_hostile_wallet_does_not_spend_the_gas_of_the_batch(deployment: Deployment, mood: int) -> None:
+    """I13"""
+    scene, world = Scene(deployment), deployment
+    evil = zoo(world, "Wallet", MALLORY.address)
+    evil.send(MALLORY.address, "setMood", mood)
+    trap = replace(scene.config, payer_authorizer=evil.address)
+    scene.allocate(100)
+    good = (config_tuple(scene.config), 40, 40, scene.voucher(40))
+    scene.config = trap
+    scene.allocate(100)
+    world.evm.gas_limit = 500_000
+    result = world.channels.send(MALLORY.address, "claim", [(config_tuple(trap), 40, 40, b"x"), good])
+    assert [name for name, _ in result.events] == ["ClaimSkipped", "Claimed"]
+
+
 def test_a_wallet_that_says_yes_to_all_robs_only_itself(deployment: Deployment) -> None:
     """I10"""
     world = deployment
