@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from protocol.pricing import Price
 from protocol.typed_data import HotKey
 
 Say = Callable[[str], None]
+SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: N
     """
     # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
+    sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.network.host import open_host
     from node.runtime.backend import EngineSettings, open_backend

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from protocol.channel import ChannelState
-from protocol.errors import GristmillError, RefusalReason, RemoteProtocolError
+from protocol.errors import GristmillError, InvalidValue, RefusalReason, RemoteProtocolError
 from protocol.ids import Address, Hash32
 from protocol.job import Terms, ask_struct
 from protocol.keys import require_signer
-from protocol.messages import AskMessage, amount_from_wire
+from protocol.messages import AskMessage, amount_from_wire, sampling_params
 from protocol.offers import ModelOffer, VerifiedOffer
 from protocol.payment import exposure, unsecured
 from protocol.selection import changed_params
@@ -86,6 +86,10 @@ def check_ask(
     refused = sorted(set(changed_params(ask.params)) - set(model.params))
     if refused:
         raise Rejected(RefusalReason.UNSUPPORTED_PARAM, ", ".join(refused))
+    try:
+        sampling_params(ask.params)
+    except InvalidValue as error:
+        raise Rejected(RefusalReason.UNSUPPORTED_PARAM, str(error)[:200]) from None
     if ask.params.max_tokens > model.max_tokens:
         raise Rejected(RefusalReason.MAX_TOKENS_EXCEEDED, f"at most {model.max_tokens}")
     if not now_ms < ask.deadline <= now_ms + DEADLINE_MAX_MS:

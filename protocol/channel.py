@@ -265,7 +265,9 @@ def _job_opened(state: ChannelState, change: JobOpened) -> ChannelState:
     if state.leaving:
         raise _blame(state.role, WireCode.BAD_VOUCHER, "the channel is ending")
     if change.limit < 0 or change.limit > state.free:
-        raise _blame(state.role, WireCode.BAD_VOUCHER, f"a job of up to {change.limit} on a channel with {state.free} free")
+        raise _blame(
+            state.role, WireCode.BAD_VOUCHER, f"a job of up to {change.limit} on a channel with {state.free} free"
+        )
     if state.role is Role.WORKER and change.sequence != state.sequence + 1:
         raise LocalProtocolError(f"receipt number {change.sequence} does not follow {state.sequence}")
     return replace(
@@ -278,11 +280,15 @@ def _job_opened(state: ChannelState, change: JobOpened) -> ChannelState:
 def _voucher_added(state: ChannelState, change: VoucherAdded) -> ChannelState:
     if change.cumulative <= state.cumulative:
         raise _blame(
-            state.role, WireCode.BAD_VOUCHER, f"voucher of {change.cumulative} is not above the last, {state.cumulative}"
+            state.role,
+            WireCode.BAD_VOUCHER,
+            f"voucher of {change.cumulative} is not above the last, {state.cumulative}",
         )
     if change.cumulative > state.ceiling:
         raise _blame(
-            state.role, WireCode.BAD_VOUCHER, f"voucher of {change.cumulative} is over the allocation of {state.ceiling}"
+            state.role,
+            WireCode.BAD_VOUCHER,
+            f"voucher of {change.cumulative} is over the allocation of {state.ceiling}",
         )
     if state.role is Role.CLIENT and change.cumulative > state.spent + state.reserved:
         raise LocalProtocolError(
@@ -315,8 +321,13 @@ def _close_signed(state: ChannelState, change: CloseSigned) -> ChannelState:
         raise _blame(state.role, WireCode.UNEXPECTED, "jobs are under way on this channel")
     if state.final is not None and state.final != change.final:
         raise LocalProtocolError(f"a close at {state.final} was signed before")
-    if not state.claimed <= change.final <= max(state.cumulative, state.claimed):
-        raise _blame(state.role, WireCode.BAD_VOUCHER, f"a close at {change.final} is outside claimed..voucher")
+    earned = max(state.claimed, min(state.spent, state.cumulative))
+    if state.role is Role.WORKER and change.final != earned:
+        raise LocalProtocolError(f"a close at {change.final} where {earned} is earned")
+    if state.role is Role.CLIENT and not state.claimed <= change.final <= earned:
+        raise RemoteProtocolError(
+            WireCode.BAD_RECEIPT, f"the worker wants to close at {change.final}, {earned} is owed"
+        )
     return replace(state, final=change.final)
 
 

@@ -116,6 +116,10 @@ REQUIRES: Final[dict[MessageType, frozenset[State]]] = {
 }
 """message -> states of the other side, as its sender has seen them, in which it may be said."""
 
+TEXT_PER_TOKEN: Final = 256
+TEXT_SLACK: Final = 4096
+"""Characters: what is billed by the token cannot smuggle text for free, nor fill the client's memory."""
+
 TERMINAL: Final[frozenset[State]] = frozenset(
     {Client.DONE, Client.ABORTED, Worker.REFUSED, Worker.ABORTED},
 )
@@ -265,6 +269,7 @@ class JobClient(_Machine):
         self.sequence = 0
         self.started = 0
         self.receipt: Receipt | None = None
+        self._text = 0
 
     @property
     def output_tokens(self) -> int:
@@ -287,14 +292,15 @@ class JobClient(_Machine):
             case Chunk():
                 if self.digest.count + len(message.token_ids) > self.terms.params.max_tokens:
                     raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more tokens than max_tokens")
+                self._text += len(message.text)
+                if self._text > TEXT_PER_TOKEN * (self.digest.count + len(message.token_ids)) + TEXT_SLACK:
+                    raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more text than the tokens can carry")
                 self.digest.extend(message.token_ids, message.text)
             case ReceiptMessage():
                 self.receipt = self._verify(message)
             case Refuse():
                 refusal = Refusal(self.terms.ask.job_id, message.reason, message.at)
-                require_signer(
-                    refusal.digest(self.terms.domain), message.signature, self.terms.ask.worker, "refusal"
-                )
+                require_signer(refusal.digest(self.terms.domain), message.signature, self.terms.ask.worker, "refusal")
             case _:
                 pass
 
@@ -315,6 +321,7 @@ class JobClient(_Machine):
             "output_tokens": self.digest.count,
             "cost": self.spent,
             "started": self.started,
+            "commitment": ZERO_HASH,
         }
         for name, value in expected.items():
             if getattr(receipt, name) != value:
@@ -326,9 +333,7 @@ class JobClient(_Machine):
         full = self.digest.count >= self.terms.params.max_tokens
         if receipt.finish_reason == FinishReason.CANCELLED and self.states[Role.CLIENT] is Client.ASKED and full:
             raise RemoteProtocolError(WireCode.BAD_RECEIPT, "a complete answer is not a cancelled one")
-        require_signer(
-            receipt.digest(self.terms.domain), message.signature, self.terms.receiver_authorizer, "receipt"
-        )
+        require_signer(receipt.digest(self.terms.domain), message.signature, self.terms.receiver_authorizer, "receipt")
         return receipt
 
 

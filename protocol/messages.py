@@ -20,6 +20,7 @@ import msgspec
 
 from protocol.errors import InvalidValue, LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32
+from protocol.sampling import SamplingParams
 from protocol.typed_data import ChannelConfig
 
 OFFER_PROTOCOL: Final = "/gristmill/offer/1"
@@ -87,11 +88,13 @@ class Params(_Value, frozen=True):
     top_k: Annotated[int, _Meta(ge=0, le=2**20)] = 0
     """0 keeps every token."""
     min_p: Annotated[float, _Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, _Meta(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, _Meta(ge=0.1, le=10)] = 1.0
     frequency_penalty: Annotated[float, _Meta(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, _Meta(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[tuple[tuple[TokenId, Annotated[float, _Meta(ge=-100, le=100)]], ...], _Meta(max_length=300)] = ()
-    """Pairs (token id, bias), ids rising."""
+    logit_bias: Annotated[
+        tuple[tuple[TokenId, Annotated[float, _Meta(ge=-100, le=100)]], ...], _Meta(max_length=300)
+    ] = ()
+    """Pairs (token id, bias): ids rising, each once."""
     stop: Annotated[tuple[Annotated[str, _Meta(min_length=1, max_length=64)], ...], _Meta(max_length=16)] = ()
     seed: Annotated[int, _Meta(ge=0, le=2**63 - 1)] = 0
     """Fixed by the client's signature, so that every draw can be replayed."""
@@ -372,6 +375,21 @@ def config_to_wire(config: ChannelConfig) -> ChannelConfigWire:
         token=bytes(config.token),
         withdraw_delay=config.withdraw_delay,
         salt=bytes(config.salt),
+    )
+
+
+def sampling_params(params: Params) -> SamplingParams:
+    """The parameters as the normative sampler takes them. Raises `InvalidValue` for what it does not define."""
+    return SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
     )
 
 

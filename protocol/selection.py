@@ -129,14 +129,16 @@ def choose(
         if reasons or model is None:
             rejected[offer.peer_id] = reasons
             continue
-        fit.append((offer, model, _upper_cost(model, request), seen.tokens_per_second or model.tokens_per_second))
+        fit.append((offer, model, _upper_cost(model, request), seen.tokens_per_second))
     if not fit:
         return Selection((), rejected)
     cheapest = min(price for _, _, price, _ in fit)
-    fastest = max(speed for _, _, _, speed in fit)
+    measured = max(speed for _, _, _, speed in fit)
+    speeds = [speed or _believed(model.tokens_per_second, measured) for _, model, _, speed in fit]
+    fastest = max(speeds)
     candidates = [
         Candidate(offer, model, price, speed, _score(price, cheapest, speed, fastest, policy))
-        for offer, model, price, speed in fit
+        for (offer, model, price, _), speed in zip(fit, speeds, strict=True)
     ]
     candidates.sort(key=lambda c: (-c.score, c.cost, c.offer.peer_id, c.offer.hash))
     return Selection(tuple(candidates), rejected)
@@ -179,6 +181,11 @@ def _exclusions(
 
 def _upper_cost(model: ModelOffer, request: Request) -> int:
     return cost(model.price, request.input_tokens, request.params.max_tokens)
+
+
+def _believed(advertised: float, measured: float) -> float:
+    """A claim counts for no more than the fastest worker we measured: else one lie makes everybody else look slow."""
+    return min(advertised, measured) if measured else advertised
 
 
 def _score(price: int, cheapest: int, speed: float, fastest: float, policy: Policy) -> float:

@@ -23,8 +23,7 @@ from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.host import EngineHost
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
-from protocol.messages import ChatMessage, FinishReason, Params
-from protocol.sampling import SamplingParams
+from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
 
 if TYPE_CHECKING:
     from node.runtime.engine.engine import Engine
@@ -74,15 +73,13 @@ class TorchBackend:
         ids = tokenizer.chat([{"role": m.role, "content": m.content} for m in messages])
         return Prompt(model=model, token_ids=tuple(ids))
 
-    async def generate(
-        self, prompt: Prompt, params: Params, resume: Sequence[int] = ()
-    ) -> AsyncGenerator[Step, None]:
+    async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion. Raises `ModelError`; closing the generator aborts within a step."""
         loaded = self._get(prompt.model)
         sequence = EngineSequence(
             id=next(self._ids),
             prompt_ids=prompt.token_ids,
-            sampling=sampling(params),
+            sampling=sampling_params(params),
             max_tokens=params.max_tokens,
             generated_ids=tuple(resume),
         )
@@ -115,21 +112,6 @@ class TorchBackend:
             return self._loaded[model]
         except KeyError:
             raise ModelError(f"model {model} is not loaded") from None
-
-
-def sampling(params: Params) -> SamplingParams:
-    """The wire's parameters as the normative sampler takes them."""
-    return SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        logit_bias=params.logit_bias,
-        seed=params.seed,
-    )
 
 
 @asynccontextmanager
@@ -167,8 +149,6 @@ def _loader(folder: Path, settings: EngineSettings):  # type: ignore[no-untyped-
     def load() -> Engine:
         from node.runtime.engine.engine import Engine
 
-        return Engine(
-            folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes
-        )
+        return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
 
     return load

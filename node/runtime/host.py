@@ -132,9 +132,7 @@ class EngineHost:
 
     def _loop(self, engine: Engine) -> None:
         while not self._stop:
-            held = {
-                key for key, stream in self._streams.items() if stream.produced - stream.consumed >= self._window
-            }
+            held = {key for key, stream in self._streams.items() if stream.produced - stream.consumed >= self._window}
             blocked = engine.idle or len(held) == len(self._streams)
             self._obey(engine, block=blocked)
             outputs = engine.step(hold=held)

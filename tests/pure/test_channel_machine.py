@@ -108,7 +108,9 @@ class Oracle:
                 self.spent += change.spent
                 self.sequence = max(self.sequence, change.sequence)
             case CloseSigned():
-                if self.open or not self.claimed <= change.final <= self.cumulative:
+                earned = max(self.claimed, min(self.spent, self.cumulative))
+                exact = self.role is Role.WORKER and change.final != earned
+                if self.open or exact or not self.claimed <= change.final <= earned:
                     return False
                 if self.final not in (None, change.final):
                     return False
@@ -222,7 +224,7 @@ class ChannelMachine(RuleBasedStateMachine):
             after, effects = self.channel.apply(self.state, change)
         except ProtocolError as error:
             assert not expected, f"refused: {error}"
-            if self.role is Role.CLIENT:
+            if self.role is Role.CLIENT and not isinstance(change, CloseSigned):
                 assert isinstance(error, LocalProtocolError), "the client decides on its own changes"
             if isinstance(change, ChainSeen):
                 assert isinstance(error, LocalProtocolError), "the chain is nobody's message (L8)"
@@ -356,7 +358,9 @@ PLANTED: dict[str, tuple[str, str, Role]] = {
     "L9 claimed money is claimable": (" - self.claimed)", ")", Role.WORKER),
     "L10 a number may be skipped": ("change.sequence != state.sequence + 1", "change.sequence <= state.sequence", Role.WORKER),
     "L10 a number never given": ("and change.sequence > state.sequence:", "and False:", Role.WORKER),
-    "a close below what is claimed": ("if not state.claimed <= change.final <=", "if not change.final <=", Role.WORKER),
+    "a close below what is claimed": ("not state.claimed <= change.final <= earned", "change.final > earned", Role.CLIENT),
+    "a close above what is owed": ("not state.claimed <= change.final <= earned", "change.final < state.claimed", Role.CLIENT),
+    "a close that gives earnings away": ("change.final != earned", "change.final > earned", Role.WORKER),
     "a close with running jobs": ("if state.open_jobs:", "if False:", Role.WORKER),
     "a second close": ("if state.final is not None and state.final != change.final:", "if False:", Role.WORKER),
     "wrong blame": ("if role is Role.CLIENT else", "if role is Role.WORKER else", Role.WORKER),

@@ -291,8 +291,8 @@ def altered(name: str) -> Any:
     return type(value)(bytes(31) + b"\x01") if isinstance(value, Hash32) else value + 1
 
 
-BOUND = [f.name for f in fields(Receipt) if f.name not in ("commitment", "finished", "finish_reason")]
-"""Fields that the client can recompute. The other three are the worker's word: signed, not derived."""
+BOUND = [f.name for f in fields(Receipt) if f.name not in ("finished", "finish_reason")]
+"""Fields that the client can recompute. The other two are the worker's word: signed, not derived."""
 
 
 def cheat_receipt_field(name: str) -> Callable[[], WireCode]:
@@ -314,6 +314,14 @@ def cheat_receipt_field_after_signing(name: str) -> Callable[[], WireCode]:
         return heard(pair, Role.CLIENT)
 
     return run
+
+
+def cheat_text_without_tokens() -> WireCode:
+    """Text is billed by the token: megabytes of it behind one token are refused before they fill anybody's memory."""
+    pair = streaming(1)
+    for _ in range(4):
+        pair.put(Role.WORKER, encode_frame(encode(Chunk(token_ids=(), text="x" * 2000))))
+    return heard(pair, Role.CLIENT)
 
 
 def cheat_receipt_by_another_key() -> WireCode:
@@ -410,13 +418,14 @@ CHEATS: dict[str, tuple[Callable[[], WireCode], WireCode]] = {
     **{f"receipt.{n}": (cheat_receipt_field(n), WireCode.BAD_RECEIPT) for n in BOUND},
     **{
         f"receipt.{n} after signing": (cheat_receipt_field_after_signing(n), WireCode.BAD_SIGNATURE)
-        for n in ("commitment", "finished", "finish_reason")
+        for n in ("finished", "finish_reason")
     },
     "receipt by another key": (cheat_receipt_by_another_key, WireCode.BAD_SIGNATURE),
     "receipt ends before it starts": (cheat_receipt_ends_before_it_starts, WireCode.BAD_RECEIPT),
     "receipt of another job": (cheat_receipt_of_another_job, WireCode.BAD_RECEIPT),
     "full answer called cancelled": (cheat_full_answer_called_cancelled, WireCode.BAD_RECEIPT),
     "overcounted input": (cheat_overcounted_input, WireCode.BAD_RECEIPT),
+    "text without tokens": (cheat_text_without_tokens, WireCode.BAD_RECEIPT),
     "too many tokens": (cheat_too_many_tokens, WireCode.BAD_RECEIPT),
     "refusal by another key": (cheat_refusal_by_another_key, WireCode.BAD_SIGNATURE),
     "voucher by another key": (voucher_cheat(VoucherMessage, 2000, "thief"), WireCode.BAD_SIGNATURE),
