@@ -56,7 +56,12 @@ class ChatStream:
     """A paid, streamed answer. `receipt` and `parts` are there once the stream has ended."""
 
     def __init__(
-        self, client: Client, model: str, messages: tuple[ChatMessage, ...], params: Params, choose: Callable[[], list[Candidate]]
+        self,
+        client: Client,
+        model: str,
+        messages: tuple[ChatMessage, ...],
+        params: Params,
+        choose: Callable[[], list[Candidate]],
     ) -> None:
         self._client = client
         self._model = model

@@ -170,24 +170,21 @@ class Client:
         await self.reach(best.offer)
         return await self.wallet.ensure_channel(best.offer, best.cost)
 
-    def select(
-        self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy
-    ) -> list[Candidate]:
+    def select(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
         """Workers for a request, best first. Raises `NoWorker`."""
         selection = self.explain(model, messages, params, policy)
         if not selection.ranked:
             reasons = {str(peer): tuple(r.value for r in why) for peer, why in selection.rejected.items()}
             raise NoWorker(
-                f"no worker can serve {model!r}" + (f" ({len(reasons)} offers looked at)" if reasons else ": no offers"),
+                f"no worker can serve {model!r}"
+                + (f" ({len(reasons)} offers looked at)" if reasons else ": no offers"),
                 reasons,
                 hint="; ".join(f"{peer[-8:]}: {', '.join(why)}" for peer, why in list(reasons.items())[:4])
                 or "name a worker with --worker MULTIADDR, or set p2p.bootstrap",
             )
         return list(selection.ranked)
 
-    def explain(
-        self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy
-    ) -> Selection:
+    def explain(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> Selection:
         """The whole choice: ranks and scores, and why not, per worker."""
         offers = self.offers.current()
         model_id = self._model_id(model, offers)

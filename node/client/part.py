@@ -291,7 +291,9 @@ class Part:
 
     def _blame(self, error: BaseException) -> NodeError:
         if isinstance(error, trio.TooSlowError):
-            return Timeout(f"{self.peer} did not go on in time", hint="another worker may be faster; see `gristmill offers`")
+            return Timeout(
+                f"{self.peer} did not go on in time", hint="another worker may be faster; see `gristmill offers`"
+            )
         if isinstance(error, RemoteProtocolError):
             if error.code in (WireCode.BAD_RECEIPT, WireCode.BAD_SIGNATURE) and self.machine.receipt is None:
                 return VerificationFailed(f"{self.peer}: {error.detail}. It is not paid for more.")

@@ -1,11 +1,11 @@
 """The same client for code without trio: one background thread runs the event loop, calls cross over and wait.
 
-    with sync_client(config) as client:
-        client.deposit(5_000_000)
-        with client.chat("smollm2-135m-instruct", [{"role": "user", "content": "Hello"}]) as stream:
-            for chunk in stream:
-                print(chunk.text, end="")
-        print(stream.receipt)
+with sync_client(config) as client:
+    client.deposit(5_000_000)
+    with client.chat("smollm2-135m-instruct", [{"role": "user", "content": "Hello"}]) as stream:
+        for chunk in stream:
+            print(chunk.text, end="")
+    print(stream.receipt)
 """
 
 from __future__ import annotations

@@ -16,9 +16,18 @@ from node.errors import ChainError, InsufficientFunds, NodeError, WorkerFault
 from node.network.drive import converse
 from node.ports import Chain, Network, TxResult
 from node.store.channels import ChannelBook
-from protocol.channel import AllocationRaised, ChainSeen, Change, ChannelOpened, ChannelState, CloseSigned
+from protocol.channel import (
+    AllocationRaised,
+    ChainSeen,
+    Change,
+    ChannelOpened,
+    ChannelState,
+    CloseSigned,
+    JobEnded,
+    JobOpened,
+)
 from protocol.errors import RemoteProtocolError, WireCode
-from protocol.ids import Address, ChannelId, Hash32, PeerId
+from protocol.ids import Address, ChannelId, Hash32, JobId, PeerId
 from protocol.keys import PrivateKey, require_signer
 from protocol.messages import (
     CHANNEL_PROTOCOL,
@@ -149,7 +158,9 @@ class ClientWallet:
             same = state.config.receiver == offer.worker and state.config.token == offer.document.token
             if same and not state.leaving:
                 # Signed but not locked on chain (the worker never submitted it): the next one carries the missing part too.
-                enough = state.allocated < state.authorized and state.authorized - state.spent - state.reserved >= needed
+                enough = (
+                    state.allocated < state.authorized and state.authorized - state.spent - state.reserved >= needed
+                )
                 total = state.authorized + (1 if enough else amount)
                 signature = self._sign(state.channel_id, total, valid_before)
                 return AllocationRaised(state.channel_id, total, valid_before, signature)
@@ -260,6 +271,8 @@ class ClientWallet:
         consent = Close(state.channel_id, final).digest(self.domain)
         require_signer(consent, reply.signature, state.config.receiver_authorizer, "close")
         changes: list[Change] = [CloseSigned(state.channel_id, final, reply.signature)]
+        if final > max(state.spent, state.claimed):
+            changes = [*_conceded(state, final), *changes]
         if state.final is None:
             await self.book.change(changes)
         result = await self.chain.close_channel(
@@ -285,8 +298,17 @@ class ClientWallet:
         return self._now_s() + self._settings.allocation_valid_s
 
 
+def _conceded(state: ChannelState, final: int) -> list[Change]:
+    """The worker counts more than we do, within what is vouched for: booked as a part of no job, so the journal says so."""
+    more = final - state.spent
+    part = (JobId(bytes(32)), 0)
+    return [JobOpened(state.channel_id, *part, 0, more), JobEnded(state.channel_id, *part, more, 0, b"")]
+
+
 def _all_ok(results: list[TxResult]) -> list[TxResult]:
     for result in results:
         if not result.ok:
-            raise ChainError(f"the {result.purpose} transaction was refused by the contract: {result.error or 'no reason given'}")
+            raise ChainError(
+                f"the {result.purpose} transaction was refused by the contract: {result.error or 'no reason given'}"
+            )
     return results

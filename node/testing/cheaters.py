@@ -258,7 +258,9 @@ class Hand:
         )
         final = msgspec.structs.replace(draft, **fields)
         signed = draft if forged else final
-        return msgspec.structs.replace(final, signature=self.client.session.sign(ask_struct(signed).digest(self.domain)))
+        return msgspec.structs.replace(
+            final, signature=self.client.session.sign(ask_struct(signed).digest(self.domain))
+        )
 
     async def talk(self, *messages: JobConversation) -> Talk:
         """A new stream on which these have been said."""

@@ -118,7 +118,9 @@ class ChannelDesk:
     def _check(self, config: ChannelConfig, allocated: int, valid_before: int) -> None:
         me = self._key.address
         if config.receiver != me or config.receiver_authorizer != me:
-            raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"the channel pays {config.receiver}, not this worker, {me}")
+            raise RemoteProtocolError(
+                WireCode.BAD_VOUCHER, f"the channel pays {config.receiver}, not this worker, {me}"
+            )
         if config.token != self._rules.token:
             raise RemoteProtocolError(WireCode.WRONG_DOMAIN, f"this worker is paid in token {self._rules.token}")
         if config.withdraw_delay < self._rules.min_withdraw_delay:

@@ -109,9 +109,7 @@ class Claimer:
         """One round. Raises `ChainError`."""
         async with self._lock:
             self._note_ages()
-            states = due(
-                self._book.channels.values(), self._policy, self._since, self._now_s(), everything=everything
-            )
+            states = due(self._book.channels.values(), self._policy, self._since, self._now_s(), everything=everything)
             report = ClaimReport()
             for start in range(0, len(states), BATCH):
                 await self._claim_batch(states[start : start + BATCH], report)
@@ -119,9 +117,7 @@ class Claimer:
             return report
 
     async def _claim_batch(self, states: Sequence[ChannelState], report: ClaimReport) -> None:
-        entries = [
-            ClaimEntry(s.config, s.claimed + s.claimable, s.cumulative, s.voucher_signature) for s in states
-        ]
+        entries = [ClaimEntry(s.config, s.claimed + s.claimable, s.cumulative, s.voucher_signature) for s in states]
         result = await self._chain.claim(entries)
         report.transactions.append(result)
         if not result.ok:

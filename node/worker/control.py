@@ -102,5 +102,7 @@ def _reachable(path: Path) -> str:
         if len(relative.encode()) < len(name.encode()):
             name = relative
     if len(name.encode()) > 107:
-        raise NodeError(f"the data dir's path is too long for a control socket: {path}", hint="use a shorter --data-dir")
+        raise NodeError(
+            f"the data dir's path is too long for a control socket: {path}", hint="use a shorter --data-dir"
+        )
     return name

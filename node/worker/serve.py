@@ -285,9 +285,7 @@ class JobServer:
         state = self.book.channels[channel_id]
         if cumulative > state.cumulative:
             voucher = Voucher(channel_id, cumulative)
-            require_signer(
-                voucher.digest(self.domain), message.signature, state.config.payer_authorizer, "voucher"
-            )
+            require_signer(voucher.digest(self.domain), message.signature, state.config.payer_authorizer, "voucher")
             await self.book.change([VoucherAdded(channel_id, cumulative, message.signature)])
         self.wake(channel_id)
 
@@ -496,9 +494,7 @@ class _Serving:
         )
         now = server.now_ms()
         key = result_key(self.channel_id, *self.key)
-        keeping = _if_it_fits(
-            server.results.keeping(key, msgspec.msgpack.encode(kept), now + KEEP_MS, now_ms=now)
-        )
+        keeping = _if_it_fits(server.results.keeping(key, msgspec.msgpack.encode(kept), now + KEEP_MS, now_ms=now))
         server.meter.drop(self.channel_id, self.key)  # from here on it is spent, not running: no moment counts it twice
         await server.book.change([ended], also=keeping)
         server.wake(self.channel_id)

@@ -246,7 +246,9 @@ class Worker:
     async def _watch_ledger(self) -> None:
         while self.ledger.failure is None:
             await trio.sleep(0.25)
-        raise LedgerError(self.ledger.failure, hint="nothing more is signed; free the disk or check it, then start again")
+        raise LedgerError(
+            self.ledger.failure, hint="nothing more is signed; free the disk or check it, then start again"
+        )
 
 
 async def self_test(backend: Backend, *, tokens: int = 8) -> dict[ModelId, Speed]:

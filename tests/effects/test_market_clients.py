@@ -147,9 +147,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     "a voucher over the allocation": (RefusalReason.ALLOCATION_INSUFFICIENT, lambda h, w: h.ask(1_000_001)),
     "a job over the allocation": (
         RefusalReason.ALLOCATION_INSUFFICIENT,
-        lambda h, w: h.ask(
-            offer_hash=stocked(h, w, price=Price(output=10**12)), params=Params(max_tokens=40)
-        ),
+        lambda h, w: h.ask(offer_hash=stocked(h, w, price=Price(output=10**12)), params=Params(max_tokens=40)),
     ),
     "a long prompt on credit": (
         RefusalReason.VOUCHER_INSUFFICIENT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -307,13 +308,14 @@ def test_the_loops_outlive_a_chain_that_fails_now_and_then() -> None:
         client = await market.client()
         await greet(client)
         market.ledger.fail_next(3)
-        await trio.sleep(0.1)
+        await until(lambda: not market.ledger._failures)
         await greet(client)
         await until(lambda: not worker.server.busy)
-        market.ledger.fail_next(1)
-        with pytest.raises(ChainError):
-            await worker.claim()
-        assert (await worker.claim()).claimed
+        market.ledger.fail_next(2)
+        for _ in range(3):
+            with suppress(ChainError):  # one of the loops may have met the failure first
+                await worker.claim()
+        assert the_channel(worker).claimed == the_channel(worker).spent
         assert market.failures == {}
 
     run_market(test)

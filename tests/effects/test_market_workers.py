@@ -198,6 +198,7 @@ def test_a_cut_stream_keeps_what_was_paid_for_and_the_rest_comes_home(after: int
         seen = market.ledger.world.escrow.channel(state.channel_id)
         assert seen.closed and seen.claimed <= state.cumulative
         assert await client.balance() == 10_000_000 - seen.claimed
+        assert the_channel(client).spent == seen.claimed, "what was conceded at the close is in the journal"
         await clean(client)
 
     run_market(test, seed=seed)

@@ -38,9 +38,7 @@ def key(name: str) -> PrivateKey:
 WORKER, SESSION, PAYER, STRANGER = (key(n) for n in ("worker", "session", "payer", "stranger"))
 CONFIG = ChannelConfig(PAYER.address, SESSION.address, WORKER.address, WORKER.address, TOKEN, 3600, Hash32(bytes(32)))
 CHANNEL = CONFIG.channel_id(DOMAIN)
-CALM = Load(
-    free_slots=1, draining=False, credit_in_use=0, credit_limit=0, chain_age_ms=0, chain_age_limit_ms=60_000
-)
+CALM = Load(free_slots=1, draining=False, credit_in_use=0, credit_limit=0, chain_age_ms=0, chain_age_limit_ms=60_000)
 
 
 def an_offer(*, token: Address = TOKEN, params: tuple[str, ...] = ("top_k",), ttl_ms: int = 60_000) -> VerifiedOffer:
@@ -82,7 +80,13 @@ class World:
     def state(self) -> ChannelState | None:
         if self.channel is None:
             return None
-        values = {"authorized": 100_000, "allocated": 100_000, "valid_before": 0, "allocation_signature": b"", **self.channel}
+        values = {
+            "authorized": 100_000,
+            "allocated": 100_000,
+            "valid_before": 0,
+            "allocation_signature": b"",
+            **self.channel,
+        }
         return ChannelState(Role.WORKER, CHANNEL, CONFIG, **values)
 
     @property

@@ -21,7 +21,9 @@ CONFIG = ChannelConfig(ZERO_ADDRESS, ZERO_ADDRESS, ZERO_ADDRESS, ZERO_ADDRESS, Z
 
 
 def state(role: Role = Role.CLIENT, **fields: object) -> ChannelState:
-    blank = ChannelState(role, CHANNEL, CONFIG, authorized=10**12, valid_before=0, allocation_signature=b"", allocated=10**12)
+    blank = ChannelState(
+        role, CHANNEL, CONFIG, authorized=10**12, valid_before=0, allocation_signature=b"", allocated=10**12
+    )
     return replace(blank, **fields)  # type: ignore[arg-type]
 
 
