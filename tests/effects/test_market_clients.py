@@ -376,6 +376,28 @@ def test_twenty_identities_together_get_no_more_than_the_global_cap(at_once: boo
     run_market(test)
 
 
+def test_a_voucher_on_one_stream_lets_the_others_of_its_channel_go_on() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=5_000)), market.settings(stall_ms=60_000))
+        hand = await Hand.of(await market.client(), worker)
+        talks = [await hand.talk(hand.ask(26, params=Params(max_tokens=5_000))) for _ in range(2)]
+
+        def room() -> int:
+            state = worker.book.channels[hand.state.channel_id]
+            return worker.settings.tick - state.owed(worker.meter.running(state.channel_id))
+
+        while len(worker.server._serving) < 2 or room() >= 2:
+            await trio.sleep(0.005)
+        other = next(s for s in worker.server._serving if s.key[0] == (2).to_bytes(32))
+        before = len(other.sent_ids)
+        await talks[0].send(hand.voucher(26 + 2 * 1_000))
+        with trio.fail_after(10):
+            while len(other.sent_ids) == before:
+                await trio.sleep(0.005)
+
+    run_market(test)
+
+
 def test_who_reads_nothing_does_not_hold_the_engine() -> None:
     async def test(market: Market) -> None:
         market.hub.buffer = 2_000
