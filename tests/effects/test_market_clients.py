@@ -382,11 +382,13 @@ def test_a_voucher_on_one_stream_lets_the_others_of_its_channel_go_on() -> None:
         hand = await Hand.of(await market.client(), worker)
         talks = [await hand.talk(hand.ask(26, params=Params(max_tokens=5_000))) for _ in range(2)]
 
-        def room() -> int:
-            state = worker.book.channels[hand.state.channel_id]
-            return worker.settings.tick - state.owed(worker.meter.running(state.channel_id))
+        def stuck() -> bool:
+            """Both engines are a tick ahead, and the credit is used up: nothing but money moves them."""
+            state, serving = worker.book.channels[hand.state.channel_id], worker.server._serving
+            full = [s.pending_tokens >= worker.settings.tick_tokens for s in serving]
+            return full == [True, True] and state.owed(worker.meter.running(state.channel_id)) == worker.settings.tick
 
-        while len(worker.server._serving) < 2 or room() >= 2:
+        while not stuck():
             await trio.sleep(0.005)
         other = next(s for s in worker.server._serving if s.key[0] == (2).to_bytes(32))
         before = len(other.sent_ids)
