@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from node.audit import audit
 from node.client.client import Client
@@ -378,7 +379,9 @@ def test_twenty_identities_together_get_no_more_than_the_global_cap(at_once: boo
 
 def test_a_voucher_on_one_stream_lets_the_others_of_its_channel_go_on() -> None:
     async def test(market: Market) -> None:
-        worker = await market.worker(FakeBackend(FakeSettings(tokens=5_000)), market.settings(stall_ms=60_000))
+        worker = await market.worker(
+            FakeBackend(FakeSettings(tokens=5_000)), market.settings(stall_ms=60_000, coalesce_ms=0)
+        )
         hand = await Hand.of(await market.client(), worker)
         talks = [await hand.talk(hand.ask(26, params=Params(max_tokens=5_000))) for _ in range(2)]
 
@@ -390,6 +393,7 @@ def test_a_voucher_on_one_stream_lets_the_others_of_its_channel_go_on() -> None:
 
         while not stuck():
             await trio.sleep(0.005)
+        await trio.testing.wait_all_tasks_blocked(0.01)
         other = next(s for s in worker.server._serving if s.key[0] == (2).to_bytes(32))
         before = len(other.sent_ids)
         await talks[0].send(hand.voucher(26 + 2 * 1_000))
