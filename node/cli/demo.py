@@ -13,8 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,7 +52,7 @@ def command(shared: Shared, question: str, max_tokens: int, chain: str, temperat
     The model, the network, the payment and the signatures are real. The chain is a simulation on this machine and its
     coins are worth nothing.
     """
-    began = time.monotonic()
+    began = time.monotonic() - _since_the_script_started()
     with TemporaryDirectory(prefix="gristmill-demo-") as folder:
         demo = Demo(shared, Path(folder), began)
         asked = Asked(question, max_tokens, temperature, seed)
@@ -79,6 +77,10 @@ class Demo:
     began: float
     transactions: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    """Options of every command: where the chain and the model are."""
+    _deposited: trio.Event = field(default_factory=trio.Event)
+    _finished: trio.Event = field(default_factory=trio.Event)
 
     def say(self, text: str) -> None:
         """For people, as it happens; machines get one object at the end."""
@@ -90,9 +92,18 @@ class Demo:
     async def run(self, asked: Asked, kind: str) -> dict[str, Any]:
         from node.testing.devnet.devnet import devnet
 
-        models = await self._model()
+        worker, client = self.folder / "worker", self.folder / "client"
+        accounts: dict[str, Any] = {}
+
+        async def make(folder: Path, role: str) -> None:
+            accounts.update(await self._init(folder, role))
+
         async with devnet(kind) as net:  # type: ignore[arg-type]
-            deployment = await net.deploy()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(make, worker, "worker")
+                nursery.start_soon(make, client, "client")
+                models = await self._model()
+                deployment = await net.deploy()
             self.say(f"chain     {net.describe()}; contracts deployed")
             deployment.save(self.folder / "deployment.json")
             self.settings = [
@@ -101,29 +112,36 @@ class Demo:
                 *("--set", f"models.folder={models}"),
                 *("--set", f"worker.models={MODEL}"),
             ]
-            worker, client = self.folder / "worker", self.folder / "client"
-            accounts = await self._init(worker, "worker") | await self._init(client, "client")
             await net.faucet(accounts["worker"], native=10**18)
             await net.faucet(accounts["payer"], native=10**18, tokens=DEPOSIT)
-            async with self._worker(worker) as ready:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._deposit, client)  # while the worker starts: deposits need no worker
+                ready = await nursery.start(self._worker, worker)
+                self.say(f"worker    ready, process {ready['pid']}, {ready['addresses'][0]}")
+                await self._deposited.wait()
                 setup = time.monotonic() - self.began
-                deposited = await self._command(client, "deposit", str(DEPOSIT))
-                self._note(deposited["transactions"])
-                self.say(f"client    deposited {DEPOSIT} units (6 decimals) into the vault: its only transactions\n")
                 answer = await self._chat(client, ready["addresses"][0], asked)
                 await self._settle(worker, client, ready["addresses"][0], answer, net)
+                self._finished.set()
             return await self._verdict(worker, client, answer, net, accounts, setup)
 
     # -------------------------------------------------------------------------------------------------- the steps
 
     async def _model(self) -> Path:
         """The model store with the model in it; converts it on first use."""
+        from node.models.store import ModelStore
+
         store = self.shared.config.models_dir
-        present = await self._command(None, "models", "list", lines=True)
-        if not any(row["name"] == MODEL for row in present):
+        if not any(manifest.name == MODEL for manifest in ModelStore(store).list()):
             self.say(f"model     preparing {MODEL} (once)")
             await self._command(None, "models", "add", MODEL)
         return store
+
+    async def _deposit(self, client: Path) -> None:
+        deposited = await self._command(client, "deposit", str(DEPOSIT))
+        self._note(deposited["transactions"])
+        self.say(f"client    deposited {DEPOSIT} units (6 decimals) into the vault: its only transactions")
+        self._deposited.set()
 
     async def _init(self, folder: Path, role: str) -> dict[str, Any]:
         from protocol.ids import Address
@@ -131,17 +149,15 @@ class Demo:
         made = await self._command(folder, "init", "--network", "devnet", "--role", role)
         return {key["name"]: Address(key["address"]) for key in made["keys"]}
 
-    @asynccontextmanager
-    async def _worker(self, folder: Path) -> AsyncIterator[dict[str, Any]]:
-        """A worker process, from ready to its clean end."""
-        command = self._argv(folder, "start")
-        log = (self.folder / "worker.log").open("wb")
-        with log:
-            process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=log, env=_environment())
+    async def _worker(self, folder: Path, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
+        """A worker process, from ready to its clean end once everything else is done."""
+        with (self.folder / "worker.log").open("wb") as log:
+            process = await trio.lowlevel.open_process(
+                self._argv(folder, "start"), stdout=subprocess.PIPE, stderr=log, env=_environment()
+            )
             try:
-                ready = await self._ready(process)
-                self.say(f"worker    ready, process {ready['pid']}, {ready['addresses'][0]}")
-                yield ready
+                task_status.started(await self._ready(process))
+                await self._finished.wait()
                 process.send_signal(signal.SIGTERM)
                 with trio.move_on_after(40):
                     await process.wait()
@@ -176,7 +192,7 @@ class Demo:
             *("chat", MODEL, asked.question, "--worker", address, "--max-tokens", str(asked.max_tokens)),
             *("--temperature", str(asked.temperature), "--seed", str(asked.seed)),
         )
-        self.say(f"client    asks: {asked.question}\n")
+        self.say(f"\nclient    asks: {asked.question}\n")
         first_token = None
         rows: list[dict[str, Any]] = []
         process = await trio.lowlevel.open_process(argv, stdout=subprocess.PIPE, env=_environment())
@@ -340,10 +356,9 @@ class Demo:
     # ----------------------------------------------------------------------------------------------- small machinery
 
     def _argv(self, folder: Path | None, *words: str) -> list[str]:
-        settings = getattr(self, "settings", [])
         argv = [sys.executable, "-m", "node", "--json"]
         argv += ["--data-dir", str(folder)] if folder else ["--data-dir", str(self.shared.config.data_dir)]
-        return [*argv, *(settings if folder else []), *words]
+        return [*argv, *(self.settings if folder else []), *words]
 
     async def _command(self, folder: Path | None, *words: str, lines: bool = False, check: bool = True) -> Any:
         """Run one of our commands; its JSON object, or all its lines."""
@@ -367,6 +382,12 @@ class Demo:
     def _tail(self) -> str:
         lines = (self.folder / "worker.log").read_text("utf-8", "replace").strip().splitlines()
         return " | ".join(lines[-3:]) or "no message"
+
+
+def _since_the_script_started() -> float:
+    """Seconds that set-up took before us, when scripts/demo says when it started; it counts as well."""
+    started = os.environ.get("GRISTMILL_DEMO_STARTED", "")
+    return max(0.0, time.time() - int(started)) if started.isdigit() else 0.0
 
 
 def _json_lines(data: bytes) -> list[dict[str, Any]]:
