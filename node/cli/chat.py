@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the normative sampler.")
 @click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
 @click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit.")
+@click.option(
+    "--wait", "wait_s", type=click.FloatRange(0, 600), default=0.0, help="Seconds to wait for a worker to appear."
+)
 @client_options
 @click.pass_obj
 def command(
@@ -45,6 +48,7 @@ def command(
     system: str | None,
     file: Path | None,
     max_cost: int | None,
+    wait_s: float,
     workers: tuple[str, ...],
     **params: Any,
 ) -> None:
@@ -61,7 +65,7 @@ def command(
         policy = Policy(max_cost=max_cost) if max_cost is not None else None
         await chat(shared, client, model, messages, policy, params)
 
-    run(shared, work, workers)
+    run(shared, work, workers, wait_s=wait_s)
 
 
 async def chat(

@@ -32,26 +32,35 @@ def client_options(command: F) -> F:
 
 
 @asynccontextmanager
-async def connected(shared: Shared, workers: Sequence[str] = (), *, online: bool = True) -> AsyncIterator[Client]:
+async def connected(
+    shared: Shared, workers: Sequence[str] = (), *, online: bool = True, wait_s: float = 0
+) -> AsyncIterator[Client]:
     """A client of this data dir. Says on stderr which peers could not be met."""
     from node.client.connect import connect
 
     payer = passwords.unlock(shared, "payer")
     session = passwords.unlock(shared, "session")
-    async with connect(shared.config, payer=payer, session=session, workers=workers, online=online) as client:
+    async with connect(
+        shared.config, payer=payer, session=session, workers=workers, online=online, wait_s=wait_s
+    ) as client:
         for problem in client.problems:
             shared.output.say(f"could not meet {problem}")
         yield client
 
 
 def run(
-    shared: Shared, work: Callable[[Client], Awaitable[None]], workers: Sequence[str] = (), *, online: bool = True
+    shared: Shared,
+    work: Callable[[Client], Awaitable[None]],
+    workers: Sequence[str] = (),
+    *,
+    online: bool = True,
+    wait_s: float = 0,
 ) -> None:
     """Run `work` with a connected client."""
     import trio
 
     async def main() -> None:
-        async with connected(shared, workers, online=online) as client:
+        async with connected(shared, workers, online=online, wait_s=wait_s) as client:
             await work(client)
 
     trio.run(main)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,7 +80,8 @@ class Demo:
     problems: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
     """Options of every command: where the chain and the model are."""
-    _deposited: trio.Event = field(default_factory=trio.Event)
+    setup: float = 0.0
+    """Seconds until the worker was ready."""
     _finished: trio.Event = field(default_factory=trio.Event)
 
     def say(self, text: str) -> None:
@@ -114,16 +116,15 @@ class Demo:
             ]
             await net.faucet(accounts["worker"], native=10**18)
             await net.faucet(accounts["payer"], native=10**18, tokens=DEPOSIT)
+            address = f"/ip4/127.0.0.1/tcp/{_free_port()}/p2p/{accounts['peer_id']}"
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._deposit, client)  # while the worker starts: deposits need no worker
-                ready = await nursery.start(self._worker, worker)
-                self.say(f"worker    ready, process {ready['pid']}, {ready['addresses'][0]}")
-                await self._deposited.wait()
-                setup = time.monotonic() - self.began
-                answer = await self._chat(client, ready["addresses"][0], asked)
-                await self._settle(worker, client, ready["addresses"][0], answer, net)
+                # The client deposits and gets ready while the worker starts; it then waits for the worker to appear.
+                nursery.start_soon(self._worker, worker, address)
+                await self._deposit(client)
+                answer = await self._chat(client, address, asked)
+                await self._settle(worker, client, address, answer, net)
                 self._finished.set()
-            return await self._verdict(worker, client, answer, net, accounts, setup)
+            return await self._verdict(worker, client, answer, net, accounts)
 
     # -------------------------------------------------------------------------------------------------- the steps
 
@@ -141,22 +142,27 @@ class Demo:
         deposited = await self._command(client, "deposit", str(DEPOSIT))
         self._note(deposited["transactions"])
         self.say(f"client    deposited {DEPOSIT} units (6 decimals) into the vault: its only transactions")
-        self._deposited.set()
 
     async def _init(self, folder: Path, role: str) -> dict[str, Any]:
         from protocol.ids import Address
 
         made = await self._command(folder, "init", "--network", "devnet", "--role", role)
-        return {key["name"]: Address(key["address"]) for key in made["keys"]}
+        accounts: dict[str, Any] = {key["name"]: Address(key["address"]) for key in made["keys"]}
+        return {**accounts, "peer_id": made["keys"][0]["peer_id"]} if role == "worker" else accounts
 
-    async def _worker(self, folder: Path, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
+    async def _worker(self, folder: Path, address: str) -> None:
         """A worker process, from ready to its clean end once everything else is done."""
         with (self.folder / "worker.log").open("wb") as log:
             process = await trio.lowlevel.open_process(
-                self._argv(folder, "start"), stdout=subprocess.PIPE, stderr=log, env=_environment()
+                self._argv(folder, "start", "--listen", address.partition("/p2p/")[0]),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=_environment(),
             )
             try:
-                task_status.started(await self._ready(process))
+                ready = await self._ready(process)
+                self.setup = time.monotonic() - self.began
+                self.say(f"worker    ready, process {ready['pid']}, {ready['addresses'][0]}\n")
                 await self._finished.wait()
                 process.send_signal(signal.SIGTERM)
                 with trio.move_on_after(40):
@@ -189,10 +195,11 @@ class Demo:
         """Run the client process and show its tokens as they come. Returns its last line, with the tokens added."""
         argv = self._argv(
             client,
-            *("chat", MODEL, asked.question, "--worker", address, "--max-tokens", str(asked.max_tokens)),
+            *("chat", MODEL, asked.question, "--worker", address, "--wait", str(WORKER_SECONDS)),
+            *("--max-tokens", str(asked.max_tokens)),
             *("--temperature", str(asked.temperature), "--seed", str(asked.seed)),
         )
-        self.say(f"\nclient    asks: {asked.question}\n")
+        self.say(f"client    asks: {asked.question}")
         first_token = None
         rows: list[dict[str, Any]] = []
         process = await trio.lowlevel.open_process(argv, stdout=subprocess.PIPE, env=_environment())
@@ -234,7 +241,7 @@ class Demo:
     # ------------------------------------------------------------------------------------------------- the verdict
 
     async def _verdict(
-        self, worker: Path, client: Path, answer: dict[str, Any], net: Any, accounts: dict[str, Any], setup: float
+        self, worker: Path, client: Path, answer: dict[str, Any], net: Any, accounts: dict[str, Any]
     ) -> dict[str, Any]:
         verified = self._verify_receipt(answer, net.deployment, accounts["worker"])
         during = await self._transactions_between(net, answer["blocks"]["before"], answer["blocks"]["after"])
@@ -258,7 +265,7 @@ class Demo:
             "ok": not self.problems,
             "chain": net.describe(),
             "seconds": {
-                "setup": setup,
+                "setup": self.setup,
                 "first_token": answer["first_token"],
                 "total": time.monotonic() - self.began,
                 "ask_to_first_token": answer["seconds"]["ask_to_first_token"],
@@ -382,6 +389,14 @@ class Demo:
     def _tail(self) -> str:
         lines = (self.folder / "worker.log").read_text("utf-8", "replace").strip().splitlines()
         return " | ".join(lines[-3:]) or "no message"
+
+
+def _free_port() -> int:
+    """A port nobody uses now, so that the client can be told the worker's address before the worker is up."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _since_the_script_started() -> float:

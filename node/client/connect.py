@@ -39,11 +39,13 @@ async def connect(
     session: PrivateKey | None = None,
     workers: Sequence[str] = (),
     online: bool = True,
+    wait_s: float = 0,
 ) -> AsyncIterator[Client]:
     """A connected client for the length of the block.
 
     `payer`, `session`: unlocked keys; by default `payer` and `session` of the config's keystore, opened with its password
     file. `workers`: multiaddrs to meet besides `p2p.bootstrap`. `online=False` meets nobody (for money commands).
+    `wait_s`: keep dialling peers that cannot be met yet for so long.
 
     Raises `ConfigError`, `KeyError_`, `ChainError`, `LedgerError`, `NetworkError`.
     """
@@ -87,6 +89,10 @@ async def connect(
             if config.p2p.gossip:
                 await follow_gossip(network, offers)
             client.problems = await client.discover()
+            until = trio.current_time() + wait_s
+            while client.problems and trio.current_time() < until:
+                await trio.sleep(0.1)
+                client.problems = await client.discover()
             nursery.start_soon(_keep_fresh, client)
         try:
             yield client

@@ -254,9 +254,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work(world: Worl
     process = world.start()
     try:
         address = ready(process)["addresses"][0]
-        rows = gristmill(
-            world.client, *world.settings, "chat", MODEL, "mill " * 9000, "--worker", address, check=False
-        )
+        rows = gristmill(world.client, *world.settings, "chat", MODEL, "mill " * 9000, "--worker", address, check=False)
         assert rows[-1]["status"] != 0
         assert "context_exceeded" in json.dumps(rows[0]["error"])
         rows = gristmill(world.client, *world.settings, "chat", "no-such-model", "hi", "--worker", address, check=False)
