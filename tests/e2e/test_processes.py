@@ -232,7 +232,8 @@ def test_a_wrong_chain_id_is_refused_at_start(world: World, tmp_path: Path) -> N
 
 def test_a_contract_that_is_not_ours_is_refused_at_start(world: World, tmp_path: Path) -> None:
     deployment = json.loads(Path(world.state["deployment"]).read_text())
-    deployment["channels"] = deployment["vault"]  # our own code at the wrong address is not the Channels contract
+    # Our own code at the wrong address is not the Channels contract.
+    deployment["channels"], deployment["workers"] = deployment["workers"], deployment["channels"]
     other = tmp_path / "deployment.json"
     other.write_text(json.dumps(deployment))
     error = refusal(world, "--set", f"chain.deployment={other}")
