@@ -279,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--chain-id", type=int, default=CHAIN_ID)
     options = parser.parse_args(argv)
+    sys.setrecursionlimit(EVM_RECURSION)
     accounts: list[Address] = [key.address for key in FUNDED_KEYS]
     server = make_server(options.port, EvmChain([bytes(a) for a in accounts], FUNDED_WEI, options.chain_id))
     ready = {

@@ -9,6 +9,7 @@ py-evm is used directly: eth-tester above it adds a second of work per hundred b
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ from eth.exceptions import Revert, VMError
 from eth.vm.forks import CancunVM
 from eth.vm.spoof import SpoofTransaction
 from eth_utils import ValidationError
+
+# py-evm and py_ecc raise the limit of the whole process to 100,000 when they are imported. C code that recurses (a JSON
+# parser over nested brackets) then runs off its stack, where Python would have raised RecursionError.
+sys.setrecursionlimit(1000)
+EVM_RECURSION: Final = 12_288
+"""What py-evm asks for itself: calls nested 1,024 deep. Set by the process that runs nothing but the chain."""
 
 CHAIN_ID: Final = 31338
 """One more than anvil's: a deployment of one simulated chain is refused on the other."""
