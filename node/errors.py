@@ -46,6 +46,12 @@ class ChainError(NodeError):
     exit_status = 6
 
 
+class TxTimeout(ChainError):
+    """A transaction was sent and has no receipt yet. It may still land, so nothing is known about it but its hash."""
+
+    code = "chain_timeout"
+
+
 class ModelError(NodeError):
     code = "model"
     exit_status = 7

@@ -10,6 +10,9 @@ Rules:
   "already known", "nonce too low" and a timeout all mean *look*.
 - A transaction that waits too long is replaced at the same nonce with higher fees; one that the node forgot is sent again,
   and so are the last ones when a reorganisation has thrown them out.
+- One that has outlived the caller's patience (`TxTimeout`) stands before all that come later: the next `send` first takes up
+  its wait, and when it is the same call (account, calldata, value), its receipt is the answer. So a claim that is tried
+  again is never paid for twice, and a stuck nonce collects no queue behind it.
 
 Journal records (kind, subject, body): ``tx_signed`` before each send, ``tx_final`` with the receipt, ``tx_dropped`` when the
 nonce is known to be free or another's. Subject is the account, 20 bytes; amounts are decimal strings.
@@ -27,7 +30,7 @@ from node.chain.eth import Eth
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.transactions import SignedTransaction, Transaction
 from node.chain.values import Receipt
-from node.errors import ChainError, Timeout
+from node.errors import ChainError, TxTimeout
 from node.ports import TxResult
 from protocol.errors import InvalidValue
 from protocol.ids import Address
@@ -54,7 +57,7 @@ class TxPolicy:
     bump_after: float = 45.0
     """Without a receipt for so long, send again or replace with higher fees."""
     give_up_after: float = 900.0
-    """Then `Timeout`; the transaction stays journaled and may still land."""
+    """Then `TxTimeout`; the transaction stays journaled and may still land."""
     confirmations: int = 0
     """Blocks on top of the receipt's before the result is believed."""
     gas_margin: int = 20
@@ -129,6 +132,10 @@ class _NonceTaken(Exception):
     """The nonce was used by a transaction that is not ours; take another one."""
 
 
+class _NonceLost(ChainError):
+    """While we waited, a transaction that is not ours used the nonce: this call has not happened and will not."""
+
+
 class TxSender:
     """Sends and follows the transactions of `key` on one chain."""
 
@@ -152,6 +159,8 @@ class TxSender:
         self._next: int | None = None
         """Next free nonce as far as we know; None means that only the node knows."""
         self._recent: dict[int, PendingTx] = {}
+        self._stalled: dict[int, list[PendingTx]] = {}
+        """By nonce: all attempts at a transaction that nobody waits for any more and that has no end."""
 
     @property
     def account(self) -> Address:
@@ -173,7 +182,8 @@ class TxSender:
         """Bring journaled transactions to their end after a restart; call it before the first `send`.
 
         `pending` comes from `unfinished`. What the node has not seen is sent again; what another transaction replaced is
-        journaled as dropped and left out of the answer.
+        journaled as dropped and left out of the answer, and so is what does not land within `bump_after` seconds: the first
+        `send` takes that up.
         """
         by_nonce: dict[int, list[PendingTx]] = {}
         for tx in pending:
@@ -189,7 +199,10 @@ class TxSender:
                         for attempt in attempts:
                             await self._drop(attempt, "the nonce was used by another transaction")
                         continue
-                result, _ = await self._wait(attempts)
+                try:
+                    result, _ = await self._wait(attempts, self._policy.bump_after)
+                except TxTimeout:
+                    continue
                 results.append(result)
             self._next = None
         return results
@@ -198,6 +211,9 @@ class TxSender:
 
     async def _send(self, purpose: str, to: Address | None, data: bytes, value: int) -> tuple[TxResult, Receipt | None]:
         async with self._lock:
+            repeated = await self._take_up(to, data, value)
+            if repeated is not None:
+                return repeated
             try:
                 estimate = await self._eth.estimate_gas(to, data, sender=self.account, value=value)
             except Reverted as error:
@@ -215,6 +231,22 @@ class TxSender:
                     hint="is the same key used by another program?",
                 )
         return await self._wait([attempt])
+
+    async def _take_up(self, to: Address | None, data: bytes, value: int) -> tuple[TxResult, Receipt] | None:
+        """Bring stalled transactions to their end, oldest first; the end of the one that is this very call, if any.
+
+        Raises `TxTimeout` when one is still without a receipt after another `bump_after` seconds.
+        """
+        for nonce in sorted(self._stalled):
+            attempts = self._stalled[nonce]
+            call = attempts[0].signed.transaction
+            try:
+                ended = await self._wait(attempts, self._policy.bump_after, push_now=True)
+            except _NonceLost:
+                continue
+            if (call.to, call.data, call.value) == (to, data, value):
+                return ended
+        return None
 
     async def _sign_and_send(self, purpose: str, to: Address | None, data: bytes, value: int, gas: int) -> PendingTx:
         nonce = await self._next_nonce()
@@ -288,24 +320,41 @@ class TxSender:
 
     # --------------------------------------------------------------------------------------------------------- waiting
 
-    async def _wait(self, attempts: list[PendingTx]) -> tuple[TxResult, Receipt]:
-        policy = self._policy
+    async def _wait(
+        self, attempts: list[PendingTx], limit: float | None = None, *, push_now: bool = False
+    ) -> tuple[TxResult, Receipt]:
+        """Until there is a receipt, for `limit` seconds (`give_up_after` when None). A wait that fails
+        otherwise leaves the transaction among the stalled. A cancelled one does not: its caller may be gone for good, and the
+        next equal call is then meant as another one."""
+        nonce = attempts[0].signed.transaction.nonce
+        try:
+            ended = await self._watch(attempts, self._policy.give_up_after if limit is None else limit, push_now)
+        except _NonceLost:
+            self._stalled.pop(nonce, None)
+            raise
+        except ChainError:
+            self._stalled[nonce] = attempts
+            raise
+        self._stalled.pop(nonce, None)
+        return ended
+
+    async def _watch(self, attempts: list[PendingTx], limit: float, push_now: bool) -> tuple[TxResult, Receipt]:
         started = trio.current_time()
-        patience = started + policy.bump_after
+        patience = started + (0 if push_now else self._policy.bump_after)
         while True:
             receipt = await self._confirmed(attempts)
             if receipt is not None:
                 return await self._finish(attempts, receipt)
             now = trio.current_time()
-            if now - started > policy.give_up_after:
-                raise Timeout(
-                    f"{attempts[0].purpose}: no receipt after {policy.give_up_after:g} s",
+            if now - started > limit:
+                raise TxTimeout(
+                    f"{attempts[0].purpose}: no receipt after {limit:g} s",
                     hint=f"transaction 0x{attempts[-1].signed.hash.hex()} is journaled and may still land",
                 )
             if now >= patience:
                 await self._push(attempts)
-                patience = trio.current_time() + policy.bump_after
-            await trio.sleep(policy.poll)
+                patience = trio.current_time() + self._policy.bump_after
+            await trio.sleep(self._policy.poll)
 
     async def _landed(self, attempts: list[PendingTx]) -> Receipt | None:
         for attempt in reversed(attempts):
@@ -336,7 +385,7 @@ class TxSender:
                 for attempt in attempts:
                     await self._drop(attempt, "the nonce was used by another transaction")
                 self._next = None
-                raise ChainError(
+                raise _NonceLost(
                     f"{last.purpose}: another transaction of {self.account} took nonce {last.signed.transaction.nonce}",
                     hint="is the same key used by another program?",
                 )

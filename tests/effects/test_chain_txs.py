@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -15,9 +17,13 @@ from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.transactions import Transaction, rlp
 from node.chain.txs import PendingTx, TxPolicy, TxSender, unfinished
 from node.chain.values import hex_data
-from node.errors import ChainError, Timeout
-from protocol.ids import Address, keccak256
+from node.errors import ChainError, TxTimeout
+from node.ports import ClaimEntry, TxResult
+from node.worker.claims import Claimer, ClaimPolicy
+from protocol.channel import ChannelState, Role
+from protocol.ids import Address, ChannelId, Hash32, keccak256
 from protocol.keys import PrivateKey
+from protocol.typed_data import ChannelConfig
 
 KEY = PrivateKey(b"\x07" * 32)
 TO = Address(b"\x22" * 20)
@@ -343,13 +349,113 @@ def test_fees_never_pass_the_cap() -> None:
 
     async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
         node.mine_at_once = False
-        with pytest.raises(Timeout):
+        with pytest.raises(TxTimeout):
             await sender.send("pay", TO, b"")
         fees = [int(body["max_fee"]) for kind, body in journal.records if kind == "tx_signed"]
         assert len(fees) > 1 and max(fees) <= cap
         assert len(unfinished(journal.records)) == len(fees)
 
     run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=200, max_fee=cap))
+
+
+def test_a_call_tried_again_after_its_timeout_is_not_sent_twice() -> None:
+    async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
+        node.mine_at_once = False
+        for _ in range(3):
+            with pytest.raises(TxTimeout):
+                await sender.send("claim", TO, b"\x01")
+        with pytest.raises(TxTimeout):  # another call does not queue up behind the stuck nonce
+            await sender.send("settle", TO, b"\x02")
+        assert {nonce_of(raw) for raw in node.sent} == {0} and node.nonce == 0
+        node.mine()
+        assert node.nonce == 1
+        result = await sender.send("claim", TO, b"\x01")
+        assert result.ok and result.hash == keccak256(node.sent[-1]) and node.nonce == 1
+        node.mine_at_once = True
+        assert (await sender.send("claim", TO, b"\x01")).ok and node.nonce == 2  # that wait is over: a call of its own
+        assert unfinished(journal.records) == []
+
+    run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=30))
+
+
+def test_a_stalled_transaction_whose_nonce_was_taken_is_sent_anew() -> None:
+    async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
+        node.mine_at_once = False
+        with pytest.raises(TxTimeout):
+            await sender.send("claim", TO, b"\x01")
+        node.pool.clear()
+        node.nonce, node.mine_at_once = 1, True
+        assert (await sender.send("claim", TO, b"\x01")).ok
+        assert nonce_of(node.sent[-1]) == 1 and unfinished(journal.records) == []
+
+    run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=30))
+
+
+def test_what_does_not_land_at_a_restart_does_not_hold_up_the_start() -> None:
+    async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
+        node.mine_at_once = False
+        assert await sender.resume(crashed(node)) == []
+        node.mine()
+        node.mine_at_once = True
+        assert (await sender.send("next", TO, b"")).ok and node.nonce == 3
+
+    run(main)
+
+
+def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
+    """`TxTimeout` is the chain's trouble like any other: the loop survives it, and its next rounds resume the same claim."""
+
+    class Chain:
+        def __init__(self, sender: TxSender) -> None:
+            self.sender, self.rounds = sender, 0
+
+        async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
+            self.rounds += 1
+            return await self.sender.send("claim", TO, b"".join(entry.amount.to_bytes(16) for entry in entries))
+
+        async def owed(self, receiver: Address, token: Address) -> int:
+            return 0
+
+    state = ChannelState(
+        Role.WORKER,
+        ChannelId(b"\x05" * 32),
+        ChannelConfig(TO, TO, KEY.address, KEY.address, TO, 3600, Hash32(bytes(32))),
+        authorized=1000,
+        valid_before=0,
+        allocation_signature=b"",
+        allocated=1000,
+        cumulative=500,
+        spent=500,
+        voucher_signature=b"\x01" * 65,
+    )
+
+    async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
+        node.mine_at_once = False
+        chain, claimed = Chain(sender), trio.Event()
+
+        async def refresh(channel_id: ChannelId) -> ChannelState:
+            claimed.set()
+            return replace(state, claimed=500)
+
+        claimer = Claimer(
+            book=cast(Any, SimpleNamespace(channels={state.channel_id: state})),
+            chain=cast(Any, chain),
+            policy=ClaimPolicy(minimum=1, every_s=1000, retry_s=5),
+            refresh=refresh,
+            now_s=trio.current_time,
+            receiver=KEY.address,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(claimer.run)
+            while chain.rounds < 4:
+                await trio.sleep(1)
+            assert {nonce_of(raw) for raw in node.sent} == {0}
+            node.mine()
+            await claimed.wait()
+            nursery.cancel_scope.cancel()
+        assert node.nonce == 1 and unfinished(journal.records) == []
+
+    run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=30))
 
 
 def test_a_node_that_goes_away_while_waiting_is_waited_for() -> None:
