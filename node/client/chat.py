@@ -15,14 +15,24 @@ import trio
 
 from node.client.part import Part
 from node.client.values import ChatChunk, PartRecord, Timings, Usage
-from node.errors import NetworkError, NodeError, NoWorker, Refused, Timeout, VerificationFailed, WorkerFault
+from node.errors import (
+    InsufficientFunds,
+    NetworkError,
+    NodeError,
+    NoWorker,
+    Refused,
+    Timeout,
+    VerificationFailed,
+    WorkerFault,
+)
 from node.network.drive import JobStream
-from node.ports import StreamClosed
+from node.ports import ByteStream, StreamClosed
 from protocol import pricing
+from protocol.channel import ChannelState
 from protocol.errors import LocalProtocolError, RefusalReason
 from protocol.ids import ChannelId, JobId, PeerId
 from protocol.job import JobClient, Terms, ask_struct
-from protocol.messages import AskMessage, Cancel, ChatMessage, FinishReason, Params
+from protocol.messages import JOB_PROTOCOL, AskMessage, Cancel, ChatMessage, FinishReason, Params
 from protocol.selection import Candidate
 from protocol.typed_data import Receipt
 
@@ -50,6 +60,10 @@ RETRY_ELSEWHERE = frozenset(
 
 STALE_OFFER = frozenset({RefusalReason.OFFER_EXPIRED, RefusalReason.OFFER_UNKNOWN})
 """The refusal brought the current offer: the same worker is asked again under it, unless it has become dearer."""
+
+
+ROOM_ATTEMPTS = 64
+"""How often one chat looks for room on a channel: at each look at least one other chat has got its own."""
 
 
 class ChatStream:
@@ -174,8 +188,36 @@ class ChatStream:
         price, params = candidate.model.price, self._params
         input_limit = client.count_tokens(candidate.model, self._messages, params.max_tokens)
         needed = pricing.cost(price, input_limit, params.max_tokens)
-        channel, self.allocation_transaction = await client.wallet.ensure_channel(offer, needed)
         peer = await client.reach(offer)
+        stream = await client.network.open_stream(peer, JOB_PROTOCOL)
+        try:
+            channel = await self._room_for(candidate, needed)
+            part = self._part(candidate, channel, input_limit, stream)
+            # Nothing waits between the look at what is free and its reservation: another chat cannot come between.
+            ask = await part.journal_ask()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+            raise
+        await part.begin(ask)
+
+    async def _room_for(self, candidate: Candidate, needed: int) -> ChannelState:
+        """A channel that has `needed` free right now. While one is opened or raised for us, others may take what is free:
+        then there is more to raise, as often as there are others."""
+        client, offer = self._client, candidate.offer
+        for _ in range(ROOM_ATTEMPTS):
+            channel, transaction = await client.wallet.ensure_channel(offer, needed)
+            self.allocation_transaction = transaction or self.allocation_transaction
+            state = client.book.channels[channel.channel_id]
+            if state.free >= needed and not state.leaving:
+                return state
+        raise InsufficientFunds(
+            f"other chats took what was free on the channel to {offer.peer_id}, {ROOM_ATTEMPTS} times",
+            hint="raise client.allocation, or run fewer chats at once",
+        )
+
+    def _part(self, candidate: Candidate, channel: ChannelState, input_limit: int, stream: ByteStream) -> Part:
+        client, offer, params = self._client, candidate.offer, self._params
         deadline = client.now_ms() + client.settings.deadline_ms
         draft = AskMessage(
             job_id=bytes(self.job_id),
@@ -196,11 +238,11 @@ class ChatStream:
             domain=client.domain,
             ask=ask,
             params=params,
-            price=price,
+            price=candidate.model.price,
             input_limit=input_limit,
             receiver_authorizer=channel.config.receiver_authorizer,
             payer_authorizer=channel.config.payer_authorizer,
             tick_tokens=min(offer.document.tick_tokens, client.settings.tick_tokens),
             credit_tokens=offer.document.credit_tokens,
         )
-        await Part(self, candidate, terms, draft, peer).begin()
+        return Part(self, candidate, terms, draft, stream)

@@ -14,14 +14,13 @@ import trio
 from node.client.values import ChatChunk, PartRecord, Usage
 from node.errors import NetworkError, NodeError, Refused, Timeout, VerificationFailed, WorkerFault
 from node.network.drive import JobStream
-from node.ports import StreamClosed
+from node.ports import ByteStream, StreamClosed
 from node.store.faults import fault_point
 from protocol.channel import Change, JobEnded, JobOpened, Role, VoucherAdded
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import PeerId
 from protocol.job import Client, JobClient, Terms
 from protocol.messages import (
-    JOB_PROTOCOL,
     Abort,
     Accept,
     Ack,
@@ -47,31 +46,24 @@ log = logging.getLogger(__name__)
 class Part:
     """One worker's part of a chat, from the ask to the ack."""
 
-    def __init__(self, chat: ChatStream, candidate: Candidate, terms: Terms, draft: AskMessage, peer: PeerId) -> None:
+    def __init__(
+        self, chat: ChatStream, candidate: Candidate, terms: Terms, draft: AskMessage, stream: ByteStream
+    ) -> None:
         self.chat = chat
         self.client = chat._client
         self.candidate = candidate
         self.terms = terms
         self.draft = draft
-        self.peer = peer
+        self.peer: PeerId = stream.remote_peer
         self.machine = JobClient(terms)
         self.channel_id = terms.ask.channel_id
         self.key = (terms.ask.job_id, terms.ask.part)
-        self.link: JobStream[JobClient] | None = None
+        self.link = JobStream(stream, self.machine, patience_s=self.client.settings.stall_ms / 1000)
         self._overflow: ChatChunk | None = None
 
-    async def begin(self) -> None:
-        """Send the ask and wait for the answer; then the rest goes on in a task of its own."""
+    async def begin(self, ask: AskMessage) -> None:
+        """Send the journaled ask and wait for the answer; then the rest goes on in a task of its own."""
         chat, client = self.chat, self.client
-        stream = await client.network.open_stream(self.peer, JOB_PROTOCOL)
-        self.link = JobStream(stream, self.machine, patience_s=client.settings.stall_ms / 1000)
-        try:
-            ask = await self._journal_ask()
-        except BaseException:
-            client.meter.drop(self.channel_id, self.key)
-            with trio.CancelScope(shield=True):
-                await stream.reset()
-            raise
         try:
             fault_point("send.ask")
             chat.timings.asked = self._elapsed()
@@ -95,8 +87,11 @@ class Part:
         chat.worker, chat.channel_id, chat._link = self.peer, self.channel_id, self.link
         client.spawn(self._run)
 
-    async def _journal_ask(self) -> AskMessage:
-        """Reserve the job's cost and sign the first voucher: one journal entry before one write."""
+    async def journal_ask(self) -> AskMessage:
+        """Reserve the job's cost and sign the first voucher: one journal entry before one write.
+
+        Reserves before its first checkpoint. Raises `LocalProtocolError` when the channel has too little free.
+        """
         client, terms = self.client, self.terms
         opening = JobOpened(self.channel_id, *self.key, 0, terms.limit)
         state = client.preview(self.channel_id, opening)
@@ -106,7 +101,6 @@ class Part:
         changes: list[Change] = [opening]
         if cumulative > state.cumulative:
             changes.append(VoucherAdded(self.channel_id, cumulative, voucher))
-        client.meter.set(self.channel_id, self.key, 0)
         await client.book.change(changes)
         draft = self.draft
         return AskMessage(
@@ -139,7 +133,7 @@ class Part:
         except NodeError as error:  # our own journal: the caller hears of it, and nothing more is signed
             chat._error = error
             with trio.CancelScope(shield=True):
-                await self._stream.stream.reset()
+                await self.link.stream.reset()
         finally:
             client.meter.drop(self.channel_id, self.key)
             chat.timings.finished = self._elapsed()
@@ -152,7 +146,7 @@ class Part:
         wait_ms = client.settings.first_token_ms
         while True:
             with trio.fail_at(min(deadline, trio.current_time() + wait_ms / 1000)):
-                message = await self._stream.receive()
+                message = await self.link.receive()
             wait_ms = client.settings.stall_ms
             match message:
                 case Chunk():
@@ -172,12 +166,6 @@ class Part:
                     raise RemoteProtocolError(message.code, message.detail or "the worker broke off")
                 case _:
                     raise RemoteProtocolError(WireCode.UNEXPECTED, f"{type(message).__name__} in a stream")
-
-    @property
-    def _stream(self) -> JobStream[JobClient]:
-        if self.link is None:
-            raise LocalProtocolError("the part has not begun")
-        return self.link
 
     def _offer(self, chunk: ChatChunk) -> None:
         """Hand a chunk to the reader; one who has left gets nothing more."""
@@ -208,7 +196,7 @@ class Part:
         await client.book.change([VoucherAdded(self.channel_id, target, signature)])
         fault_point("send.voucher")
         try:
-            await self._stream.send(VoucherMessage(cumulative=amount_to_wire(target), signature=signature))
+            await self.link.send(VoucherMessage(cumulative=amount_to_wire(target), signature=signature))
         except LocalProtocolError:
             pass  # the caller cancelled meanwhile; the ack will carry it
 
@@ -244,8 +232,8 @@ class Part:
             client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
         fault_point("send.ack")
         try:
-            await self._stream.send(Ack(cumulative=amount_to_wire(cumulative), signature=signature))
-            await self._stream.stream.aclose()
+            await self.link.send(Ack(cumulative=amount_to_wire(cumulative), signature=signature))
+            await self.link.stream.aclose()
         except StreamClosed:
             log.info("%s was gone before our ack; its voucher is journaled and goes with the next job", self.peer)
 
@@ -260,7 +248,7 @@ class Part:
 
     async def _refused(self, answer: Refuse) -> None:
         await self._journal_end(0)
-        await self._stream.stream.aclose()
+        await self.link.stream.aclose()
         if answer.offer is not None:
             try:
                 self.client.offers.learn(answer.offer, peer=self.peer)
@@ -276,12 +264,10 @@ class Part:
             spent = self.machine.spent
             await self._journal_end(spent)
             self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))
-            if self.link is None:
-                return
             if isinstance(error, RemoteProtocolError) and not self.machine.over:
-                await self._stream.abort(error.code, error.detail)
+                await self.link.abort(error.code, error.detail)
             else:
-                await self._stream.stream.reset()
+                await self.link.stream.reset()
 
     async def _journal_end(self, spent: int) -> None:
         client = self.client
