@@ -89,21 +89,25 @@ class TorchBackend:
         try:
             async with aclosing(loaded.host.generate(sequence)) as batches:
                 async for outputs in batches:
-                    last = outputs[-1]
-                    if last.finish_reason is EngineFinish.ERROR:
-                        raise ModelError("the model computed no usable logits")
-                    ids = tuple(output.token_id for output in outputs)
-                    text = stops.push(detokenizer.push(ids))
-                    if stops.hit:
-                        yield Step(ids, text, FinishReason.STOP_STRING)
-                        return
-                    if last.finish_reason is not None:
-                        text += stops.push(detokenizer.finish())
-                        hit = stops.hit
-                        text += stops.finish()
-                        yield Step(ids, text, FinishReason.STOP_STRING if hit else _FINISH[last.finish_reason])
-                        return
-                    yield Step(ids, text)
+                    ids: list[int] = []
+                    text = ""
+                    for (
+                        output
+                    ) in outputs:  # one by one: what is delivered and billed must not depend on how steps were batched
+                        if output.finish_reason is EngineFinish.ERROR:
+                            raise ModelError("the model computed no usable logits")
+                        ids.append(output.token_id)
+                        text += stops.push(detokenizer.push((output.token_id,)))
+                        if output.finish_reason is not None and not stops.hit:
+                            text += stops.push(detokenizer.finish())
+                            text += stops.finish()
+                        if stops.hit:
+                            yield Step(tuple(ids), text, FinishReason.STOP_STRING)
+                            return
+                        if output.finish_reason is not None:
+                            yield Step(tuple(ids), text, _FINISH[output.finish_reason])
+                            return
+                    yield Step(tuple(ids), text)
         finally:
             self._active -= 1
 

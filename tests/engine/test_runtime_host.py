@@ -1,0 +1,246 @@
+"""The bridge between the engine's thread and trio, and what the back end makes of the engine's steps. No model needed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Container, Hashable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="torch is not installed: the engine's types need it")
+
+from node.errors import ModelError
+from node.ports import ModelInfo, Prompt, Step
+from node.runtime.backend import EngineSettings, TorchBackend, _Loaded
+from node.runtime.engine.errors import InvalidSequence
+from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
+from node.runtime.host import EngineHost
+from node.runtime.stops import StopStrings
+from protocol.ids import ModelId
+from protocol.messages import FinishReason as Finish
+from protocol.messages import Params
+from protocol.sampling import SamplingParams
+
+
+class CountingEngine:
+    """An engine whose n-th token of a stream is n. Counts what it was made to do."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.running: dict[Hashable, list[int]] = {}
+        self.limits: dict[Hashable, int] = {}
+        self.stepped = 0
+        self.aborted: list[Hashable] = []
+        self.fail_at = fail_at
+
+    @property
+    def idle(self) -> bool:
+        return not self.running
+
+    def submit(self, sequence: Sequence) -> None:
+        if not sequence.prompt_ids:
+            raise InvalidSequence("the prompt is empty")
+        self.running[sequence.id] = []
+        self.limits[sequence.id] = sequence.max_tokens
+
+    def abort(self, sequence_id: Hashable) -> bool:
+        known = self.running.pop(sequence_id, None) is not None
+        if known:
+            self.aborted.append(sequence_id)
+        return known
+
+    def step(self, hold: Container[Hashable] = ()) -> list[StepOutput]:
+        outputs = []
+        for key, tokens in list(self.running.items()):
+            if key in hold:
+                continue
+            self.stepped += 1
+            if self.fail_at is not None and self.stepped > self.fail_at:
+                raise RuntimeError("the device has gone")
+            tokens.append(len(tokens))
+            last = len(tokens) == self.limits[key]
+            outputs.append(StepOutput(key, tokens[-1], len(tokens), FinishReason.LENGTH if last else None))
+            if last:
+                del self.running[key]
+        return outputs
+
+    def check_integrity(self) -> None:
+        pass
+
+
+def sequence(name: str, max_tokens: int, prompt: tuple[int, ...] = (1,)) -> Sequence:
+    return Sequence(name, prompt, SamplingParams(temperature=0), max_tokens)
+
+
+def run(engine: CountingEngine, work: Callable[[EngineHost], Any], window: int = 8) -> None:
+    async def main() -> None:
+        host = EngineHost(lambda: engine, window=window)  # type: ignore[arg-type, return-value]
+        await host.start()
+        try:
+            with trio.fail_after(20):
+                await work(host)
+        finally:
+            await host.stop()
+
+    trio.run(main)
+
+
+def test_streams_side_by_side_get_their_own_tokens_in_order() -> None:
+    async def work(host: EngineHost) -> None:
+        got: dict[int, list[int]] = {}
+
+        async def read(n: int) -> None:
+            got[n] = [o.token_id async for batch in host.generate(sequence(f"s{n}", 20 + n)) for o in batch]
+
+        async with trio.open_nursery() as nursery:
+            for n in range(5):
+                nursery.start_soon(read, n)
+        assert got == {n: list(range(20 + n)) for n in range(5)}
+
+    run(CountingEngine(), work)
+
+
+def test_an_engine_is_not_pulled_further_than_the_window_ahead_of_its_reader() -> None:
+    engine = CountingEngine()
+
+    async def work(host: EngineHost) -> None:
+        async with aclosing(host.generate(sequence("slow", 1000))) as stream:
+            first = await anext(stream)
+            while engine.stepped < len(first) + 8:
+                await trio.sleep(0.001)
+            await trio.sleep(0.05)  # time in which a host without a window would run far ahead
+            assert engine.stepped == len(first) + 8
+            # Another stream is not held up by the one that is.
+            other = [o.token_id async for batch in host.generate(sequence("other", 5)) for o in batch]
+            assert other == list(range(5))
+            assert engine.stepped == len(first) + 8 + 5
+            await anext(stream)  # reading makes room
+            while engine.stepped < len(first) + 8 + 5 + 8:
+                await trio.sleep(0.001)
+
+    run(engine, work)
+
+
+def test_leaving_a_stream_aborts_it() -> None:
+    engine = CountingEngine()
+
+    async def work(host: EngineHost) -> None:
+        async with aclosing(host.generate(sequence("left", 1000))) as stream:
+            await anext(stream)
+        while not engine.aborted:
+            await trio.sleep(0.001)
+        assert engine.aborted == ["left"]
+        assert engine.idle
+
+    run(engine, work)
+
+
+def test_a_refused_sequence_and_a_failed_engine_are_model_errors() -> None:
+    async def refused(host: EngineHost) -> None:
+        with pytest.raises(ModelError, match="empty"):
+            async for _ in host.generate(sequence("none", 3, prompt=())):
+                pass
+
+    run(CountingEngine(), refused)
+
+    async def failed(host: EngineHost) -> None:
+        with pytest.raises(ModelError, match="the device has gone"):
+            async for _ in host.generate(sequence("doomed", 1000)):
+                pass
+        with pytest.raises(ModelError):  # and so is every later call
+            async for _ in host.generate(sequence("late", 3)):
+                pass
+
+    run(CountingEngine(fail_at=5), failed)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_at_start() -> None:
+    def load() -> Any:
+        raise OSError("no such file")
+
+    async def main() -> None:
+        with pytest.raises(ModelError, match="no such file"):
+            await EngineHost(load).start()
+
+    trio.run(main)
+
+
+# ------------------------------------------------------------------------------------------------------ stop strings
+
+texts = st.text("abx", max_size=40)
+
+
+@given(texts, st.lists(st.text("abx", min_size=1, max_size=5), max_size=3), st.lists(st.integers(1, 5), max_size=40))
+def test_stop_strings_do_not_depend_on_how_text_arrives(text: str, stops: list[str], cuts: list[int]) -> None:
+    """Shown text is everything before the earliest place where a stop string was complete."""
+    machine, shown, rest = StopStrings(stops), "", text
+    for cut in [*cuts, len(text) or 1]:
+        shown += machine.push(rest[:cut])
+        rest = rest[cut:]
+    hit, shown = machine.hit, shown + machine.finish()
+    assert hit == any(stop in text for stop in stops)
+    if not hit:
+        assert shown == text
+    else:
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        assert text.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+        assert len(shown) in {start for _, start in ends}
+
+
+class Letters:
+    """A tokenizer of one letter per token."""
+
+    def detokenizer(self, delivered: Any = ()) -> Letters:
+        return self
+
+    def push(self, ids: Any) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+    def finish(self) -> str:
+        return ""
+
+
+class Batches:
+    """A host that hands out given tokens in given batches."""
+
+    def __init__(self, batches: list[list[int]], last: FinishReason) -> None:
+        self.batches, self.last = batches, last
+
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[list[StepOutput], None]:
+        for n, batch in enumerate(self.batches):
+            await trio.lowlevel.checkpoint()
+            end = n == len(self.batches) - 1
+            yield [
+                StepOutput("s", token, 0, self.last if end and i == len(batch) - 1 else None)
+                for i, token in enumerate(batch)
+            ]
+
+
+def delivered(batches: list[list[int]], stop: tuple[str, ...]) -> tuple[list[int], str, Finish | None]:
+    model = ModelId(bytes(32))
+    backend = TorchBackend(EngineSettings())
+    host: Any = Batches(batches, FinishReason.LENGTH)
+    backend._loaded[model] = _Loaded(ModelInfo(model, "letters", 100, "none", ""), Letters(), host)  # type: ignore[arg-type]
+
+    async def main() -> list[Step]:
+        return [step async for step in backend.generate(Prompt(model, (1,)), Params(max_tokens=50, stop=stop))]
+
+    steps = trio.run(main)
+    ids = [token for step in steps for token in step.token_ids]
+    return ids, "".join(step.text for step in steps), steps[-1].finish_reason
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=24), st.lists(st.integers(1, 6), max_size=24))
+def test_tokens_billed_do_not_depend_on_batches(tokens: list[int], cuts: list[int]) -> None:
+    """A stop string ends the answer at the token that completes it, however many tokens one step of the host carried."""
+    batches, rest = [], tokens
+    for cut in [*cuts, len(tokens)]:
+        if rest[:cut]:
+            batches.append(rest[:cut])
+        rest = rest[cut:]
+    for stop in ((), ("ab",), ("aa", "ba")):
+        assert delivered(batches, stop) == delivered([[token] for token in tokens], stop)
