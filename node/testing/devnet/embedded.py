@@ -16,7 +16,16 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
-from node.testing.devnet.evm_chain import CHAIN_ID, EVM_RECURSION, GAS_LIMIT, Call, CallFailed, EvmChain, MinedTx, Refused
+from node.testing.devnet.evm_chain import (
+    CHAIN_ID,
+    EVM_RECURSION,
+    GAS_LIMIT,
+    Call,
+    CallFailed,
+    EvmChain,
+    MinedTx,
+    Refused,
+)
 from node.testing.devnet.keys import FUNDED_KEYS, FUNDED_WEI
 from protocol.ids import Address
 
