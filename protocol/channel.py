@@ -180,12 +180,20 @@ class ChannelState:
 
     @property
     def claimable(self) -> int:
-        """What the worker may claim now: earned, covered by a voucher, locked, and not claimed yet."""
+        """What the worker may claim now: earned, covered by a voucher in hand, locked, and not claimed yet.
+
+        What was claimed above every voucher in hand needs no term here: it leaves nothing to claim.
+        """
         return max(0, min(self.spent, self.cumulative, self.allocated) - self.claimed)
 
+    @property
+    def covered(self) -> int:
+        """What is paid for: vouched for, or claimed already (a payer may claim for us with a voucher it never sent)."""
+        return max(self.cumulative, self.claimed)
+
     def owed(self, running: int = 0) -> int:
-        """Cost delivered and not covered by a voucher; `running` is the cost so far of the parts under way."""
-        return max(0, self.spent + running - self.cumulative)
+        """Cost delivered and not covered; `running` is the cost so far of the parts under way."""
+        return max(0, self.spent + running - self.covered)
 
 
 def apply(state: ChannelState, change: Change) -> tuple[ChannelState, tuple[Effect, ...]]:
@@ -239,9 +247,10 @@ def _allocation_raised(state: ChannelState, change: AllocationRaised) -> Channel
 
 
 def _chain_seen(state: ChannelState, change: ChainSeen) -> tuple[ChannelState, tuple[Effect, ...]]:
-    if change.claimed > state.cumulative:
-        # L8: the contract accepts a claim only under a voucher. A claim above every voucher we know of means that this
-        # journal is an old copy, or that our key signs somewhere else. Stop rather than guess.
+    if state.role is Role.CLIENT and change.claimed > state.cumulative:
+        # L8: the contract accepts a claim only under a voucher, and only our session key signs those. A claim above every
+        # voucher we know of means that this journal is an old copy, or that our key signs somewhere else. Stop rather than
+        # guess. A worker takes the sight: anybody may submit a claim, so a payer may pay us with a voucher we never saw.
         raise LocalProtocolError(
             f"the chain shows {change.claimed} claimed on {state.channel_id}, this journal knows vouchers up to "
             f"{state.cumulative}: it is an old backup, or the key is in use elsewhere",

@@ -42,8 +42,8 @@ def _capped(state: ChannelState, amount: int) -> int:
 
 
 def unsecured(state: ChannelState, running: int) -> int:
-    """Worker: cost delivered that no voucher covers, or that is vouched for and no longer locked on chain (a reorg)."""
-    return max(0, state.spent + running - min(state.cumulative, state.allocated))
+    """Worker: cost delivered that is not covered, or that is vouched for and no longer locked on chain (a reorg)."""
+    return max(0, state.spent + running - min(state.covered, state.allocated))
 
 
 def exposure(state: ChannelState, credit: int) -> int:

@@ -13,6 +13,7 @@ import trio
 from node.audit import audit
 from node.client.client import Client
 from node.errors import ChainError, LedgerError, Refused, WorkerFault
+from node.ports import ClaimEntry
 from node.store.channels import ChannelBook
 from node.store.writer import Writer
 from node.testing.cheaters import Hand
@@ -20,10 +21,11 @@ from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
 from node.worker.worker import Worker
 from protocol.channel import ChannelState, Role
-from protocol.errors import RefusalReason
+from protocol.errors import LocalProtocolError, RefusalReason
 from protocol.messages import Accept, Cancel, Chunk, Params, ReceiptMessage, Refuse
 from protocol.payment import recovered_costs
 from protocol.pricing import cost
+from protocol.typed_data import Voucher
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -372,8 +374,8 @@ def test_a_reorg_that_takes_the_allocation_back_ends_the_credit(running: bool) -
     run_market(test)
 
 
-def test_a_journal_that_is_an_old_copy_stops_the_worker() -> None:
-    """The contract shows a claim above every voucher in the journal (L8): stop rather than guess."""
+def test_a_worker_that_starts_from_an_old_copy_takes_nothing_it_did_not_earn_and_leaves_evidence() -> None:
+    """The chain cannot tell it apart from a payer who claims for us; a receipt number that the client saw twice can."""
 
     async def test(market: Market) -> None:
         worker, client = await market.worker(name="w"), await market.client()
@@ -389,8 +391,55 @@ def test_a_journal_that_is_an_old_copy_stops_the_worker() -> None:
         market.crash(worker)
         (market.folder / "w" / "journal.sqlite").write_bytes(old)
         (market.folder / "w" / "journal.sqlite-wal").write_bytes(wal)
-        with pytest.raises(Exception, match="old backup"):
-            await market.worker(name="w")
+        again = await market.worker(name="w")
+        assert the_channel(again).claimed > the_channel(again).cumulative
+        client.history.clear()
+        await client.meet(again.network.addresses[0])
+        await greet(client)
+        await until(lambda: not again.server.busy)
+        await again.claim()
+        seen = market.ledger.world.escrow.channel(the_channel(again).channel_id)
+        assert seen.claimed <= the_channel(client).spent
+        await client.wallet.refresh(the_channel(client).channel_id)
+        findings = await audit(client.book.ledger, Role.CLIENT, client.wallet.chain)
+        assert len(findings) == 1 and "is used twice" in findings[0]
+
+    run_market(test)
+
+
+def test_a_payer_who_claims_for_the_worker_with_a_voucher_it_never_sent_pays_it_and_stops_nothing() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(name="w"), await market.client(name="c")
+        other = await market.client()
+        await greet(client)
+        await greet(other)
+        await until(lambda: not worker.server.busy)
+        mine = the_channel(client)
+        amount = mine.cumulative + 5_000
+        voucher = client.session.sign(Voucher(mine.channel_id, amount).digest(client.wallet.domain))
+        result = await client.wallet.chain.claim([ClaimEntry(mine.config, amount, amount, voucher)])
+        assert result.ok
+        await until(lambda: worker.book.channels[mine.channel_id].claimed == amount)
+        state = worker.book.channels[mine.channel_id]
+        assert state.claimed > state.cumulative and state.owed() == 0
+        await greet(other)
+        hand = await Hand.of(client, worker)
+        answer = await (await hand.talk(hand.ask(state.cumulative))).receive()
+        assert isinstance(answer, Accept), "what was claimed is paid: no further voucher is due"
+        await until(lambda: not worker.server.busy)
+        await worker.claim(), await worker.claim()
+        assert market.failures == {}
+        await worker.book.change([])
+        assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+        with pytest.raises(LocalProtocolError, match="old backup"):
+            await client.wallet.refresh(mine.channel_id)  # only its own key signs vouchers
+
+        market.crash(worker)
+        again = await market.worker(name="w")
+        other.history.clear()
+        await other.meet(again.network.addresses[0])
+        await greet(other)
+        assert market.failures == {}
 
     run_market(test)
 

@@ -80,7 +80,7 @@ class Oracle:
                     return False
                 self.authorized = change.allocated
             case ChainSeen():
-                if change.claimed > self.cumulative:
+                if self.role is Role.CLIENT and change.claimed > self.cumulative:
                     return False
                 self.allocated, self.claimed = change.allocated, change.claimed
                 self.withdraw_at, self.closed = change.withdraw_at, change.closed
@@ -161,7 +161,8 @@ class ChannelMachine(RuleBasedStateMachine):
     )
     def see_chain(self, share: int, claimed: tuple[str, int], withdraw_at: int, closed: int) -> None:
         allocated = self.oracle.authorized * share // 100
-        self.do(ChainSeen(CHANNEL, allocated, max(0, self.amount(claimed)), withdraw_at, closed == 0))
+        amount = min(max(0, self.amount(claimed)), UINT128_MAX)
+        self.do(ChainSeen(CHANNEL, allocated, amount, withdraw_at, closed == 0))
 
     @rule(share=st.integers(50, 100))
     def see_chain_as_it_was(self, share: int) -> None:
@@ -228,6 +229,7 @@ class ChannelMachine(RuleBasedStateMachine):
                 assert isinstance(error, LocalProtocolError), "the client decides on its own changes"
             if isinstance(change, ChainSeen):
                 assert isinstance(error, LocalProtocolError), "the chain is nobody's message (L8)"
+                assert self.role is Role.CLIENT, "a worker takes what the chain says: anybody may claim for it (L8)"
             if self.role is Role.WORKER and isinstance(change, VoucherAdded):
                 assert isinstance(error, RemoteProtocolError), "a bad voucher is the client's fault"
             assert freeze(before) == held, "a refused change left a trace (L1)"
@@ -278,13 +280,13 @@ class ChannelMachine(RuleBasedStateMachine):
             assert len(charges) + (part in state.open_jobs) == len(opened)  # L5
             assert all(c <= limit for c, limit in zip(charges, opened, strict=False))  # L6
         assert state.spent == sum(sum(c) for c in self.charges.values())  # L5, L6
-        assert state.claimed <= state.cumulative  # L8
+        assert self.role is Role.WORKER or state.claimed <= state.cumulative  # L8
         assert state.claimable >= 0
         if state.claimable:
             assert state.claimed + state.claimable <= min(state.spent, state.cumulative, state.allocated)  # L9
         if self.role is Role.WORKER:
             assert self.numbers == list(range(1, len(self.numbers) + 1))  # L10
-        assert state.owed() == max(0, state.spent - state.cumulative)
+        assert state.owed() == max(0, state.spent - max(state.cumulative, state.claimed))
 
     def teardown(self) -> None:
         """L1: the journal, through its codec, folds to the state."""
@@ -344,7 +346,13 @@ PLANTED: dict[str, tuple[str, str, Role]] = {
         "",
         Role.WORKER,
     ),
-    "L8 any claim is believed": ("if change.claimed > state.cumulative:", "if False:", Role.CLIENT),
+    "L8 any claim is believed": ("if state.role is Role.CLIENT and change.claimed > state.cumulative:", "if False:", Role.CLIENT),
+    "L8 a claim for the worker stops it": (
+        "if state.role is Role.CLIENT and change.claimed > state.cumulative:",
+        "if change.claimed > state.cumulative:",
+        Role.WORKER,
+    ),
+    "L8 what was claimed does not count": ("return max(self.cumulative, self.claimed)", "return self.cumulative", Role.WORKER),
     "L9 unlocked money is claimable": (
         "min(self.spent, self.cumulative, self.allocated)",
         "min(self.spent, self.cumulative)",
