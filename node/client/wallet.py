@@ -15,10 +15,9 @@ from node.client.settings import ClientSettings
 from node.errors import ChainError, InsufficientFunds, NodeError, WorkerFault
 from node.network.drive import converse
 from node.ports import Chain, Network, TxResult
-from node.store.channels import ChannelBook
+from node.store.channels import ChannelBook, refresh
 from protocol.channel import (
     AllocationRaised,
-    ChainSeen,
     Change,
     ChannelOpened,
     ChannelState,
@@ -206,12 +205,8 @@ class ClientWallet:
 
     async def refresh(self, channel_id: ChannelId) -> ChannelState:
         """Bring one channel up to what the contract says now."""
-        seen = await self.chain.channel(channel_id)
-        state = self.book.channels[channel_id]
-        sight = ChainSeen(channel_id, seen.allocated, seen.claimed, seen.withdraw_at, seen.closed)
-        if sight != ChainSeen(channel_id, state.allocated, state.claimed, state.withdraw_at, state.closed):
-            await self.book.change([sight])
-        return self.book.channels[channel_id]
+        state, _ = await refresh(self.book, self.chain, channel_id)
+        return state
 
     # --------------------------------------------------------------------------------------------------- farewell
 

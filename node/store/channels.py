@@ -3,6 +3,9 @@
 `change` applies in memory and queues the record in one synchronous step, so the journal's order is the order of
 application; it returns when the record is durable, and only then may the caller speak. It cannot be cancelled in between.
 At start the book is the fold of the journal (L1).
+
+`refresh` is the one way in for what the contract says. A sight holds absolute values, so an answer that was slow on its way
+must never be applied after a newer one: per channel, asking and applying are one step.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import trio
 
+from node.ports import Chain
 from node.store.fold import replay
 from node.store.ledger import Entry, Ledger, Record
 from node.store.writer import Work
-from protocol.channel import Change, ChannelOpened, ChannelState, Effect, JobEnded, Role, apply, opened
-from protocol.errors import LocalProtocolError
+from protocol.channel import ChainSeen, Change, ChannelOpened, ChannelState, Effect, JobEnded, Role, apply, opened
+from protocol.errors import LocalProtocolError, ProtocolError
 from protocol.ids import ChannelId, JobId
 from protocol.payment import recovered_costs, unsecured
 from protocol.records import KINDS, fold, from_body, kind_of, to_body
@@ -30,6 +34,9 @@ class ChannelBook:
         self.role = role
         self._states: dict[ChannelId, ChannelState] = {}
         self._at_risk: set[ChannelId] = set()
+        self._sights: dict[ChannelId, trio.Lock] = {}
+        self.quarantined: dict[ChannelId, str] = {}
+        """Channels whose last sight of the contract breaks a rule, and why: no new work, until a sight that can be taken."""
         self.cut_off: set[tuple[ChannelId, JobId, int]] = set()
         """Parts that ended without a receipt: a worker may not serve them again, because they have been charged for."""
 
@@ -106,6 +113,28 @@ class ChannelBook:
                 self._note(change)
             await self.ledger.append(entries, also=also)
         return effects
+
+
+async def refresh(book: ChannelBook, chain: Chain, channel_id: ChannelId) -> tuple[ChannelState, list[Effect]]:
+    """Bring one channel up to what the contract says now.
+
+    Raises `ChainError`, or `ProtocolError` when the sight breaks a rule; then the channel is quarantined.
+    """
+    if book.get(channel_id) is None:
+        raise LocalProtocolError(f"channel {channel_id} is not in this journal")
+    async with book._sights.setdefault(channel_id, trio.Lock()):
+        seen = await chain.channel(channel_id)
+        state = book.channels[channel_id]
+        sight = ChainSeen(channel_id, seen.allocated, seen.claimed, seen.withdraw_at, seen.closed)
+        effects: list[Effect] = []
+        if sight != ChainSeen(channel_id, state.allocated, state.claimed, state.withdraw_at, state.closed):
+            try:
+                effects = await book.change([sight])
+            except ProtocolError as error:
+                book.quarantined[channel_id] = str(error)
+                raise
+        book.quarantined.pop(channel_id, None)
+        return book.channels[channel_id], effects
 
 
 def fold_record(role: Role, states: dict[ChannelId, ChannelState], record: Record) -> dict[ChannelId, ChannelState]:

@@ -16,10 +16,9 @@ import trio
 
 from node.errors import ChainError
 from node.ports import Chain
-from node.store.channels import ChannelBook
+from node.store.channels import ChannelBook, refresh
 from protocol.channel import (
     AllocationRaised,
-    ChainSeen,
     Change,
     ChannelOpened,
     ChannelState,
@@ -27,7 +26,7 @@ from protocol.channel import (
     CloseSigned,
     Effect,
 )
-from protocol.errors import RemoteProtocolError, WireCode
+from protocol.errors import ProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import Address, ChannelId, PeerId
 from protocol.keys import PrivateKey, require_signer
 from protocol.messages import (
@@ -160,12 +159,16 @@ class ChannelDesk:
 
     async def refresh(self, channel_id: ChannelId) -> ChannelState:
         """Bring one channel up to what the contract says now."""
-        seen = await self._chain.channel(channel_id)
-        state = self._known(channel_id)
-        sight = ChainSeen(channel_id, seen.allocated, seen.claimed, seen.withdraw_at, seen.closed)
-        if sight != ChainSeen(channel_id, state.allocated, state.claimed, state.withdraw_at, state.closed):
-            self._act(await self._book.change([sight]))
-        return self._known(channel_id)
+        state, effects = await refresh(self._book, self._chain, channel_id)
+        self._act(effects)
+        return state
+
+    async def follow(self, channel_id: ChannelId) -> None:
+        """Refresh one channel of many: what is wrong with it is logged and stays its own. Raises `ChainError`."""
+        try:
+            await self.refresh(channel_id)
+        except ProtocolError as error:
+            log.error("channel %s is quarantined, no new work on it: %s", channel_id, error)
 
     def _act(self, effects: list[Effect]) -> None:
         for effect in effects:

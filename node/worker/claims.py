@@ -72,14 +72,14 @@ class Claimer:
         book: ChannelBook,
         chain: Chain,
         policy: ClaimPolicy,
-        refresh: Callable[[ChannelId], Awaitable[ChannelState]],
+        follow: Callable[[ChannelId], Awaitable[None]],
         now_s: Callable[[], float],
         receiver: Address,
     ) -> None:
         self._book = book
         self._chain = chain
         self._policy = policy
-        self._refresh = refresh
+        self._follow = follow
         self._now_s = now_s
         self._receiver = receiver
         self._since: dict[ChannelId, float] = {}
@@ -108,6 +108,8 @@ class Claimer:
     async def claim(self, *, everything: bool = False) -> ClaimReport:
         """One round. Raises `ChainError`."""
         async with self._lock:
+            for state in [s for s in self._book.channels.values() if s.claimable and not s.closed]:
+                await self._look(state.channel_id)  # who has begun to leave without our hearing of it is claimed first
             self._note_ages()
             states = due(self._book.channels.values(), self._policy, self._since, self._now_s(), everything=everything)
             report = ClaimReport()
@@ -123,13 +125,18 @@ class Claimer:
         if not result.ok:
             raise ChainError(f"the contract refused the claim: {result.error}")
         for state in states:
-            after = await self._refresh(state.channel_id)
+            after = await self._look(state.channel_id)
             moved = after.claimed - state.claimed
             if moved:
                 report.claimed[state.channel_id] = moved
                 self._since.pop(state.channel_id, None)
             else:
                 log.error("the contract skipped the claim of channel %s", state.channel_id)
+
+    async def _look(self, channel_id: ChannelId) -> ChannelState:
+        """The channel as the contract has it now; one whose sight breaks a rule stays as it was, and holds up nobody."""
+        await self._follow(channel_id)
+        return self._book.channels[channel_id]
 
     async def _settle(self, report: ClaimReport) -> None:
         """Move what is owed to us in the contract to our payout's vault balance, once per token."""

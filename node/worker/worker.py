@@ -59,6 +59,8 @@ class WorkerSettings:
     min_allocation: int = 1
     max_tokens: int = 65_536
     chain_poll_ms: int = 1000
+    reread_ms: int = 30_000
+    """How often every channel is read again, whether or not an event told of it."""
     version: str = ""
 
     @property
@@ -96,7 +98,7 @@ class Worker:
             book=self.book,
             chain=chain,
             policy=settings.claims,
-            refresh=lambda channel_id: self.channels.refresh(channel_id),
+            follow=lambda channel_id: self.channels.follow(channel_id),
             now_s=trio.current_time,
             receiver=key.address,
         )
@@ -162,6 +164,7 @@ class Worker:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_head)
             nursery.start_soon(self._watch_events)
+            nursery.start_soon(self._reread)
             nursery.start_soon(self._announce)
             nursery.start_soon(self._watch_ledger)
             nursery.start_soon(self.claimer.run)
@@ -199,9 +202,7 @@ class Worker:
         """See every channel as the contract has it now, before anything is served on it."""
         await self.chain.head()
         self._chain_seen = trio.current_time()
-        for state in list(self.book.channels.values()):
-            if not state.closed:
-                await self.channels.refresh(state.channel_id)
+        await self._look_at_all()
 
     async def _watch_head(self) -> None:
         """Keep the view of the chain fresh; when it is not, `chain_stale` refuses new work."""
@@ -232,7 +233,21 @@ class Worker:
     async def _see(self, event: ChainEvent) -> None:
         raw = event.args.get("channelId")
         if isinstance(raw, bytes) and len(raw) == 32 and self.book.get(ChannelId(raw)) is not None:
-            await self.channels.refresh(ChannelId(raw))
+            await self.channels.follow(ChannelId(raw))
+
+    async def _look_at_all(self) -> None:
+        for state in list(self.book.channels.values()):
+            if not state.closed:
+                await self.channels.follow(state.channel_id)
+
+    async def _reread(self) -> None:
+        """Look at every channel now and then: an event that never came must not hide a withdrawal for long."""
+        while True:
+            await trio.sleep(self.settings.reread_ms / 1000)
+            try:
+                await self._look_at_all()
+            except ChainError as error:
+                log.warning("channels could not be read again: %s", error)
 
     async def _announce(self) -> None:
         """Gossip the offer now and whenever half of its life is over."""

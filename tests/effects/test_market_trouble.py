@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from node.audit import audit
+from node.chain.memory import MemoryChain
 from node.client.client import Client
 from node.errors import ChainError, LedgerError, Refused, WorkerFault
-from node.ports import ClaimEntry
+from node.ports import ChainEvent, ChannelOnChain, ClaimEntry
+from node.store import channels as books
 from node.store.channels import ChannelBook
 from node.store.writer import Writer
 from node.testing.cheaters import Hand
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
 from node.worker.worker import Worker
-from protocol.channel import ChannelState, Role
+from protocol.channel import ChainSeen, Change, ChannelState, Role
 from protocol.errors import LocalProtocolError, RefusalReason
+from protocol.ids import ChannelId
 from protocol.messages import Accept, Cancel, Chunk, Params, ReceiptMessage, Refuse
 from protocol.payment import recovered_costs
 from protocol.pricing import cost
@@ -440,6 +444,98 @@ def test_a_payer_who_claims_for_the_worker_with_a_voucher_it_never_sent_pays_it_
         await other.meet(again.network.addresses[0])
         await greet(other)
         assert market.failures == {}
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("side", Role)
+def test_a_slow_answer_of_the_chain_never_overwrites_a_newer_one(side: Role) -> None:
+    async def test(market: Market) -> None:
+        worker, client = (
+            await market.worker(settings=replace(market.settings(), reread_ms=10**9)),
+            await market.client(),
+        )
+        await greet(client)
+        await until(lambda: not worker.server.busy)
+        channel = the_channel(client).channel_id
+        chain = worker.chain if side is Role.WORKER else client.wallet.chain
+        refresh = worker.channels.refresh if side is Role.WORKER else client.wallet.refresh
+        honest, arrived, go = chain.channel, trio.Event(), trio.Event()
+
+        async def slow_at_first(channel_id: ChannelId) -> ChannelOnChain:
+            seen = await honest(channel_id)
+            if not arrived.is_set():
+                arrived.set()
+                await go.wait()
+            return seen
+
+        chain.channel = slow_at_first  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refresh, channel)
+            await arrived.wait()
+            await client.wallet.chain.initiate_withdraw(the_channel(client).config)
+            nursery.start_soon(refresh, channel)
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+        assert the_channel(worker if side is Role.WORKER else client).withdraw_at
+
+    run_market(test)
+
+
+def test_a_withdrawal_that_no_event_told_of_is_seen_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def deaf(self: MemoryChain) -> AsyncIterator[ChainEvent]:
+        await trio.sleep_forever()
+        yield  # type: ignore[misc]
+
+    monkeypatch.setattr(MemoryChain, "events", deaf)
+
+    async def test(market: Market) -> None:
+        worker = await market.worker(settings=replace(market.settings(), reread_ms=20))
+        client = await market.client()
+        await greet(client)
+        await until(lambda: not worker.server.busy)
+        state = the_channel(worker)
+        await client.wallet.chain.initiate_withdraw(state.config)
+        await until(lambda: market.ledger.world.escrow.channel(state.channel_id).claimed == state.spent)
+
+    run_market(test)
+
+
+def test_a_channel_whose_sight_breaks_a_rule_is_set_aside_and_the_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(market: Market) -> None:
+        settings = replace(market.settings(), reread_ms=20)
+        worker, odd, sound = (
+            await market.worker(settings=settings, name="w"),
+            await market.client(),
+            await market.client(),
+        )
+        await greet(odd)
+        await greet(sound)
+        await until(lambda: not worker.server.busy)
+        channel, honest = the_channel(odd).channel_id, books.apply
+        bad = True
+
+        def apply(state: ChannelState, change: Change) -> Any:
+            if bad and state.role is Role.WORKER and state.channel_id == channel and isinstance(change, ChainSeen):
+                raise LocalProtocolError("planted")
+            return honest(state, change)
+
+        monkeypatch.setattr(books, "apply", apply)
+        await worker.claim()  # moves both, so there is something new to see of both
+        assert worker.book.quarantined == {channel: "planted"}
+        with pytest.raises(Refused):
+            await greet(odd)
+        await greet(sound)
+        market.crash(worker)
+        worker = await market.worker(settings=settings, name="w")  # the start outlives it, too
+        assert market.failures == {} and worker.book.quarantined == {channel: "planted"}
+        bad = False
+        await until(lambda: not worker.book.quarantined)
+        odd.history.clear()
+        await odd.meet(worker.network.addresses[0])
+        await greet(odd)
 
     run_market(test)
 
