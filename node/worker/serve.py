@@ -32,7 +32,7 @@ from node.store.writer import Work
 from node.worker.desk import OfferDesk
 from node.worker.meter import Meter
 from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
-from protocol.channel import Change, JobEnded, JobOpened, Part, VoucherAdded
+from protocol.channel import Change, ChannelState, JobEnded, JobOpened, Part, VoucherAdded
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import ChannelId, Hash32, JobId, ModelId, keccak256
 from protocol.job import JobWorker, Terms, ask_struct, receipt_to_wire
@@ -69,6 +69,8 @@ class ServeSettings:
     """How long an overdue voucher is waited for."""
     first_byte_ms: int = 600_000
     """How long an opened stream may wait for its ask: clients keep one open so that an ask needs no round trip."""
+    frame_ms: int = 10_000
+    """From the first byte of an ask to its last: nobody holds our memory with half a message for long."""
     ack_ms: int = 10_000
     max_streams: int = 4
     credit_limit: int = 0
@@ -145,9 +147,7 @@ class JobServer:
         """One stream. Ends normally whatever the peer does; only our own ledger's failure is raised."""
         link: JobStream[JobWorker] = JobStream(stream, JobWorker(), patience_s=self.settings.stall_ms / 1000)
         try:
-            ask = None
-            with trio.move_on_after(self.settings.first_byte_ms / 1000):
-                ask = await link.receive()
+            ask = await link.first(idle_s=self.settings.first_byte_ms / 1000, frame_s=self.settings.frame_ms / 1000)
             if ask is None:
                 await stream.reset()
                 return
@@ -198,10 +198,16 @@ class JobServer:
             worker=self.key.address,
             domain=self.domain,
             offers=self.desk.valid,
-            channel=self.book.get(ChannelId(ask.channel_id)),
+            channel=self._channel(ask),
             load=self.load(ChannelId(ask.channel_id)),
             now_ms=self.now_ms(),
         )
+
+    def _channel(self, ask: AskMessage) -> ChannelState | None:
+        channel_id = ChannelId(ask.channel_id)
+        if channel_id in self.book.quarantined:
+            raise Rejected(RefusalReason.CHANNEL_CLOSING, "what the contract says of the channel breaks a rule")
+        return self.book.get(channel_id)
 
     def _agree(self, checked: Checked, part: tuple[ChannelId, JobId, int], prompt: Prompt) -> Terms:
         if part in self.book.cut_off:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import math
+
 import pytest
 import trio
+import trio.testing
 
+from node.client.client import Client
 from node.client.settings import ClientSettings
+from node.network.drive import HELD, serve_one
+from node.network.memory import open_hub
+from node.ports import ByteStream, StreamClosed
 from node.testing.fake_backend import FakeBackend, FakeSettings
-from node.testing.market import Market, run_market
+from node.testing.market import Market, key, run_market
+from node.worker.worker import Worker
+from protocol.frames import CONTROL_LIMIT, FrameReader
+from protocol.messages import CHANNEL_PROTOCOL, JOB_PROTOCOL, OFFER_PROTOCOL
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -35,3 +46,98 @@ def test_chats_at_once_raise_a_channel_that_has_room_for_one(chats: int, latency
             assert state.reserved == 0 and not state.open_jobs
 
     run_market(scenario, latency=latency)
+
+
+# ------------------------------------------------------------------------------------------------ unfinished messages
+
+PARTIAL = CONTROL_LIMIT.to_bytes(4) + bytes(CONTROL_LIMIT - 1)
+"""The largest message but for its last byte: nobody has signed anything yet."""
+
+
+def unfinished() -> int:
+    """Bytes that frame readers really hold, whatever the account says."""
+    return sum(len(one._buffer) for one in gc.get_objects() if isinstance(one, FrameReader))
+
+
+async def fill(client: Client, worker: Worker, protocol: str, streams: int) -> list[ByteStream]:
+    """Open streams and leave a message unfinished on each."""
+    opened = [await client.network.open_stream(worker.key.peer_id, protocol) for _ in range(streams)]
+
+    async def send(stream: ByteStream) -> None:
+        try:
+            await stream.send_all(PARTIAL)
+        except StreamClosed:
+            pass
+
+    async with trio.open_nursery() as nursery:
+        for stream in opened:
+            nursery.start_soon(send, stream)
+    await trio.testing.wait_all_tasks_blocked()
+    return opened
+
+
+@pytest.mark.parametrize("protocol", [JOB_PROTOCOL, CHANNEL_PROTOCOL, OFFER_PROTOCOL])
+def test_unfinished_messages_fill_no_more_than_what_is_set_aside(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HELD, "limit", 4 << 20)
+
+    async def scenario(market: Market) -> None:
+        worker = await market.worker()
+        honest = await market.client()
+        mallories = [await market.client(deposit=0) for _ in range(6)]
+        opened = [stream for one in mallories for stream in await fill(one, worker, protocol, 4)]
+        slack = len(opened) * 65536
+        assert CONTROL_LIMIT < HELD.total <= 4 << 20
+        assert max(HELD.by_peer.values()) <= CONTROL_LIMIT
+        assert unfinished() <= HELD.total + slack
+        async with honest.chat("fake", HELLO) as stream:
+            assert await stream.text()
+        for left in opened:
+            await left.reset()
+        await trio.testing.wait_all_tasks_blocked()
+        gc.collect()
+        assert HELD.total == 0 and not HELD.by_peer and unfinished() == 0
+
+    run_market(scenario)
+
+
+def test_an_ask_has_seconds_from_its_first_byte_and_minutes_before_it() -> None:
+    async def scenario(market: Market) -> None:
+        worker = await market.worker(settings=market.settings(frame_ms=50))
+        client = await market.client()
+        silent = await client.network.open_stream(worker.key.peer_id, JOB_PROTOCOL)
+        (begun,) = await fill(client, worker, JOB_PROTOCOL, 1)
+        with pytest.raises(StreamClosed):
+            while await begun.receive_some():
+                pass
+        assert HELD.total == 0
+        with trio.move_on_after(0.2) as waited:
+            await silent.receive_some()
+        assert waited.cancelled_caught
+
+    run_market(scenario)
+
+
+def test_a_question_has_seconds_from_its_first_byte_and_minutes_before_it() -> None:
+    async def main() -> None:
+        async with open_hub() as hub:
+            server, client = hub.join(key("server").peer_id), hub.join(key("client").peer_id)
+
+            async def never(*_: object) -> None:
+                raise RuntimeError("no question was complete")
+
+            async def handle(stream: ByteStream) -> None:
+                await serve_one(stream, OFFER_PROTOCOL, never, timeout_s=math.inf, frame_s=0.05)  # type: ignore[arg-type]
+
+            server.handle(OFFER_PROTOCOL, handle)
+            peer = await client.connect(server.addresses[0])
+            silent, begun = [await client.open_stream(peer, OFFER_PROTOCOL) for _ in range(2)]
+            await begun.send_all(PARTIAL[:1000])
+            with pytest.raises(StreamClosed):
+                await begun.receive_some()
+            with trio.move_on_after(0.2) as waited:
+                await silent.receive_some()
+            assert waited.cancelled_caught and HELD.total == 0
+
+    trio.run(main)
