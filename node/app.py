@@ -12,16 +12,16 @@ import trio
 
 import node
 from node.config import Config
-from node.errors import ChainError, ModelError
+from node.errors import ModelError
 from node.ports import Chain
 from node.wiring import now_ms, open_chain, open_journal
 from node.worker.claims import ClaimPolicy
+from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.ids import Address
 from protocol.keys import PrivateKey
 from protocol.pricing import Price
-from protocol.typed_data import HotKey
 
 Say = Callable[[str], None]
 SWITCH_SECONDS = 0.0005
@@ -96,7 +96,11 @@ async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: N
         for model, speed in speeds.items():
             info = backend.models[model]
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
-        await register(config, key, chain, say)
+        notice = await payout_notice(
+            chain, key.address, Address(config.worker.payout) if config.worker.payout else None
+        )
+        if notice:
+            say(notice)
         worker = Worker(
             key=key,
             network=network,
@@ -113,21 +117,3 @@ async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: N
             yield Running(worker, chain)
         finally:
             nursery.cancel_scope.cancel()
-
-
-async def register(config: Config, key: PrivateKey, chain: Chain, say: Say) -> None:
-    """Put the operator's payout address into the Workers contract, when one is configured and not there yet.
-
-    Without `worker.payout` nothing is sent: earnings then go to the worker's own account.
-    """
-    if not config.worker.payout:
-        return
-    payout = Address(config.worker.payout)
-    if await chain.payout_of(key.address) == payout:
-        return
-    deadline = (await chain.head()).timestamp + 600
-    consent = HotKey(owner=key.address, hot_key=key.address, payout=payout, nonce=0, deadline=deadline)
-    result = await chain.register_worker(key.address, payout, deadline, key.sign(consent.digest(chain.workers_domain)))
-    if not result.ok:
-        raise ChainError(f"the payout address could not be registered: {result.error}")
-    say(f"registered: earnings go to {payout}")

@@ -141,7 +141,7 @@ class WorkerConfig:
     )
     payout: str = setting(
         "",
-        "Account that earnings go to; empty means the registered payout address, or the worker's own.",
+        "Account that earnings should go to; `start` warns when the chain has another one. `gristmill payout set` changes that.",
         check=account,
         values="an address",
     )
@@ -297,7 +297,7 @@ class Config:
         return self.data_dir / "devnet" / "state.json"
 
     def journal(self, role: str) -> Path:
-        """The journal of a role, `worker` or `client`."""
+        """The journal of a role: `worker`, `client` or `owner`."""
         return self.data_dir / "journal" / f"{role}.sqlite"
 
 

@@ -95,6 +95,17 @@ class ChannelOnChain:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerOnChain:
+    """A hot key's record in the Workers contract; all zero when it has none."""
+
+    owner: Address
+    active: bool
+    payout: Address
+    nonce: int
+    """The one that the next `HotKey` consent must carry."""
+
+
+@dataclass(frozen=True, slots=True)
 class TxResult:
     purpose: str
     hash: bytes
@@ -164,7 +175,10 @@ class Chain(Protocol):
 
     async def owed(self, receiver: Address, token: Address) -> int: ...
 
-    async def payout_of(self, worker: Address) -> Address: ...
+    async def payout_of(self, worker: Address) -> Address:
+        """Where earnings go: the registered payout, or the worker's own account."""
+
+    async def worker(self, hot_key: Address) -> WorkerOnChain: ...
 
     async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]: ...
 
@@ -191,7 +205,11 @@ class Chain(Protocol):
 
     async def finalize_withdraw(self, config: ChannelConfig) -> TxResult: ...
 
-    async def register_worker(self, hot_key: Address, payout: Address, deadline: int, signature: bytes) -> TxResult: ...
+    async def register_worker(self, hot_key: Address, payout: Address, deadline: int, signature: bytes) -> TxResult:
+        """This account becomes the owner of `hot_key`; `signature` is the hot key's consent."""
+
+    async def set_payout(self, hot_key: Address, payout: Address) -> TxResult:
+        """Only for the owner of `hot_key`."""
 
     def events(self) -> AsyncIterator[ChainEvent]:
         """Logs of our contracts from the stored cursor on, each once per canonical block; reorgs as ``removed``."""

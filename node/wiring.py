@@ -21,6 +21,7 @@ from protocol.keys import PrivateKey
 
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
+    from node.chain.deployment import Deployment
 
 
 def now_ms() -> int:
@@ -50,14 +51,9 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIt
     Raises `ConfigError` when none is configured, `ChainError` when the chain or the contracts are not what they should be.
     """
     from node.chain.client import EvmChain
-    from node.chain.deployment import Deployment
     from node.chain.txs import TxPolicy, unfinished
 
-    if not config.chain.rpc_urls or config.chain.deployment is None:
-        raise ConfigError(
-            "no chain is configured: chain.rpc_urls and chain.deployment are empty",
-            hint="start a local one with `gristmill devnet up`, or set both",
-        )
+    deployment = _deployment(config)
 
     async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
         await ledger.append([Entry(kind, subject, body)])
@@ -76,7 +72,7 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIt
     )
     chain = await EvmChain.connect(
         config.chain.rpc_urls,
-        Deployment.load(config.chain.deployment),
+        deployment,
         key,
         journal=journal,
         pending=pending,
@@ -87,3 +83,26 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIt
         yield chain
     finally:
         await chain.aclose()
+
+
+@asynccontextmanager
+async def look_at_chain(config: Config) -> AsyncIterator[EvmChain]:
+    """Our contracts, checked, to read only: its account is a random one without money. Raises as `open_chain` does."""
+    from node.chain.client import EvmChain
+
+    chain = await EvmChain.connect(config.chain.rpc_urls, _deployment(config), PrivateKey(random32()))
+    try:
+        yield chain
+    finally:
+        await chain.aclose()
+
+
+def _deployment(config: Config) -> Deployment:
+    from node.chain.deployment import Deployment
+
+    if not config.chain.rpc_urls or config.chain.deployment is None:
+        raise ConfigError(
+            "no chain is configured: chain.rpc_urls and chain.deployment are empty",
+            hint="start a local one with `gristmill devnet up`, or set both",
+        )
+    return Deployment.load(config.chain.deployment)

@@ -17,7 +17,7 @@ from node.chain.rpc import JsonRpc, Reverted
 from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
 from node.chain.watcher import Watcher
 from node.errors import ChainError
-from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult
+from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult, WorkerOnChain
 from protocol.ids import ZERO_ADDRESS, Address, ChannelId
 from protocol.keys import PrivateKey
 from protocol.typed_data import ChannelConfig, Domain
@@ -173,10 +173,8 @@ class EvmChain:
     async def payout_of(self, worker: Address) -> Address:
         return Address(await self._view(self._workers, self.deployment.workers, "payoutOf", worker))
 
-    async def worker_nonce(self, hot_key: Address) -> int:
-        """Nonce that the next `HotKey` consent must carry."""
-        record = await self._view(self._workers, self.deployment.workers, "worker", hot_key)
-        return int(record[3])
+    async def worker(self, hot_key: Address) -> WorkerOnChain:
+        return WorkerOnChain(*await self._view(self._workers, self.deployment.workers, "worker", hot_key))
 
     async def _view(self, source: Contract, address: Address, function: str, *args: object) -> Any:
         try:
@@ -239,6 +237,10 @@ class EvmChain:
     async def register_worker(self, hot_key: Address, payout: Address, deadline: int, signature: bytes) -> TxResult:
         data = self._workers.encode("register", hot_key, payout, deadline, signature)
         return await self._sender.send("register", self.deployment.workers, data)
+
+    async def set_payout(self, hot_key: Address, payout: Address) -> TxResult:
+        data = self._workers.encode("setPayout", hot_key, payout)
+        return await self._sender.send("set_payout", self.deployment.workers, data)
 
     async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
         return await self._sender.send(purpose, self.deployment.channels, self._channels.encode(function, *args))

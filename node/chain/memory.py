@@ -16,7 +16,7 @@ from typing import Any, Final
 import trio
 
 from node.errors import ChainError
-from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult
+from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult, WorkerOnChain
 from protocol import escrow
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.escrow import Escrow, EscrowError
@@ -266,9 +266,11 @@ class MemoryChain:
     async def payout_of(self, worker: Address) -> Address:
         return (await self._look()).escrow.payout_of(worker)
 
-    async def worker_nonce(self, hot_key: Address) -> int:
-        """Nonce that the next `HotKey` consent must carry."""
-        return (await self._look()).escrow.nonce_of(hot_key)
+    async def worker(self, hot_key: Address) -> WorkerOnChain:
+        found = (await self._look()).escrow.workers.get(hot_key)
+        if found is None:
+            return WorkerOnChain(ZERO_ADDRESS, False, ZERO_ADDRESS, 0)
+        return WorkerOnChain(found.owner, found.active, found.payout, found.nonce)
 
     # -------------------------------------------------------------------------------------------------------- changing
 
@@ -429,6 +431,18 @@ class MemoryChain:
             return replace(world, escrow=state), [event]
 
         return await self._send("register", change)
+
+    async def set_payout(self, hot_key: Address, payout: Address) -> TxResult:
+        account = self._account
+
+        def change(world: World, now: int) -> tuple[World, Events]:
+            before = world.escrow.payout_of(hot_key)
+            state = escrow.set_payout(world.escrow, account, hot_key, payout)
+            return replace(world, escrow=state), [
+                ("PayoutSet", {"hotKey": hot_key, "previous": before, "payout": payout})
+            ]
+
+        return await self._send("set_payout", change)
 
     def events(self) -> AsyncIterator[ChainEvent]:
         return _Events(self.ledger)

@@ -18,7 +18,7 @@ from node.chain.deployment import Deployment
 from node.chain.memory import MemoryChain, MemoryLedger
 from node.chain.txs import DEVNET_POLICY
 from node.errors import ChainError, ConfigError
-from node.ports import Chain, ClaimEntry, TxResult
+from node.ports import Chain, ClaimEntry, TxResult, WorkerOnChain
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import Devnet, devnet
 from protocol.ids import ZERO_ADDRESS, Address, Hash32, keccak256
@@ -138,7 +138,7 @@ def test_deposit_allocate_claim_settle_withdraw(kind: str) -> None:
             )
         )
         assert await worker.payout_of(WORKER.address) == PAYOUT
-        assert await worker.worker_nonce(WORKER.address) == 1
+        assert await worker.worker(WORKER.address) == WorkerOnChain(OWNER.address, True, PAYOUT, 1)
         ok(await allocate(w, config, 1_000))
         ok(await allocate(w, config, 1_500))
         state = await worker.channel(channel_id)

@@ -1,0 +1,104 @@
+"""`payout`: where the worker's earnings go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from node.cli import passwords
+from node.cli.main import Group, Shared
+from node.cli.options import password_options
+from node.cli.params import ADDRESS
+from protocol.ids import ZERO_ADDRESS, Address
+from protocol.keys import PrivateKey
+
+if TYPE_CHECKING:
+    from node.ports import TxResult
+
+WORKER = click.option("--worker", type=ADDRESS, help="The worker's address; by default that of the key `worker` here.")
+
+
+@click.group(cls=Group)
+def command() -> None:
+    """Show and set where a worker's earnings go.
+
+    Until it is set they go to the worker's own account, whose key is on the worker's machine. The key `owner` decides
+    once it has registered the worker; keep its file elsewhere afterwards.
+    """
+
+
+@command.command()
+@WORKER
+@click.pass_obj
+def show(shared: Shared, worker: Address | None) -> None:
+    """Show the payout account, as the contract has it. Needs no password."""
+    import trio
+
+    data = trio.run(_look, shared, worker or shared.keystore.address("worker"))
+    lines = [
+        f"worker  {data['worker']}",
+        f"payout  {data['payout']}",
+        f"owner   {data['owner'] or 'none: not registered'}",
+    ]
+    shared.output.result(data, "\n".join(lines))
+
+
+@command.command("set")
+@click.argument("address", type=ADDRESS)
+@WORKER
+@password_options
+@click.pass_obj
+def set_(shared: Shared, address: Address, worker: Address | None) -> None:
+    """Send the earnings to ADDRESS from now on.
+
+    Signed and paid by the key `owner` (`gristmill wallet new owner`), which needs some coins of the chain for gas. The
+    first time registers the worker, with the consent of the key `worker`; after that only the owner is needed, on any
+    machine: name the worker with --worker there.
+    """
+    import trio
+
+    worker = worker or shared.keystore.address("worker")
+    owner = passwords.unlock(shared, "owner")
+    result = trio.run(_set, shared, owner, worker, address)
+    data = {
+        "worker": str(worker),
+        "owner": str(owner.address),
+        "payout": str(address),
+        "changed": result is not None,
+        "transactions": [],
+    }
+    if result is not None:
+        from node.cli.start import transaction
+
+        data["transactions"] = [transaction(result)]
+    shared.output.result(data, f"earnings of {worker} go to {address}" + ("" if result else " already"))
+
+
+async def _look(shared: Shared, worker: Address) -> dict[str, Any]:
+    from node.wiring import look_at_chain
+
+    async with look_at_chain(shared.config) as chain:
+        owner = (await chain.worker(worker)).owner
+        return {
+            "worker": str(worker),
+            "payout": str(await chain.payout_of(worker)),
+            "owner": None if owner == ZERO_ADDRESS else str(owner),
+            "setting": shared.config.worker.payout or None,
+        }
+
+
+async def _set(shared: Shared, owner: PrivateKey, worker: Address, payout: Address) -> TxResult | None:
+    from node.errors import InsufficientFunds
+    from node.wiring import open_chain, open_journal
+    from node.worker.payout import needs_consent, set_payout
+
+    with open_journal(shared.config, "owner", owner) as ledger:
+        async with open_chain(shared.config, owner, ledger) as chain:
+            if not await chain.native_balance(owner.address):
+                raise InsufficientFunds(
+                    f"the owner's account {owner.address} has nothing to pay gas with",
+                    hint="send it some of the chain's coin",
+                )
+            hot_key = passwords.unlock(shared, "worker") if await needs_consent(chain, worker) else None
+            return await set_payout(chain, worker, payout, hot_key)
