@@ -1,13 +1,16 @@
 """Channel housekeeping: open, query, close; and keeping the book in step with the chain.
 
 A channel is served only on what the contract has locked: `open` submits the payer's signed allocation itself, so a client
-needs no transaction to reach a new worker. What a stranger can make us spend on gas is bounded: the vault balance is read
-first, and an allocation too small to be worth its gas is refused.
+needs no transaction to reach a new worker. That gas is ours, and a stranger's money is only locked, not spent. So what strangers
+can make us burn is bounded, not zero: nothing is submitted that the vault cannot hold or that adds less than
+`min_allocation`; one payer gets so many transactions a day, and all payers together so many an hour (`GasBudget`; payers are
+free to make, so the second is the true bound); and money that has earned us nothing goes home by the delayed withdrawal only.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,7 +53,42 @@ class ChannelRules:
     min_withdraw_delay: int
     """Seconds."""
     min_allocation: int
-    """Smallest unit: below it the gas of allocating and claiming is not worth it."""
+    """Smallest unit: what an allocation must add; below it the gas of allocating and claiming is not worth it."""
+    min_earned: int = 1
+    """Smallest unit: what a channel must have earned before we consent to close it at once."""
+    payer_per_day: int = 20
+    """Allocations submitted for one payer in 24 hours."""
+    all_per_hour: int = 600
+    """Allocations submitted for all payers in an hour."""
+
+
+class GasBudget:
+    """Counts the allocations submitted of late. Memory: at most a day of `all_per_hour`."""
+
+    def __init__(self, rules: ChannelRules) -> None:
+        self._rules = rules
+        self._hour: deque[int] = deque()
+        self._day: deque[tuple[int, Address]] = deque()
+        self._of: Counter[Address] = Counter()
+
+    def take(self, payer: Address, now_s: int) -> None:
+        """One more for this payer. Raises `RemoteProtocolError` when there is none left; nothing is counted then."""
+        while self._hour and self._hour[0] <= now_s - 3600:
+            self._hour.popleft()
+        while self._day and self._day[0][0] <= now_s - 86_400:
+            _, old = self._day.popleft()
+            self._of[old] -= 1
+            if not self._of[old]:
+                del self._of[old]
+        if self._of[payer] >= self._rules.payer_per_day:
+            raise RemoteProtocolError(
+                WireCode.INTERNAL, f"this worker submits {self._rules.payer_per_day} allocations a day for one payer"
+            )
+        if len(self._hour) >= self._rules.all_per_hour:
+            raise RemoteProtocolError(WireCode.INTERNAL, "too many channels were opened in this hour; ask again later")
+        self._hour.append(now_s)
+        self._day.append((now_s, payer))
+        self._of[payer] += 1
 
 
 class ChannelDesk:
@@ -74,6 +112,7 @@ class ChannelDesk:
         self._rules = rules
         self._now_s = now_s
         self._claim_now = claim_now
+        self._gas = GasBudget(rules)
         self._opening = trio.CapacityLimiter(4)
         self.draining = False
 
@@ -99,7 +138,7 @@ class ChannelDesk:
         config = config_from_wire(message.config)
         allocated = amount_from_wire(message.allocated)
         channel_id = config.channel_id(self._domain)
-        self._check(config, allocated, message.valid_before)
+        self._check(config, message.valid_before)
         allocation = Allocation(channel_id, allocated, message.valid_before)
         require_signer(allocation.digest(self._domain), message.signature, config.payer, "allocation")
         async with self._opening:
@@ -114,7 +153,7 @@ class ChannelDesk:
         await self._book.change([])  # what another task applied a moment ago is durable before it is told
         return self._status(state, transaction)
 
-    def _check(self, config: ChannelConfig, allocated: int, valid_before: int) -> None:
+    def _check(self, config: ChannelConfig, valid_before: int) -> None:
         me = self._key.address
         if config.receiver != me or config.receiver_authorizer != me:
             raise RemoteProtocolError(
@@ -126,19 +165,21 @@ class ChannelDesk:
             raise RemoteProtocolError(
                 WireCode.BAD_VOUCHER, f"a withdraw delay of at least {self._rules.min_withdraw_delay} s is required"
             )
-        if allocated < self._rules.min_allocation:
-            raise RemoteProtocolError(
-                WireCode.BAD_VOUCHER, f"an allocation of at least {self._rules.min_allocation} is required"
-            )
         if valid_before <= self._now_s():
             raise RemoteProtocolError(WireCode.EXPIRED, "the allocation is past its time")
 
     async def _submit(self, config: ChannelConfig, missing: int, message: OpenChannel) -> bytes:
+        if missing < self._rules.min_allocation:
+            raise RemoteProtocolError(
+                WireCode.BAD_VOUCHER,
+                f"an allocation must add at least {self._rules.min_allocation}, this adds {missing}",
+            )
         balance = await self._chain.vault_balance(config.token, config.payer)
         if balance < missing:
             raise RemoteProtocolError(
                 WireCode.BAD_VOUCHER, f"the payer's vault holds {balance}, the allocation needs {missing} more"
             )
+        self._gas.take(config.payer, self._now_s())
         result = await self._chain.allocate(
             config, amount_from_wire(message.allocated), message.valid_before, message.signature
         )
@@ -182,6 +223,12 @@ class ChannelDesk:
         if state.open_jobs:
             raise RemoteProtocolError(WireCode.UNEXPECTED, f"{len(state.open_jobs)} jobs are under way on this channel")
         final = max(state.claimed, min(state.spent, state.cumulative)) if state.final is None else state.final
+        if state.final is None and final < self._rules.min_earned:
+            raise RemoteProtocolError(
+                WireCode.UNEXPECTED,
+                f"{final} is earned on this channel, below {self._rules.min_earned} it is not closed at once; "
+                "withdraw after the delay",
+            )
         if asked < final:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"{final} is due on this channel, not {asked}")
         signature = self._key.sign(Close(state.channel_id, final).digest(self._domain))

@@ -57,6 +57,8 @@ class WorkerSettings:
     credit_ticks: int = 1
     min_withdraw_delay: int = 900
     min_allocation: int = 1
+    min_earned: int = 1
+    """What a channel must have earned before it is closed at once; else its payer waits out the delay."""
     max_tokens: int = 65_536
     chain_poll_ms: int = 1000
     reread_ms: int = 30_000
@@ -107,7 +109,9 @@ class Worker:
             domain=chain.domain,
             book=self.book,
             chain=chain,
-            rules=ChannelRules(settings.token, settings.min_withdraw_delay, settings.min_allocation),
+            rules=ChannelRules(
+                settings.token, settings.min_withdraw_delay, settings.min_allocation, settings.min_earned
+            ),
             now_s=lambda: now_ms() // 1000,
             claim_now=self.claimer.hurry,
         )

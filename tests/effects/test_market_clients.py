@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -19,8 +20,9 @@ from node.ports import StreamClosed
 from node.testing.cheaters import STRANGER, Hand
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
+from node.worker.channels import ChannelRules, GasBudget
 from node.worker.worker import Worker
-from protocol.channel import Role
+from protocol.channel import ChannelState, Role
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32
 from protocol.messages import (
@@ -43,7 +45,7 @@ from protocol.messages import (
 )
 from protocol.offers import open_offer, sign_offer
 from protocol.pricing import Price, cost
-from protocol.typed_data import Close, Domain
+from protocol.typed_data import Allocation, Close, Domain
 
 HELLO = [{"role": "user", "content": "hello there"}]
 PROMPT = 3
@@ -537,6 +539,85 @@ def test_a_channel_that_may_not_be_is_not_opened_and_costs_no_gas(change: dict[s
         assert len(worker.book.channels) == 1
 
     run_market(test)
+
+
+def _open_question(client: Client, state: ChannelState, allocated: int, salt: int | None = None) -> OpenChannel:
+    config = state.config if salt is None else replace(state.config, salt=Hash32(salt.to_bytes(32)))
+    allocation = Allocation(config.channel_id(client.wallet.domain), allocated, state.valid_before)
+    return OpenChannel(
+        config=config_to_wire(config),
+        allocated=amount_to_wire(allocated),
+        valid_before=state.valid_before,
+        signature=client.wallet.payer.sign(allocation.digest(client.wallet.domain)),
+    )
+
+
+async def _refused(client: Client, worker: Worker, question: msgspec.Struct) -> RemoteProtocolError:
+    with pytest.raises(RemoteProtocolError) as caught:
+        await converse(client.network, worker.key.peer_id, CHANNEL_PROTOCOL, question, timeout_s=5)
+    return caught.value
+
+
+def test_an_allocation_that_adds_too_little_costs_no_gas() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(settings=replace(market.settings(), min_allocation=1_000))
+        client = await market.client()
+        state = (await Hand.of(client, worker)).state
+        head = market.ledger.head.number
+        for question in (
+            _open_question(client, state, state.authorized + 999),
+            _open_question(client, state, 999, salt=1),
+        ):
+            assert (await _refused(client, worker, question)).code is WireCode.BAD_VOUCHER
+        assert market.ledger.head.number == head and len(worker.book.channels) == 1
+        more = _open_question(client, state, state.authorized + 1_000)
+        await converse(client.network, worker.key.peer_id, CHANNEL_PROTOCOL, more, timeout_s=5)
+        assert worker.book.channels[state.channel_id].allocated == state.authorized + 1_000
+
+    run_market(test)
+
+
+def test_a_channel_that_earned_nothing_goes_home_by_the_delayed_withdrawal() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client()
+        state = (await Hand.of(client, worker)).state
+        farewell = await client.wallet.close(state.channel_id, worker.key.peer_id)
+        assert not farewell.cooperative and farewell.available_at and "0 is earned" in farewell.note
+        assert worker.book.channels[state.channel_id].final is None
+
+    run_market(test)
+
+
+def test_what_one_payer_and_all_payers_can_make_a_worker_submit_is_bounded() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client()
+        rules = worker.channels._rules
+        state = (await Hand.of(client, worker)).state
+        for salt in range(1, rules.payer_per_day):
+            question = _open_question(client, state, 1, salt=salt)
+            await converse(client.network, worker.key.peer_id, CHANNEL_PROTOCOL, question, timeout_s=5)
+        head = market.ledger.head.number
+        one_more = await _refused(client, worker, _open_question(client, state, 1, salt=99))
+        assert one_more.code is WireCode.INTERNAL and market.ledger.head.number == head
+        await Hand.of(await market.client(), worker)  # others are served
+
+    run_market(test)
+
+
+def test_the_gas_budget_forgets_after_an_hour_and_a_day() -> None:
+    rules = ChannelRules(Address(bytes(20)), 900, 1, payer_per_day=2, all_per_hour=3)
+    budget = GasBudget(rules)
+
+    def takes(payer: int, now_s: int) -> bool:
+        try:
+            budget.take(Address(payer.to_bytes(20)), now_s)
+        except RemoteProtocolError:
+            return False
+        return True
+
+    assert [takes(1, 0), takes(1, 0), takes(1, 0), takes(2, 0), takes(3, 0)] == [True, True, False, True, False]
+    assert [takes(3, 3599), takes(3, 3600), takes(1, 3600), takes(1, 86_399)] == [False, True, False, False]
+    assert takes(1, 86_400) and len(budget._day) == 2 and set(budget._of) == {Address((n).to_bytes(20)) for n in (1, 3)}
 
 
 # --------------------------------------------------------------------------------------------------------- nonsense
