@@ -17,7 +17,6 @@ loading are its last third.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import stat
 import tomllib
@@ -27,6 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from node import nesting
 from node.errors import ConfigError
 from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, setting, web_address
 
@@ -46,6 +46,8 @@ NOT_SETTINGS: Final = frozenset(
 PROJECT_FILE: Final = "gristmill.toml"
 MAX_FILE_BYTES: Final = 1 << 20
 AMOUNT_MAX: Final = 2**63 - 1
+CREDIT_TOKENS_MAX: Final = 65_536
+"""Most output on credit that an offer can state."""
 DELAY_MIN: Final = 900
 DELAY_MAX: Final = 30 * 24 * 3600
 """The Channels contract refuses withdraw delays outside of these (seconds)."""
@@ -106,7 +108,13 @@ class WorkerConfig:
     tick_tokens: int = setting(
         64, "Payment falls due at least every so many generated tokens.", unit="tokens", low=1, high=65_536
     )
-    tick_ms: int = setting(2000, "Payment falls due at least this often.", unit="ms", low=10, high=600_000)
+    tick_ms: int = setting(
+        2000,
+        "Payment falls due at least this often: a client that knows our speed pays ahead for so long, 8 tokens at least.",
+        unit="ms",
+        low=10,
+        high=60_000,
+    )
     credit_ticks: int = setting(
         1, "How many ticks of one stream may be unpaid before it pauses.", unit="ticks", low=1, high=1000
     )
@@ -118,8 +126,7 @@ class WorkerConfig:
         high=AMOUNT_MAX,
     )
     max_streams: int = setting(4, "Jobs that run at once.", unit="streams", low=1, high=4096)
-    queue: int = setting(16, "Accepted jobs that may wait for a place.", unit="jobs", low=0, high=65_536)
-    offer_ttl_s: int = setting(60, "How long a signed offer stands.", unit="s", low=1, high=86_400)
+    offer_ttl_s: int = setting(60, "How long a signed offer stands.", unit="s", low=1, high=3600)
     coalesce_ms: int = setting(
         15, "Tokens that come within this time travel in one chunk.", unit="ms", low=0, high=1000
     )
@@ -220,13 +227,6 @@ class ModelsConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class StoreConfig:
-    """The journal."""
-
-    group_commit_ms: int = setting(3, "Records that come within this time share one fsync.", unit="ms", low=0, high=5)
-
-
-@dataclass(frozen=True, slots=True)
 class KeysConfig:
     """The keystore."""
 
@@ -266,7 +266,6 @@ class Config:
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """By key: where its value came from, e.g. `default`, `flag`, `environment GRISTMILL_NETWORK` or a file's path."""
@@ -422,7 +421,7 @@ def _devnet(data_dir: Path, network: str) -> _Source | None:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError("too large")
-        state = json.loads(path.read_text("utf-8"))
+        state = nesting.loads(path.read_bytes())
         values = {"chain.rpc_urls": [state["url"]], "chain.deployment": state["deployment"]}
     except FileNotFoundError:
         return None
@@ -468,7 +467,19 @@ def load(
     kinds = {one.name: one.default_factory for one in fields(Config)}
     made = {name: kinds[name](**sections[name]) for name in SECTIONS}  # type: ignore[operator]
     origins = {name: origin for name, (_, origin) in picked.items()}
+    _check_credit(made["worker"], origins)
     return Config(**sections[""], **made, origins=origins, user_file=user)
+
+
+def _check_credit(worker: WorkerConfig, origins: Mapping[str, str]) -> None:
+    """The offer states the credit in tokens, and has a bound for it. Raises ConfigError."""
+    tokens = worker.credit_ticks * worker.tick_tokens
+    if tokens > CREDIT_TOKENS_MAX:
+        raise ConfigError(
+            f"worker.credit_ticks ({origins['worker.credit_ticks']}) times worker.tick_tokens "
+            f"({origins['worker.tick_tokens']}) is {tokens} tokens; an offer may grant {CREDIT_TOKENS_MAX}",
+            hint="lower one of the two",
+        )
 
 
 def user_file(data_dir: Path | None, environ: Mapping[str, str]) -> Path:

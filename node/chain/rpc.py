@@ -26,6 +26,7 @@ import trio
 
 from node.chain.values import quantity
 from node.errors import ChainError
+from node.nesting import check_depth
 
 MAX_RESPONSE: Final = 16 << 20
 """Most bytes of one answer's body."""
@@ -230,8 +231,9 @@ class JsonRpc:
 
     def _unwrap(self, endpoint: _Endpoint, method: str, number: int, status: int, raw: bytes) -> Any:
         try:
+            check_depth(raw)
             answer = msgspec.json.decode(raw, type=_Answer)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise RpcUnavailable(f"{endpoint.name} answered {method} with status {status} and no JSON-RPC") from error
         if answer.error is not None:
             raise _rpc_error(method, answer.error)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from node import nesting
 from node.errors import ModelError
 from protocol.ids import ModelId
 
@@ -94,7 +95,7 @@ class Manifest:
         if len(data) > MAX_BYTES:
             raise ModelError(f"the manifest is larger than {MAX_BYTES} bytes")
         try:
-            raw = json.loads(data)
+            raw = nesting.loads(data)
             manifest = cls._from_json(raw)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ModelError(f"the manifest is malformed: {error}"[:300]) from None

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
+from node import nesting
 from node.errors import ModelError
 
 MAX_HEADER: Final = 16 << 20
@@ -35,7 +36,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > MAX_HEADER or 8 + length > size:
                 raise ModelError(f"{path.name}: header of {length} bytes is too large")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = nesting.loads(file.read(length))
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
         spans = []
         found = {}

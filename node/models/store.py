@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from node import nesting
 from node.errors import ModelError
 from node.models.manifest import MAX_BYTES, FileEntry, Manifest
 from node.models.safetensors_file import read_header
@@ -239,7 +239,7 @@ def _check_names(folder: Path, allowed: set[str]) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = nesting.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} is not JSON: {error}"[:300]) from None
     if not isinstance(value, dict):

@@ -7,13 +7,13 @@ and a stream's text is exactly the UTF-8 decoding of its tokens' bytes, however 
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
 
+from node import nesting
 from node.errors import ModelError, PromptInvalid
 from node.models.template import Renderer
 
@@ -38,7 +38,7 @@ class Tokenizer:
         """Load from a model folder. Raises `ModelError` when the tokenizer is missing, damaged or of another kind."""
         raw = (folder / "tokenizer.json").read_bytes()
         try:
-            decoder = (json.loads(raw).get("decoder") or {}).get("type")
+            decoder = (nesting.loads(raw).get("decoder") or {}).get("type")
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises bare Exception for a bad file
             raise ModelError(f"tokenizer.json cannot be read: {error}"[:300]) from None
@@ -149,7 +149,7 @@ def _renderer(folder: Path) -> Renderer | None:
     path = folder / "tokenizer_config.json"
     if path.is_file():
         try:
-            config = json.loads(path.read_bytes())
+            config = nesting.loads(path.read_bytes())
             tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         except (ValueError, AttributeError, RecursionError) as error:
             raise ModelError(f"tokenizer_config.json cannot be read: {error}"[:300]) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from node import nesting
 from node.errors import NodeError, Timeout
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ async def ask(path: Path, command: str, *, timeout_s: float = 60, **arguments: A
             raise NotRunning("no worker is running on this data dir", hint="gristmill start") from None
         async with stream:
             await stream.send_all(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(await _line(stream, ANSWER_LIMIT))
+            answer: dict[str, Any] = nesting.loads(await _line(stream, ANSWER_LIMIT))
         if "error" in answer:
             error = ControlFailed(str(answer["error"].get("message")), hint=str(answer["error"].get("hint", "")))
             raise error
@@ -68,7 +69,7 @@ async def ask(path: Path, command: str, *, timeout_s: float = 60, **arguments: A
 async def _answer(stream: trio.SocketStream, handlers: Mapping[str, Handler]) -> None:
     async with stream:
         try:
-            question = json.loads(await _line(stream, QUESTION_LIMIT))
+            question = nesting.loads(await _line(stream, QUESTION_LIMIT))
             answer = await handlers[question.pop("command")](question)
         except NodeError as error:
             answer = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
