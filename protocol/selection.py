@@ -14,7 +14,7 @@ from enum import StrEnum
 from protocol.ids import Address, ModelId, PeerId
 from protocol.messages import Params
 from protocol.offers import ModelOffer, VerifiedOffer
-from protocol.pricing import cost
+from protocol.pricing import Price, cost
 
 
 class Exclusion(StrEnum):
@@ -31,7 +31,7 @@ class Exclusion(StrEnum):
     UNSUPPORTED_PARAM = "unsupported_param"
     """The request sets a parameter that it does not list."""
     PRICE_TOO_HIGH = "price_too_high"
-    """The job could cost more than `Policy.max_cost` here."""
+    """The job could cost more than `Policy.max_cost` here, or one of its prices is over `Policy.max_price`."""
     TOKEN_NOT_HELD = "token_not_held"  # noqa: S105 (a reason, not a secret)
     """It is paid in a token that is not in `Policy.tokens`."""
     EXCLUDED_BY_POLICY = "excluded_by_policy"
@@ -53,11 +53,25 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class PriceLimit:
+    """The highest prices that are accepted, in the units of `Price`; None = no limit."""
+
+    request: int | None = None
+    input: int | None = None
+    output: int | None = None
+
+    def admits(self, price: Price) -> bool:
+        pairs = ((self.request, price.request), (self.input, price.input), (self.output, price.output))
+        return all(most is None or asked <= most for most, asked in pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The client's wishes."""
 
     max_cost: int | None = None
     """Most for the whole job, smallest unit."""
+    max_price: PriceLimit | None = None
     tokens: frozenset[Address] = frozenset()
     """Tokens we can pay with; empty means any."""
     only: frozenset[PeerId] = frozenset()
@@ -162,7 +176,8 @@ def _exclusions(
             reasons.append(Exclusion.MAX_TOKENS_EXCEEDED)
         if set(changed_params(request.params)) - set(model.params):
             reasons.append(Exclusion.UNSUPPORTED_PARAM)
-        if policy.max_cost is not None and _upper_cost(model, request) > policy.max_cost:
+        dear = policy.max_cost is not None and _upper_cost(model, request) > policy.max_cost
+        if dear or (policy.max_price is not None and not policy.max_price.admits(model.price)):
             reasons.append(Exclusion.PRICE_TOO_HIGH)
     if not offer.valid_at(now_ms):
         reasons.append(Exclusion.OFFER_EXPIRED)

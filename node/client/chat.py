@@ -7,6 +7,7 @@ network and pays (`node.client.part`), so that a slow reader of chunks delays no
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.client.part import Part
+from node.client.settings import ClientSettings
 from node.client.values import ChatChunk, PartRecord, Timings, Usage
 from node.errors import (
     InsufficientFunds,
@@ -64,6 +66,18 @@ STALE_OFFER = frozenset({RefusalReason.OFFER_EXPIRED, RefusalReason.OFFER_UNKNOW
 
 ROOM_ATTEMPTS = 64
 """How often one chat looks for room on a channel: at each look at least one other chat has got its own."""
+
+
+def _tick_tokens(candidate: Candidate, settings: ClientSettings) -> int:
+    """How much output to pay ahead: what the worker delivers in its `tick_ms`, and no more than its tick or ours.
+
+    To pay a slow worker 64 tokens ahead is to lend it the price of many seconds of nothing.
+    """
+    document, speed = candidate.offer.document, candidate.tokens_per_second
+    most = min(document.tick_tokens, settings.tick_tokens)
+    if not speed:
+        return most
+    return min(most, max(settings.min_tick_tokens, math.ceil(speed * document.tick_ms / 1000)))
 
 
 class ChatStream:
@@ -242,7 +256,7 @@ class ChatStream:
             input_limit=input_limit,
             receiver_authorizer=channel.config.receiver_authorizer,
             payer_authorizer=channel.config.payer_authorizer,
-            tick_tokens=min(offer.document.tick_tokens, client.settings.tick_tokens),
+            tick_tokens=_tick_tokens(candidate, client.settings),
             credit_tokens=offer.document.credit_tokens,
         )
         return Part(self, candidate, terms, draft, stream)

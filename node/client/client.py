@@ -219,6 +219,8 @@ class Client:
         policy = policy or Policy()
         if policy.max_cost is None and self.settings.max_cost:
             policy = replace(policy, max_cost=self.settings.max_cost)
+        if policy.max_price is None:
+            policy = replace(policy, max_price=self.settings.max_price)
         return policy
 
     # ---------------------------------------------------------------------------------------------------- workers

@@ -24,6 +24,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.ids import ModelId
 from protocol.keys import PrivateKey
 from protocol.messages import ChatMessage
+from protocol.selection import PriceLimit
 
 if TYPE_CHECKING:
     from node.models.tokenizer import Tokenizer
@@ -120,6 +121,11 @@ def client_settings(config: Config) -> ClientSettings:
         allocation=given.allocation,
         withdraw_delay_s=given.withdraw_delay_s,
         max_cost=given.max_cost,
+        max_price=PriceLimit(  # in the configuration 0 means no limit
+            request=given.max_price_request or None,
+            input=given.max_price_input or None,
+            output=given.max_price_output or None,
+        ),
         deadline_ms=given.deadline_ms,
         first_token_ms=given.first_token_ms,
         stall_ms=given.stall_ms,

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+from protocol.selection import PriceLimit
+
+NO_LIMIT: Final = PriceLimit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +21,14 @@ class ClientSettings:
     """How long a signed allocation may be submitted."""
     max_cost: int = 0
     """Most for one job; 0 = no limit of ours."""
+    max_price: PriceLimit = NO_LIMIT
     deadline_ms: int = 120_000
     first_token_ms: int = 30_000
     stall_ms: int = 15_000
     open_timeout_ms: int = 30_000
     tick_tokens: int = 64
     """Most output paid ahead, whatever tick an offer names: what one worker can take and not deliver."""
+    min_tick_tokens: int = 8
+    """Paid ahead to a slow worker too, where an offer's `tick_ms` would be less."""
     attempts: int = 3
     """Workers tried before the first token."""

@@ -308,9 +308,9 @@ def test_a_missing_password_file_and_a_closed_descriptor(run: Run) -> None:
 
 def test_config_show(run: Run, data: Path) -> None:
     assert set(run("config", "show", "--json").one) == set(KEYS)
-    found = run("--set", "worker.queue=3", "config", "show", "worker.queue", "network", "--origin", "--json").one
+    found = run("--set", "worker.max_streams=3", "config", "show", "worker.max_streams", "network", "--origin", "--json").one
     assert found == {
-        "worker.queue": {"value": 3, "origin": "flag"},
+        "worker.max_streams": {"value": 3, "origin": "flag"},
         "network": {"value": "devnet", "origin": "default"},
     }
     text = run("config", "show").out
@@ -335,7 +335,7 @@ def test_a_bad_setting_is_three(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 def test_set_needs_an_equals_sign(run: Run) -> None:
-    assert run("--set", "worker.queue", "config", "show").status == 2
+    assert run("--set", "worker.max_streams", "config", "show").status == 2
     assert run("config", "show", "nothing").status == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from collections.abc import Callable
@@ -13,9 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from node import config as module
+from node.client.connect import client_settings
 from node.config import KEYS, Config, load
 from node.errors import ConfigError
 from node.settings import PARSERS
+from protocol.messages import decode_value, encode
+from protocol.offers import OFFER_TTL_MAX_MS, ModelOffer, OfferDocument
+from protocol.pricing import Price
+from protocol.selection import PriceLimit
 
 SOURCES = ("flag", "environment", "project", "user")
 
@@ -45,6 +51,78 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conf
     return make
 
 
+def reads(tree: ast.AST) -> set[str]:
+    """Settings that code reads: `x.section.name`, or `given.name` after `given = x.section`; `config.name` at the top."""
+    sections = {
+        node.targets[0].id: node.value.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in module.SECTIONS
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            match node.value:
+                case ast.Attribute(attr=section) if section in module.SECTIONS:
+                    found.add(f"{section}.{node.attr}")
+                case ast.Name(id=name) if name in sections:
+                    found.add(f"{sections[name]}.{node.attr}")
+                case ast.Name(id="config" | "self"):
+                    found.add(node.attr)
+                case ast.Attribute(attr="config"):
+                    found.add(node.attr)
+    return found
+
+
+def test_every_setting_does_something() -> None:
+    """A setting that nothing reads is a promise that nobody keeps. The properties of `Config` count as readers."""
+    root = Path(module.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        tree: ast.AST = ast.parse(path.read_text("utf-8"))
+        if path.name == "config.py" and path.parent == root:
+            (tree,) = [one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name == "Config"]
+        found |= reads(tree)
+    assert sorted(set(KEYS) - found) == []
+
+
+def test_the_check_for_dead_settings_sees_one() -> None:
+    source = "def f(config):\n    given = config.client\n    return given.max_cost, config.worker.tick_ms, config.network\n"
+    assert reads(ast.parse(source)) & set(KEYS) == {"client.max_cost", "worker.tick_ms", "network"}
+
+
+def test_price_limits_reach_the_choice(world: Callable[..., Config]) -> None:
+    assert client_settings(world()).max_price == PriceLimit()
+    made = world(user="[client]\nmax_price_request = 3\nmax_price_output = 7")
+    assert client_settings(made).max_price == PriceLimit(request=3, output=7)
+
+
+def test_an_offer_can_state_whatever_the_settings_allow(world: Callable[..., Config]) -> None:
+    high = {name: key.setting.high or 0 for name, key in KEYS.items()}
+    assert high["worker.offer_ttl_s"] * 1000 == OFFER_TTL_MAX_MS
+    model = ModelOffer(model_id=bytes(32), name="m", price=Price(), context_length=1, max_tokens=1, dtype="f")
+    document = OfferDocument(
+        peer_id="x",
+        addresses=(),
+        chain_id=1,
+        contract=bytes(20),
+        token=bytes(20),
+        models=(model,),
+        issued=0,
+        expires=1,
+        tick_tokens=high["worker.tick_tokens"],
+        tick_ms=high["worker.tick_ms"],
+        credit_tokens=module.CREDIT_TOKENS_MAX,
+        min_withdraw_delay=high["worker.min_withdraw_delay_s"],
+        free_slots=high["worker.max_streams"],
+    )
+    assert decode_value(OfferDocument, encode(document)) == document
+    with pytest.raises(ConfigError, match=r"worker\.credit_ticks \(flag\) times worker\.tick_tokens .* is 65550"):
+        world(flag={"worker.credit_ticks": 2 * 437, "worker.tick_tokens": 75})
+
+
 def other_value(name: str, salt: int) -> Any:
     """A valid value of a setting, different for each salt."""
     key = KEYS[name]
@@ -57,7 +135,6 @@ def other_value(name: str, salt: int) -> Any:
         "engine.device": f"cuda:{salt}",
         "engine.dtype": ("float32", "bfloat16", "float16", "float32")[salt],
         "keys.scrypt_n": 1 << (12 + salt),
-        "store.group_commit_ms": salt,
     }
     if name in special:
         return special[name]
@@ -154,7 +231,7 @@ def test_a_near_miss_is_suggested(world: Callable[..., Config]) -> None:
     for attempt, near in (
         ({"project": "[worker]\ntick_tokns = 3"}, "worker.tick_tokens"),
         ({"project": "tick_tokens = 3"}, "worker.tick_tokens"),
-        ({"project": "[wroker]\nqueue = 3"}, "worker"),
+        ({"project": "[wroker]\ntick_ms = 30"}, "worker"),
         ({"environment": {"GRISTMILL_WORKER_TICK_TOKENZ": "3"}}, "GRISTMILL_WORKER_TICK_TOKENS"),
         ({"flag": {"client.allocaton": 3}}, "client.allocation"),
     ):

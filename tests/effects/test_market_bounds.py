@@ -11,6 +11,7 @@ import trio.testing
 
 from node.client.client import Client
 from node.client.settings import ClientSettings
+from node.errors import NoWorker
 from node.network.drive import HELD, serve_one
 from node.network.memory import open_hub
 from node.ports import ByteStream, StreamClosed
@@ -18,7 +19,9 @@ from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, key, run_market
 from node.worker.worker import Worker
 from protocol.frames import CONTROL_LIMIT, FrameReader
-from protocol.messages import CHANNEL_PROTOCOL, JOB_PROTOCOL, OFFER_PROTOCOL
+from protocol.messages import CHANNEL_PROTOCOL, JOB_PROTOCOL, OFFER_PROTOCOL, ChatMessage
+from protocol.pricing import Price, cost
+from protocol.selection import History, Policy, PriceLimit
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -46,6 +49,39 @@ def test_chats_at_once_raise_a_channel_that_has_room_for_one(chats: int, latency
             assert state.reserved == 0 and not state.open_jobs
 
     run_market(scenario, latency=latency)
+
+
+def test_a_limit_on_prices_is_kept() -> None:
+    async def scenario(market: Market) -> None:
+        await market.worker()
+        limit = PriceLimit(output=market.price.output - 1)
+        client = await market.client(settings=ClientSettings(max_price=limit))
+        with pytest.raises(NoWorker) as caught:
+            async with client.chat("fake", HELLO):
+                pass
+        assert set(caught.value.reasons.values()) == {("price_too_high",)}
+        async with client.chat("fake", HELLO, policy=Policy(max_price=PriceLimit())) as stream:
+            assert await stream.text()
+
+    run_market(scenario)
+
+
+@pytest.mark.parametrize(("speed", "ahead"), [(0.0, 64), (1e6, 64), (20.0, 40), (0.5, 8)])
+def test_no_more_is_paid_ahead_than_a_worker_delivers_in_its_tick_ms(speed: float, ahead: int) -> None:
+    """64 tokens or 2 s, whichever is less, by the speed that we measured ourselves."""
+
+    async def scenario(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(prefill_seconds=math.inf)))
+        client = await market.client()
+        client.history[worker.key.peer_id] = History(tokens_per_second=speed)
+        async with client.chat("fake", HELLO, max_tokens=200) as stream:
+            assert stream.channel_id is not None
+            (offered,) = client.offers.current()
+            prompt = client.count_tokens(offered.document.models[0], (ChatMessage(**HELLO[0]),), 200)
+            vouched = client.book.channels[stream.channel_id].cumulative
+            assert vouched == cost(market.price, prompt, 0) + cost(Price(output=market.price.output), 0, ahead)
+
+    run_market(scenario)
 
 
 # ------------------------------------------------------------------------------------------------ unfinished messages

@@ -27,7 +27,7 @@ from protocol.offers import (
     sign_offer,
 )
 from protocol.pricing import Price
-from protocol.selection import Exclusion, History, Policy, Request, changed_params, choose
+from protocol.selection import Exclusion, History, Policy, PriceLimit, Request, changed_params, choose
 from protocol.typed_data import Domain, Offer
 
 NOW = 1_800_000_000_000
@@ -274,6 +274,14 @@ REASONS: dict[Exclusion, tuple[VerifiedOffer, Request, Policy, dict[PeerId, Hist
     Exclusion.RECENT_FAILURE: (offer(0), REQUEST, Policy(), {PEERS[0]: History(failures=1, last_failure_ms=NOW)}),
     Exclusion.BUSY: (offer(0, slots=0), REQUEST, Policy(), {}),
 }
+
+
+@pytest.mark.parametrize("field", ["request", "input", "output"])
+def test_each_price_has_a_limit_of_its_own(field: str) -> None:
+    one = offer(0, price=Price(**{field: 11}))
+    for most, fits in ((None, True), (11, True), (10, False), (0, False)):
+        found = choose([one], REQUEST, Policy(max_price=PriceLimit(**{field: most})), {}, NOW)
+        assert found.rejected == ({} if fits else {PEERS[0]: (Exclusion.PRICE_TOO_HIGH,)})
 
 
 @pytest.mark.parametrize("reason", Exclusion)
