@@ -51,6 +51,22 @@ def exposure(state: ChannelState, credit: int) -> int:
     return min(unsecured(state, state.reserved), max(credit, unsecured(state, 0)))
 
 
+def needless(state: ChannelState) -> bool:
+    """Worker: all that the jobs under way can come to cost is covered; a higher voucher in a stream changes nothing."""
+    return state.covered >= state.spent + state.reserved
+
+
+def crumb(state: ChannelState, running: int, cumulative: int, tick: int) -> bool:
+    """Worker: this voucher adds less than a quarter tick and settles neither what is owed now nor all that can come to be.
+
+    A client that follows `next_voucher` adds at least half a tick, or all that is missing. `running` and `tick` as there.
+    """
+    if (cumulative - state.cumulative) * 4 >= tick:
+        return False
+    due, most = state.spent + running, state.spent + state.reserved
+    return not (state.covered < due <= cumulative or state.covered < most <= cumulative)
+
+
 def recovered_costs(state: ChannelState, tick: int) -> dict[Part, int]:
     """What to book for parts that a crash cut off, when nobody remembers how much was delivered.
 

@@ -85,6 +85,11 @@ class OfferDesk:
         """Cost of the output that one channel may be ahead of its vouchers."""
         return cost(Price(output=self._terms.price.output), 0, self._terms.credit_tokens)
 
+    @property
+    def tick(self) -> int:
+        """Cost of one tick of output: what clients pay ahead."""
+        return cost(Price(output=self._terms.price.output), 0, self._terms.tick_tokens)
+
     def current(self) -> OfferMessage:
         """The offer of now, signed anew when half of its life is over."""
         now = self._now_ms()

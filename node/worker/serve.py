@@ -51,11 +51,13 @@ from protocol.messages import (
     amount_from_wire,
     encode,
 )
-from protocol.payment import exposure, unsecured
+from protocol.payment import crumb, exposure, needless, unsecured
 from protocol.typed_data import Domain, Refusal, Voucher
 
 log = logging.getLogger(__name__)
 _CHUNK_TOKENS = 1024
+_CRUMBS = 4
+"""Vouchers of less than a quarter tick that one part may add."""
 _CHUNK_TEXT = 32 * 1024
 """Characters; a chunk's bound on the wire is twice this."""
 
@@ -132,6 +134,7 @@ class JobServer:
         """Parts under way, those included that only wait for their ack."""
         self._parts: set[tuple[ChannelId, JobId, int]] = set()
         self._serving: set[_Serving] = set()
+        self._crumbs: Counter[tuple[ChannelId, JobId, int]] = Counter()
 
     @property
     def free_slots(self) -> int:
@@ -190,6 +193,7 @@ class JobServer:
         except Rejected as no:
             await self._refuse(link, ask, no)
         finally:
+            self._crumbs.pop((ChannelId(ask.channel_id), JobId(ask.job_id), ask.part), None)
             self.busy -= 1
 
     def _check(self, ask: AskMessage) -> Checked:
@@ -277,18 +281,31 @@ class JobServer:
             while not link.machine.over:
                 message = await link.receive()
                 if isinstance(message, VoucherMessage | Ack):
-                    await self.take_voucher(ChannelId(ask.channel_id), message)
+                    await self.take_voucher(ask, message)
                 if isinstance(message, Ack):
                     key = result_key(ask.channel_id, ask.job_id, ask.part)
                     await self.results.acknowledge(key, now_ms=self.now_ms())
 
-    async def take_voucher(self, channel_id: ChannelId, message: VoucherMessage | Ack) -> None:
+    async def take_voucher(self, ask: AskMessage, message: VoucherMessage | Ack) -> None:
         """Book it if it is the highest so far; on a channel with several streams another one may have been faster.
 
-        Raises `RemoteProtocolError`.
+        The journal only grows, so a stream's vouchers must be worth their records: one that nothing needs is passed over,
+        and one that adds a crumb is the client's fault, but for a few (the two sides may count differently for a moment).
+        An ack is the last of its stream and may add anything. Raises `RemoteProtocolError`.
         """
+        channel_id = ChannelId(ask.channel_id)
         cumulative = amount_from_wire(message.cumulative)
         state = self.book.channels[channel_id]
+        if isinstance(message, VoucherMessage) and state.cumulative < cumulative <= state.ceiling:
+            if needless(state):
+                return
+            if crumb(state, self.meter.running(channel_id), cumulative, self.desk.tick):
+                part = (channel_id, JobId(ask.job_id), ask.part)
+                self._crumbs[part] += 1
+                if self._crumbs[part] > _CRUMBS:
+                    raise RemoteProtocolError(
+                        WireCode.BAD_VOUCHER, f"vouchers that add {cumulative - state.cumulative}: pay by the tick"
+                    )
         if cumulative > state.cumulative:
             voucher = Voucher(channel_id, cumulative)
             require_signer(voucher.digest(self.domain), message.signature, state.config.payer_authorizer, "voucher")
@@ -471,7 +488,7 @@ class _Serving:
             while True:
                 message = await self.link.receive()
                 if isinstance(message, VoucherMessage):
-                    await self.server.take_voucher(self.channel_id, message)
+                    await self.server.take_voucher(self.ask, message)
                 elif isinstance(message, Cancel | Abort):
                     break
         except StreamClosed:

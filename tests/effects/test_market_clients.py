@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -311,6 +312,48 @@ def test_a_voucher_that_may_not_be_ends_the_part(case: str) -> None:
         assert backend.aborted == 1
         assert worker.meter.streams == 0
         await still_serves(worker, client)
+
+    run_market(test)
+
+
+def test_vouchers_of_one_unit_do_not_fill_the_journal() -> None:
+    async def test(market: Market) -> None:
+        worker, client = (
+            await market.worker(FakeBackend(FakeSettings(tokens=5_000, prefill_seconds=60))),
+            await market.client(),
+        )
+        hand = await Hand.of(client, worker)
+        talk = await hand.talk(hand.ask(100, params=Params(max_tokens=5_000)))
+        assert isinstance(await talk.receive(), Accept)
+        for amount in range(101, 140):
+            with suppress(StreamClosed):
+                await talk.send(hand.voucher(amount))
+        end = await talk.until(Abort, ReceiptMessage)
+        assert isinstance(end, Abort) and end.code is WireCode.BAD_VOUCHER, end
+        await wait_idle(worker)
+        assert worker.book.channels[hand.state.channel_id].cumulative <= 104
+
+    run_market(test)
+
+
+def test_vouchers_that_nothing_needs_are_not_journaled() -> None:
+    async def test(market: Market) -> None:
+        worker, client = (
+            await market.worker(FakeBackend(FakeSettings(tokens=40, prefill_seconds=0.1))),
+            await market.client(),
+        )
+        hand = await Hand.of(client, worker)
+        talk = await hand.talk(hand.ask(300, params=Params(max_tokens=100)))  # costs 213 at most
+        assert isinstance(await talk.receive(), Accept)
+        for amount in range(1_000, 20_000, 1_000):
+            await talk.send(hand.voucher(amount))
+        await talk.until(ReceiptMessage)
+        await talk.send(hand.voucher(20_000))
+        await trio.testing.wait_all_tasks_blocked()
+        assert worker.book.channels[hand.state.channel_id].cumulative == 300
+        await talk.send(Ack(**as_dict(hand.voucher(20_001))))
+        await wait_idle(worker)
+        assert worker.book.channels[hand.state.channel_id].cumulative == 20_001
 
     run_market(test)
 

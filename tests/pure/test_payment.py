@@ -81,7 +81,11 @@ class Simulation:
         before = self.client.cumulative
         amount = self.rules.next_voucher(self.client, self.running(), self.tick)  # type: ignore[attr-defined]
         if amount is not None:
-            self.pay(amount)
+            needed = not payment.needless(self.worker)
+            if needed:
+                crumb = payment.crumb(self.worker, self.running(), amount, self.tick)
+                assert not crumb, "an honest client pays no crumbs"
+            self.pay(amount, booked=needed)
             ahead = self.client.cumulative - self.client.spent - self.running()
             assert self.client.cumulative > before and ahead <= max(self.tick, 1), "one tick ahead at most"
         if done + size == length:
@@ -94,13 +98,16 @@ class Simulation:
         amount = self.rules.last_voucher(after, self.running())  # type: ignore[attr-defined]
         if amount is not None:
             self.pay(amount)
+        elif self.client.cumulative > self.worker.cumulative:  # the ack says it again
+            self.worker, _ = apply(self.worker, VoucherAdded(CHANNEL, self.client.cumulative, b"s"))
         self.client, _ = apply(self.client, JobEnded(CHANNEL, *part, total, 0, b""))
         self.worker, _ = apply(self.worker, JobEnded(CHANNEL, *part, total, 0, b""))
         assert self.client.cumulative >= self.client.spent + self.running(), "after a receipt nothing is owed"
 
-    def pay(self, amount: int) -> None:
+    def pay(self, amount: int, *, booked: bool = True) -> None:
         if amount > self.client.cumulative:
             self.client, _ = apply(self.client, VoucherAdded(CHANNEL, amount, b"s"))
+        if booked and amount > self.worker.cumulative:
             self.worker, _ = apply(self.worker, VoucherAdded(CHANNEL, amount, b"s"))
 
     def run(self, jobs: int) -> None:
@@ -196,3 +203,16 @@ def test_exposure_bounds_what_can_come_to_be_owed(
             assert owed <= risk
     if min(cumulative, allocated) >= spent + reserved:
         assert risk == 0
+
+
+def test_a_crumb_is_less_than_a_quarter_tick_and_settles_nothing() -> None:
+    busy = state(Role.WORKER, cumulative=100, spent=40, open_jobs={(JobId(bytes(32)), 0): 500})
+    assert payment.crumb(busy, 0, 101, 100) and payment.crumb(busy, 0, 124, 100)
+    assert not payment.crumb(busy, 0, 125, 100), "a quarter tick is none"
+    assert not payment.crumb(busy, 70, 110, 100), "it settles what is owed"
+    assert payment.crumb(busy, 70, 109, 100), "it does not quite"
+    assert payment.crumb(busy, 60, 101, 100), "nothing is owed"
+    nearly = replace(busy, cumulative=535)
+    assert not payment.crumb(nearly, 0, 540, 100), "the last that can come to be owed"
+    assert payment.needless(replace(busy, cumulative=540)) and not payment.needless(nearly)
+    assert payment.needless(replace(busy, claimed=540)), "what was claimed is covered"
