@@ -88,7 +88,10 @@ class WireCode(IntEnum):
 
 
 class RefusalReason(IntEnum):
-    """Why a worker does not take a job. A closed set: signed, countable, each with its fix."""
+    """Why a worker does not take a job. A closed set: signed, countable, each with its fix, each said somewhere.
+
+    7, 18, 25 and 26 were never said and are gone; their numbers are not given again.
+    """
 
     MODEL_UNKNOWN = 1
     """This worker does not sell that model id.
@@ -119,11 +122,6 @@ class RefusalReason(IntEnum):
     """The ask names an offer that this worker did not make or no longer remembers.
 
     Fix: Ask under the current offer.
-    """
-    PRICE_CHANGED = 7
-    """The offer named was replaced by one with another price.
-
-    Fix: Look at the current offer and decide again.
     """
     CHANNEL_UNKNOWN = 8
     """No such channel is journaled here.
@@ -175,11 +173,6 @@ class RefusalReason(IntEnum):
 
     Fix: Try another worker, or wait.
     """
-    QUEUE_FULL = 18
-    """The queue of accepted jobs is full.
-
-    Fix: Try another worker, or wait.
-    """
     CREDIT_EXHAUSTED = 19
     """Unpaid work over all channels is at the operator's cap.
 
@@ -209,16 +202,6 @@ class RefusalReason(IntEnum):
     """The worker failed for a reason of its own.
 
     Fix: Try another worker.
-    """
-    DEPOSIT_INSUFFICIENT = 25
-    """The payer's vault balance does not cover the allocation.
-
-    Fix: Deposit more.
-    """
-    DELAY_TOO_SHORT = 26
-    """The channel can be emptied faster than this worker accepts.
-
-    Fix: Open a channel with a longer withdraw delay.
     """
 
     @property

@@ -46,11 +46,9 @@ log = logging.getLogger(__name__)
 RETRY_ELSEWHERE = frozenset(
     {
         RefusalReason.BUSY,
-        RefusalReason.QUEUE_FULL,
         RefusalReason.DRAINING,
         RefusalReason.OFFER_EXPIRED,
         RefusalReason.OFFER_UNKNOWN,
-        RefusalReason.PRICE_CHANGED,
         RefusalReason.CREDIT_EXHAUSTED,
         RefusalReason.VOUCHER_INSUFFICIENT,
         RefusalReason.CHAIN_STALE,

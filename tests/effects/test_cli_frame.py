@@ -76,8 +76,8 @@ def test_every_error_has_a_status_and_a_code(
 
 
 def test_json_forms() -> None:
-    line = dumps({"hash": b"\x01\xff", "reason": RefusalReason.QUEUE_FULL, "path": Path("/x"), "money": str(2**80)})
-    assert json.loads(line) == {"hash": "0x01ff", "reason": "queue_full", "path": "/x", "money": str(2**80)}
+    line = dumps({"hash": b"\x01\xff", "reason": RefusalReason.CHAIN_STALE, "path": Path("/x"), "money": str(2**80)})
+    assert json.loads(line) == {"hash": "0x01ff", "reason": "chain_stale", "path": "/x", "money": str(2**80)}
     with pytest.raises(ValueError):
         dumps({"rate": float("nan")})
 

@@ -159,13 +159,9 @@ CASES: list[tuple[RefusalReason, str, World]] = [
 ]
 
 ELSEWHERE = {
-    R.QUEUE_FULL: "there is no queue yet",
-    R.PRICE_CHANGED: "an offer is honoured until it expires",
     R.DUPLICATE_JOB: "node.worker.serve: it knows the kept results",
     R.PROMPT_INVALID: "node.worker.serve: the tokenizer says so",
     R.INTERNAL: "node.worker.serve: the runtime failed",
-    R.DEPOSIT_INSUFFICIENT: "said by wire code when a channel is opened",
-    R.DELAY_TOO_SHORT: "said by wire code when a channel is opened",
 }
 
 
