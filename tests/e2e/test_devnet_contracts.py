@@ -107,7 +107,7 @@ def voucher(chain: Chain, config: ChannelConfig, cumulative: int, amount: int | 
 async def collect(chain: Chain, count: int) -> list[Any]:
     found: list[Any] = []
     with trio.fail_after(20):
-        async for event in chain.events():
+        async for event in chain.events(0):
             found.append(event)
             if len(found) == count:
                 return found

@@ -121,7 +121,7 @@ class Side:
     async def events(self, count: int) -> list[object]:
         found: list[object] = []
         if count:
-            async for event in self.chains[0].events():
+            async for event in self.chains[0].events(0):
                 if event.name not in ("TokenSet", "Sealed", "RoleGranted", "DefaultAdminTransferScheduled"):
                     args = {k: self.plain(v) for k, v in event.args.items() if k != "withdrawAt"}
                     found.append((event.name, args))

@@ -12,10 +12,10 @@ import trio
 
 from node.chain.client import EvmChain
 from node.chain.eth import Eth
-from node.chain.follow import ReorgTooDeep
-from node.chain.rpc import RpcUnavailable
+from node.chain.rpc import RpcError, RpcUnavailable
 from node.chain.txs import DEVNET_POLICY
 from node.chain.watcher import Watcher
+from node.errors import ReorgTooDeep
 from node.ports import ChainEvent
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import Devnet, devnet
@@ -130,6 +130,39 @@ def test_history_gaps_and_walks_give_the_same_events(kind: str) -> None:
         assert await drain(patient) == []
         await w.net.mine(20)
         assert amounts(await drain(patient)) == [(10, False)]
+
+    run(kind, main)
+
+
+@pytest.mark.parametrize("kind", BEST)
+def test_history_is_told_range_by_range_and_only_when_asked_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.chain.watcher.RANGE", 8)
+    asked: list[tuple[int, int]] = []
+
+    class Counting(Eth):
+        async def logs_between(self, addresses: Any, first: int, last: int) -> Any:
+            if last - first >= 4:
+                raise RpcError("eth_getLogs", -32005, "query returns more than 4 blocks", None)
+            asked.append((first, last))
+            assert list(addresses) == list(w_contracts)
+            return await super().logs_between(addresses, first, last)
+
+    w_contracts: dict[Any, Any] = {}
+
+    async def main(w: World) -> None:
+        w_contracts.update(w.chain.watcher()._contracts)
+        start = (await w.chain.head()).number + 1
+        for n in range(1, 9):
+            await w.deposit(n)  # two blocks each
+        watcher = Watcher(Counting(w.net.rpc), w_contracts, start=start, poll=0.01, keep=4)
+        assert amounts([await watcher.__anext__()]) == [(1, False)]
+        assert asked == [(start, start + 3)]  # the rest is not read before this is taken
+        found = [await watcher.__anext__() for _ in range(7)]
+        assert amounts(found) == [(n, False) for n in range(2, 9)]
+        assert asked == [(start + at, start + at + 3) for at in (0, 4, 8)]
+        recent = Watcher(Counting(w.net.rpc), w_contracts, start=None, poll=0.01, keep=4)
+        assert amounts(await drain(recent)) == [(7, False), (8, False)]  # the last four blocks
+        assert len(asked) == 3
 
     run(kind, main)
 

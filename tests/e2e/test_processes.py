@@ -157,6 +157,29 @@ def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> 
         assert gristmill(folder, *world.settings, "audit", "--role", role)[0]["audit"] == {role: "ok"}
 
 
+def test_the_client_library_from_code_without_trio(world: World) -> None:
+    from node.client import sync_client
+    from node.errors import NoWorker
+
+    process = world.start()
+    try:
+        address = ready(process)["addresses"][0]
+        pairs = [pair.split("=", 1) for pair in world.settings if "=" in pair]
+        config = load({"data_dir": world.client, **dict(pairs)})
+        with sync_client(config, workers=[address]) as client:
+            before = client.balance()
+            with client.chat(MODEL, [{"role": "user", "content": "Say yes."}], max_tokens=6) as stream:
+                chunks = list(stream)
+            assert stream.receipt.output_tokens == sum(len(chunk.token_ids) for chunk in chunks) > 0
+            assert stream.parts[0].receipt == stream.receipt
+            with pytest.raises(NoWorker) as error, client.chat("no-such-model", [{"role": "user", "content": "?"}]):
+                pass
+            assert list(error.value.reasons.values()) == [("model_unknown",)]
+            assert client.balance() <= before
+    finally:
+        assert stop(process) == 0
+
+
 def test_a_killed_worker_leaves_a_typed_error_and_the_money_comes_back(world: World) -> None:
     process = world.start()
     client: subprocess.Popen[bytes] | None = None
