@@ -52,6 +52,10 @@ class TxTimeout(ChainError):
     code = "chain_timeout"
 
 
+class ReorgTooDeep(ChainError):
+    """The chain changed further back than we remember; what was told can not be undone event by event."""
+
+
 class ModelError(NodeError):
     code = "model"
     exit_status = 7

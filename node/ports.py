@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from protocol.ids import Address, ChannelId, ModelId, PeerId
 from protocol.messages import ChatMessage, FinishReason, Params
@@ -138,6 +138,10 @@ class ChainEvent:
     removed: bool = False
 
 
+REORG_DEPTH: Final = 64
+"""Blocks that can be undone one event at a time. A deeper reorganisation is an error, not a guess."""
+
+
 class Chain(Protocol):
     """Our contracts on one chain, seen and changed by one account.
 
@@ -211,8 +215,13 @@ class Chain(Protocol):
     async def set_payout(self, hot_key: Address, payout: Address) -> TxResult:
         """Only for the owner of `hot_key`."""
 
-    def events(self) -> AsyncIterator[ChainEvent]:
-        """Logs of our contracts from the stored cursor on, each once per canonical block; reorgs as ``removed``."""
+    def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
+        """Logs of our contracts from block `start` on, each once per canonical block; reorgs as ``removed``.
+
+        When None, from `REORG_DEPTH` blocks below the head: for a reader that has just read the state itself and needs no
+        history. An iterator that raised is over. Take a new one from `REORG_DEPTH` below the last block that was told, or read
+        the state anew, as one must after `node.errors.ReorgTooDeep`.
+        """
 
 
 # ----------------------------------------------------------------------------------------------------------- runtime
@@ -259,6 +268,9 @@ class Backend(Protocol):
 
     def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion; closing the iterator aborts it within a step. `resume`: ids already delivered."""
+
+    def fits(self, prompt: Prompt, max_tokens: int) -> bool:
+        """Whether there is memory for this job now. Two that are asked about in one moment may not both fit."""
 
     @property
     def free_slots(self) -> int:

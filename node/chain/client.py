@@ -245,12 +245,11 @@ class EvmChain:
     async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
         return await self._sender.send(purpose, self.deployment.channels, self._channels.encode(function, *args))
 
-    def events(self) -> AsyncIterator[ChainEvent]:
-        """From the deployment block on; a new iterator starts there again, so readers are idempotent."""
-        return self.watcher()
+    def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
+        return self.watcher(start)
 
     def watcher(self, start: int | None = None) -> Watcher:
-        """As `events`, from block `start` on; its `head` says how fresh our view is."""
+        """As `events`, never from before the deployment; its `head` says how fresh our view is."""
         return Watcher(
             self._eth,
             {
@@ -258,7 +257,7 @@ class EvmChain:
                 self.deployment.workers: self._workers,
                 self.deployment.channels: self._channels,
             },
-            start=self.deployment.block if start is None else start,
+            start=None if start is None else max(start, self.deployment.block),
             poll=self._poll,
             confirmations=self._confirmations,
         )

@@ -16,15 +16,11 @@ from itertools import pairwise
 from typing import Final
 
 from node.chain.values import Header
-from node.errors import ChainError
-from node.ports import ChainEvent
+from node.errors import ChainError, ReorgTooDeep
+from node.ports import REORG_DEPTH, ChainEvent
 
-KEEP: Final = 64
+KEEP: Final = REORG_DEPTH
 """Blocks that can be undone."""
-
-
-class ReorgTooDeep(ChainError):
-    """The chain changed further back than we remember; what was told can not be undone event by event."""
 
 
 @dataclass(slots=True)
@@ -79,7 +75,7 @@ class Follower:
             if not self.knows(fresh[0].parent):
                 raise ReorgTooDeep(
                     f"block {fresh[0].number} does not hang on any of the last {len(self._blocks)} blocks",
-                    hint="the chain was reset or reorganised very deeply: start again from the deployment block",
+                    hint="the chain was reset or reorganised very deeply: read the channels anew",
                 )
             told = self._cut_to(fresh[0].parent)
         for header in fresh:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import trio
 
 from node.errors import ChainError
-from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult, WorkerOnChain
+from node.ports import REORG_DEPTH, ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult, WorkerOnChain
 from protocol import escrow
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.escrow import Escrow, EscrowError
@@ -189,9 +189,9 @@ def _fits(bits: int, **values: int) -> None:
 
 
 class _Events:
-    def __init__(self, ledger: MemoryLedger) -> None:
+    def __init__(self, ledger: MemoryLedger, start: int) -> None:
         self._ledger = ledger
-        self._ready = deque(ledger.canonical_events())
+        self._ready = deque(event for event in ledger.canonical_events() if event.block_number >= start)
         self._position = ledger.position
 
     def __aiter__(self) -> _Events:
@@ -444,8 +444,8 @@ class MemoryChain:
 
         return await self._send("set_payout", change)
 
-    def events(self) -> AsyncIterator[ChainEvent]:
-        return _Events(self.ledger)
+    def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
+        return _Events(self.ledger, self.ledger.head.number - REORG_DEPTH + 1 if start is None else start)
 
     def _id(self, config: ChannelConfig) -> ChannelId:
         try:

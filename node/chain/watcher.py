@@ -3,6 +3,7 @@
 Every poll asks for the latest header and walks back to a remembered block, so blocks missed while the node was away are
 fetched the same way as new ones: there is no other path for reconnecting. Where we are far behind the head, at a first start or
 after a long absence, the old part is read by ranges, up to `KEEP` blocks below the head, where no reorganisation is expected.
+Each range is told before the next is read, so a long history takes no more memory than a short one.
 
 Delivery is at least once: after a restart from `cursor` the last blocks are told again, so readers go by (block hash, log index).
 """
@@ -17,22 +18,23 @@ import trio
 
 from node.chain.artifacts import Contract, decode_log
 from node.chain.eth import Eth
-from node.chain.follow import KEEP, Follower, ReorgTooDeep
+from node.chain.follow import KEEP, Follower
 from node.chain.rpc import RpcError, RpcUnavailable
 from node.chain.values import Header, Log
-from node.errors import ChainError
+from node.errors import ChainError, ReorgTooDeep
 from node.ports import ChainEvent
 from protocol.ids import Address
 
 RANGE: Final = 2_000
-"""Blocks per getLogs when reading history."""
+"""Blocks per getLogs when reading history; halved when the node refuses, or has more than we take, down to one."""
 
 
 class Watcher:
     """An async iterator of events. One reader; make another watcher for another one.
 
-    `start` is the first block that can hold an event. `poll` is seconds between looks when nothing is new. A node that does
-    not answer is asked again after `poll`, for ever: the reader decides how stale is too stale by `head`.
+    `start` is the first block to tell of; when None, `keep` blocks below the head at the first look. `poll` is seconds between
+    looks when nothing is new. A node that does not answer is asked again after `poll`, for ever: the reader decides how stale is
+    too stale by `head`.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Watcher:
         eth: Eth,
         contracts: Mapping[Address, Contract],
         *,
-        start: int,
+        start: int | None,
         poll: float = 2.0,
         confirmations: int = 0,
         keep: int = KEEP,
@@ -48,6 +50,8 @@ class Watcher:
         self._eth = eth
         self._contracts = dict(contracts)
         self._next_old: int | None = start
+        self._from_head = start is None
+        self._range = RANGE
         self._poll = poll
         self._keep = keep
         self._follower = Follower(confirmations, keep)
@@ -91,10 +95,13 @@ class Watcher:
         if known is not None and behind and await self._eth.header(known.number) == known:
             self._ready += self._follower.settle()
             self._next_old = known.number + 1
+        if self._from_head:
+            self._next_old, self._from_head = max(0, tip.number - self._keep + 1), False
         if self._next_old is not None:
             if tip.number < self._next_old - 1:
-                return False  # the node is still behind the deployment
-            await self._read_old(tip, self._next_old)
+                return False  # the node is still behind where we begin
+            if not await self._read_old(tip, self._next_old):
+                return True
         try:
             path = await self._path_to(tip)
             events = {
@@ -105,18 +112,29 @@ class Watcher:
         self._ready += self._follower.extend(path, events)
         return bool(path)
 
-    async def _read_old(self, tip: Header, first: int) -> None:
-        """History before the blocks that can be undone, by ranges. Told at once: it counts as final."""
+    async def _read_old(self, tip: Header, first: int) -> bool:
+        """One range of the history before the blocks that can be undone; true when that is all. It counts as final."""
         last = tip.number - self._keep
-        while first <= last:
-            end = min(first + RANGE - 1, last)
-            logs = await self._eth.logs_between(list(self._contracts), first, end)
+        if first <= last:
+            end = min(first + self._range - 1, last)
+            try:
+                logs = await self._eth.logs_between(list(self._contracts), first, end)
+            except RpcUnavailable:
+                raise
+            except ChainError:
+                if self._range == 1:
+                    raise
+                self._range //= 2
+                return False
             self._ready += self._decoded(sorted(logs, key=lambda log: (log.block_number, log.index)))
             first = self._next_old = end + 1
+            if end < last:
+                return False
         anchor = await self._eth.header(first - 1) if first > 0 else None
         if anchor is not None:
             self._follower.extend([anchor], {})
         self._next_old = None
+        return True
 
     async def _path_to(self, tip: Header) -> list[Header]:
         """From the child of a remembered block up to `tip`."""
@@ -129,7 +147,7 @@ class Watcher:
                     break
                 raise ReorgTooDeep(
                     f"block {path[0].number} is not on the chain that we followed",
-                    hint="the chain was reset or reorganised very deeply: start again from the deployment block",
+                    hint="the chain was reset or reorganised very deeply: read the channels anew",
                 )
             parent = await self._eth.header(path[0].parent)
             if parent is None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.errors import ChainError, LedgerError, NetworkError
+from node.errors import ChainError, LedgerError, NetworkError, ReorgTooDeep
 from node.network.discovery import announce
 from node.network.drive import serve_one
 from node.network.groups import plain_errors
-from node.ports import Backend, ByteStream, Chain, ChainEvent, Network
+from node.ports import REORG_DEPTH, Backend, ByteStream, Chain, ChainEvent, Network
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
 from node.store.results import Results
@@ -96,6 +96,8 @@ class Worker:
         self.results = Results(ledger)
         self.meter = Meter()
         self._chain_seen = -1e9
+        self._events_from = 0
+        """Block from which a new reading of events misses nothing."""
         self.claimer = Claimer(
             book=self.book,
             chain=chain,
@@ -204,8 +206,10 @@ class Worker:
 
     async def _catch_up(self) -> None:
         """See every channel as the contract has it now, before anything is served on it."""
-        await self.chain.head()
+        head = await self.chain.head()
         self._chain_seen = trio.current_time()
+        # From before we look, so that nothing happens between the look and the first event unseen.
+        self._events_from = max(0, head.number - REORG_DEPTH)
         await self._look_at_all()
 
     async def _watch_head(self) -> None:
@@ -220,17 +224,21 @@ class Worker:
 
     async def _watch_events(self) -> None:
         """Refresh a channel whenever the contract says something about it, undone or not."""
-        missed = False
+        missed = failed = False
         while True:
             try:
-                if missed:  # what was told while we could not look is not told again
+                if failed and (await self.chain.head()).number < self._events_from:
+                    missed = True  # another, shorter chain: nothing would be told for long
+                if missed:  # events told while we could not look, or undone too far back, are not told again
                     await self._catch_up()
-                    missed = False
-                async for event in self.chain.events():
+                missed = failed = False
+                async for event in self.chain.events(self._events_from):
                     missed = True
                     await self._see(event)
+                    self._events_from = max(self._events_from, event.block_number - REORG_DEPTH)
                     missed = False
             except ChainError as error:
+                failed, missed = True, missed or isinstance(error, ReorgTooDeep)
                 log.warning("events of the chain cannot be followed: %s", error)
                 await trio.sleep(self.settings.chain_poll_ms / 1000)
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.chain.follow import Follower, ReorgTooDeep
+from node.chain.follow import Follower
 from node.chain.values import Header
-from node.errors import ChainError
+from node.errors import ChainError, ReorgTooDeep
 from node.ports import ChainEvent
 from protocol.ids import keccak256
 

@@ -483,7 +483,7 @@ def test_a_slow_answer_of_the_chain_never_overwrites_a_newer_one(side: Role) -> 
 
 
 def test_a_withdrawal_that_no_event_told_of_is_seen_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def deaf(self: MemoryChain) -> AsyncIterator[ChainEvent]:
+    async def deaf(self: MemoryChain, start: int | None = None) -> AsyncIterator[ChainEvent]:
         await trio.sleep_forever()
         yield  # type: ignore[misc]
 
