@@ -261,7 +261,10 @@ class Part:
         with trio.CancelScope(shield=True):
             if self.chat.parts and self.chat.parts[-1].receipt is not None:
                 return  # settled before the stream broke
-            spent = self.machine.spent
+            # A worker whose runtime failed before the first token charges nothing, and says so; who just vanishes may claim
+            # the prompt, which is vouched for.
+            unsold = isinstance(error, RemoteProtocolError) and error.code is WireCode.BACKEND
+            spent = 0 if unsold and not self.machine.output_tokens else self.machine.spent
             await self._journal_end(spent)
             self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))
             if isinstance(error, RemoteProtocolError) and not self.machine.over:

@@ -45,6 +45,8 @@ class _Loaded:
     info: ModelInfo
     tokenizer: Tokenizer
     host: EngineHost
+    engine: Engine
+    """Belongs to the host's thread; from here only what may be read at any time."""
 
 
 class TorchBackend:
@@ -72,6 +74,9 @@ class TorchBackend:
         tokenizer = self._get(model).tokenizer
         ids = tokenizer.chat([{"role": m.role, "content": m.content} for m in messages])
         return Prompt(model=model, token_ids=tuple(ids))
+
+    def fits(self, prompt: Prompt, max_tokens: int) -> bool:
+        return self._get(prompt.model).engine.fits(len(prompt.token_ids), max_tokens)
 
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion. Raises `ModelError`; closing the generator aborts within a step."""
@@ -140,7 +145,7 @@ async def open_backend(
                 dtype=settings.dtype,
                 numerics_class=_numerics_class(engine),
             )
-            backend._loaded[manifest.id] = _Loaded(info, tokenizer, host)
+            backend._loaded[manifest.id] = _Loaded(info, tokenizer, host, engine)
         yield backend
 
 

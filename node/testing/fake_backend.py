@@ -30,6 +30,8 @@ class FakeSettings:
     fail_after: int | None = None
     """Raise `ModelError` after so many tokens."""
     slots: int = 64
+    room: int | None = None
+    """Tokens of prompt and answer that fit into its memory; None = any."""
 
 
 class FakeBackend:
@@ -59,6 +61,9 @@ class FakeBackend:
         if not any(m.content.strip() for m in messages):
             raise PromptInvalid("the messages are empty")
         return Prompt(model, tuple(len(word) for word in text.split()))
+
+    def fits(self, prompt: Prompt, max_tokens: int) -> bool:
+        return self.settings.room is None or len(prompt.token_ids) + max_tokens <= self.settings.room
 
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         settings = self.settings

@@ -217,13 +217,16 @@ class JobServer:
         if part in self.book.cut_off:
             raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was cut off by a crash and is charged for")
         channel = self.book.channels[checked.channel.channel_id]
-        return check_prompt(
+        terms = check_prompt(
             Checked(checked.ask, checked.offer, checked.model, channel, checked.cumulative),
             len(prompt.token_ids) + len(checked.ask.resume),
             domain=self.domain,
             running=self.meter.running(channel.channel_id),
             load=self.load(channel.channel_id),
         )
+        if not self.backend.fits(prompt, checked.ask.params.max_tokens):
+            raise Rejected(RefusalReason.BUSY, "no memory is free for a job of this size")
+        return terms
 
     async def _prepare(self, ask: AskMessage) -> Prompt:
         model, messages = ModelId(ask.model_id), ask.messages
@@ -342,8 +345,8 @@ class _Serving:
         self.accept = b""
         self._wake = trio.Event()
 
-    async def run(self) -> ReceiptMessage:
-        """Serve the part to its end in the journal; returns the receipt, still to be sent."""
+    async def run(self) -> ReceiptMessage | None:
+        """Serve the part to its end in the journal; returns the receipt, still to be sent, if there is one."""
         self.server.stats.accepted += 1
         self.server._serving.add(self)
         try:
@@ -352,11 +355,11 @@ class _Serving:
             self.server._serving.discard(self)
             self.server.meter.drop(self.channel_id, self.key)
 
-    async def _run(self) -> ReceiptMessage:
+    async def _run(self) -> ReceiptMessage | None:
         with plain_errors():
             return await self._serve()
 
-    async def _serve(self) -> ReceiptMessage:
+    async def _serve(self) -> ReceiptMessage | None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._produce)
             await self._open()
@@ -427,6 +430,8 @@ class _Serving:
                 continue
             if not self.pending:
                 if self.produced:
+                    if not self.sent_ids:
+                        self.failure = self.failure or "the model ended before its first token"
                     self._end(FinishReason.CANCELLED)  # the runtime stopped without a reason of the model's
                 else:
                     await self._changed(until=deadline)
@@ -499,10 +504,20 @@ class _Serving:
 
     # --------------------------------------------------------------------------------------------------- closing
 
-    async def _close(self) -> ReceiptMessage:
-        """Sign and journal the end, whatever the stream is doing. The result is kept with it."""
+    async def _close(self) -> ReceiptMessage | None:
+        """Sign and journal the end, whatever the stream is doing. The result is kept with it.
+
+        When our runtime failed before the first token, nothing was sold: it costs nothing, and there is no receipt, since
+        every receipt charges the prompt.
+        """
         server, machine = self.server, self.machine
         self.finish = self.finish or FinishReason.CANCELLED
+        if self.failure and not self.fault and not self.sent_ids:
+            server.meter.drop(self.channel_id, self.key)
+            await server.book.change([JobEnded(self.channel_id, *self.key, 0, 0, b"")])
+            server.wake(self.channel_id)
+            server.stats.finished += 1
+            return None
         receipt = machine.make_receipt(self.finish, server.now_ms())
         message = ReceiptMessage(
             receipt=receipt_to_wire(receipt), signature=server.key.sign(receipt.digest(server.domain))
@@ -526,10 +541,10 @@ class _Serving:
         server.stats.ended[self.finish.code] += 1
         return message
 
-    async def conclude(self, message: ReceiptMessage) -> None:
+    async def conclude(self, message: ReceiptMessage | None) -> None:
         """Say how it ended, and wait for the ack."""
         fault_point("send.receipt")
-        if self.failure or self.fault:
+        if message is None or self.failure or self.fault:
             code = self.fault.code if self.fault else WireCode.BACKEND
             self.server.stats.ended[code.name.lower()] += 1
             await self.link.abort(code, self.fault.detail if self.fault else self.failure)

@@ -247,6 +247,46 @@ def test_a_model_that_fails_ends_the_part_with_a_typed_error() -> None:
     run_market(test)
 
 
+def test_a_model_that_fails_before_its_first_token_has_sold_nothing() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=40, fail_after=0))
+        worker, client = await market.worker(backend), await market.client()
+        with pytest.raises(WorkerFault, match="backend"):
+            async with client.chat("fake", HELLO) as stream:
+                await stream.text()
+        await wait_idle(worker)
+        theirs = worker.book.channels[the_channel(client).channel_id]
+        assert theirs.spent == the_channel(client).spent == stream.parts[-1].cost == 0
+        assert not theirs.open_jobs and not the_channel(client).open_jobs
+        assert worker.meter.streams == 0 and worker.server.stats.ended == {"backend": 1}
+        backend.settings.fail_after = None
+        client.history.clear()
+        async with client.chat("fake", HELLO) as stream:
+            await stream.text()
+        await wait_idle(worker)
+        assert worker.book.channels[theirs.channel_id].spent == the_channel(client).spent == cost(market.price, 3, 40)
+        await clean(client)
+        assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+
+    run_market(test)
+
+
+def test_a_worker_without_memory_for_a_job_says_so_before_it_takes_it() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(room=103))
+        await market.worker(backend)
+        client = await market.client()
+        with pytest.raises(Refused) as caught:
+            async with client.chat("fake", HELLO, max_tokens=101) as stream:
+                await stream.text()
+        assert caught.value.reason is RefusalReason.BUSY and backend.produced == 0
+        client.history.clear()
+        async with client.chat("fake", HELLO, max_tokens=100) as stream:
+            await stream.text()
+
+    run_market(test)
+
+
 def test_a_channel_that_is_said_to_be_open_and_is_not() -> None:
     async def test(market: Market) -> None:
         worker = await market.worker()

@@ -94,7 +94,7 @@ class Engine:
         return self._pool.budget - self._pool.used
 
     def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
-        """Whether a sequence of this size would be accepted now."""
+        """Whether a sequence of this size would be accepted now. Only reads two numbers: callable from any thread."""
         within = prompt_tokens + max_tokens <= self.context_length
         return within and self._pool.bytes_for(prompt_tokens + max_tokens - 1) <= self.cache_free
 
