@@ -17,6 +17,7 @@ from node.network.memory import open_hub
 from node.ports import ByteStream, StreamClosed
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, key, run_market
+from node.testing.rounds import RoundTrips
 from node.worker.worker import Worker
 from protocol.frames import CONTROL_LIMIT, FrameReader
 from protocol.messages import CHANNEL_PROTOCOL, JOB_PROTOCOL, OFFER_PROTOCOL, ChatMessage
@@ -82,6 +83,24 @@ def test_no_more_is_paid_ahead_than_a_worker_delivers_in_its_tick_ms(speed: floa
             assert vouched == cost(market.price, prompt, 0) + cost(Price(output=market.price.output), 0, ahead)
 
     run_market(scenario)
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.01])
+def test_a_job_on_an_open_channel_costs_one_round_trip(latency: float) -> None:
+    """Counted on a timeline. The first job also opens a channel, and the count sees that."""
+
+    async def scenario(market: Market) -> None:
+        backend = FakeBackend()
+        await market.worker(backend)
+        client = await market.client()
+        for expected in (2, 1, 1):
+            with RoundTrips().watch(client.network, backend) as rounds:
+                async with client.chat("fake", HELLO) as stream:
+                    assert await stream.text()
+            assert rounds.before_prompt == expected
+            assert "receive" in rounds.events
+
+    run_market(scenario, latency=latency)
 
 
 # ------------------------------------------------------------------------------------------------ unfinished messages
