@@ -28,9 +28,10 @@ from node.errors import ConfigError, NetworkError, NodeError, NoWorker, Timeout
 from node.network.discovery import OfferBook, discover, fetch_offer
 from node.ports import Network, TxResult
 from node.store.channels import ChannelBook
+from node.store.meter import Meter
 from protocol.channel import Change, ChannelState, apply
 from protocol.errors import InvalidValue, RemoteProtocolError
-from protocol.ids import ChannelId, JobId, ModelId, PeerId
+from protocol.ids import ChannelId, ModelId, PeerId
 from protocol.keys import PrivateKey
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import ModelOffer, VerifiedOffer
@@ -47,24 +48,6 @@ TokenCounter = Callable[[ModelId, Sequence[ChatMessage]], int | None]
 TEMPLATE_TOKENS = 256
 """Allowance for what a chat template adds around the messages when we cannot count exactly."""
 TOKENS_PER_MESSAGE = 16
-
-
-class RunningCost:
-    """Cost so far of the parts under way, per channel; shared by all streams of a client."""
-
-    def __init__(self) -> None:
-        self._running: dict[ChannelId, dict[tuple[JobId, int], int]] = {}
-
-    def set(self, channel: ChannelId, part: tuple[JobId, int], cost: int) -> None:
-        self._running.setdefault(channel, {})[part] = cost
-
-    def drop(self, channel: ChannelId, part: tuple[JobId, int]) -> None:
-        parts = self._running.get(channel)
-        if parts is not None:
-            parts.pop(part, None)
-
-    def total(self, channel: ChannelId) -> int:
-        return sum(self._running.get(channel, {}).values())
 
 
 class Client:
@@ -90,7 +73,7 @@ class Client:
         self.spawn = spawn
         self.now_ms = now_ms
         self.random32 = random32
-        self.meter = RunningCost()
+        self.meter = Meter()
         self.history: dict[PeerId, History] = {}
         self.problems: list[str] = []
         """What failed when the bootstrap peers were dialled, in words."""

@@ -96,7 +96,7 @@ class Part:
         opening = JobOpened(self.channel_id, *self.key, 0, terms.limit)
         state = client.preview(self.channel_id, opening)
         input_cost = terms.spent(terms.input_limit, 0)
-        cumulative = first_voucher(state, client.meter.total(self.channel_id), input_cost, terms.tick)
+        cumulative = first_voucher(state, client.meter.running(self.channel_id), input_cost, terms.tick)
         voucher = client.session.sign(Voucher(self.channel_id, cumulative).digest(terms.domain))
         changes: list[Change] = [opening]
         if cumulative > state.cumulative:
@@ -189,7 +189,7 @@ class Part:
         """Write a voucher when the last one no longer covers half a tick."""
         client = self.client
         state = client.book.channels[self.channel_id]
-        target = next_voucher(state, client.meter.total(self.channel_id), self.terms.tick)
+        target = next_voucher(state, client.meter.running(self.channel_id), self.terms.tick)
         if target is None:
             return
         signature = client.session.sign(Voucher(self.channel_id, target).digest(self.terms.domain))
@@ -213,7 +213,7 @@ class Part:
         changes: list[Change] = [ended]
         state = client.preview(self.channel_id, ended)
         cumulative, signature = state.cumulative, state.voucher_signature
-        target = last_voucher(state, client.meter.total(self.channel_id))
+        target = last_voucher(state, client.meter.running(self.channel_id))
         if target is not None:
             cumulative = target
             signature = client.session.sign(Voucher(self.channel_id, target).digest(self.terms.domain))

@@ -27,10 +27,10 @@ from node.ports import Backend, ByteStream, Prompt, Step, StreamClosed
 from node.store.channels import ChannelBook
 from node.store.errors import ResultConflict, ResultsFull
 from node.store.faults import fault_point
+from node.store.meter import Meter
 from node.store.results import KEEP_MS, Results
 from node.store.writer import Work
 from node.worker.desk import OfferDesk
-from node.worker.meter import Meter
 from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
 from protocol.channel import Change, ChannelState, JobEnded, JobOpened, Part, VoucherAdded
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode

@@ -21,11 +21,11 @@ from node.network.groups import plain_errors
 from node.ports import REORG_DEPTH, Backend, ByteStream, Chain, ChainEvent, Network
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
+from node.store.meter import Meter
 from node.store.results import Results
 from node.worker.channels import ChannelDesk, ChannelRules
 from node.worker.claims import Claimer, ClaimPolicy, ClaimReport
 from node.worker.desk import HONOURED, OfferDesk, Speed, Terms
-from node.worker.meter import Meter
 from node.worker.serve import JobServer, ServeSettings
 from protocol.channel import Role
 from protocol.errors import RemoteProtocolError, WireCode

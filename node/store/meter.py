@@ -1,4 +1,4 @@
-"""What is under way and not yet paid: running cost per channel, and the operator's total risk."""
+"""What is under way and not yet paid: running cost per channel, for either role; and the operator's total risk."""
 
 from __future__ import annotations
 
