@@ -60,8 +60,8 @@ async def _alone(shared: Shared, key: PrivateKey) -> dict[str, Any]:
             )
             for state in list(book.channels.values()):
                 if not state.closed:
-                    await desk.refresh(state.channel_id)
+                    await desk.follow(state.channel_id)
             claimer = Claimer(
-                book=book, chain=chain, policy=ClaimPolicy(), refresh=desk.refresh, now_s=now_s, receiver=key.address
+                book=book, chain=chain, policy=ClaimPolicy(), follow=desk.follow, now_s=now_s, receiver=key.address
             )
             return claim_report(await claimer.claim(everything=True))

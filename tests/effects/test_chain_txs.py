@@ -431,17 +431,17 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
 
     async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:
         node.mine_at_once = False
-        chain, claimed = Chain(sender), trio.Event()
+        chain, channels = Chain(sender), {state.channel_id: state}
 
-        async def refresh(channel_id: ChannelId) -> ChannelState:
-            claimed.set()
-            return replace(state, claimed=500)
+        async def follow(channel_id: ChannelId) -> None:
+            if "tx_final" in journal.kinds:
+                channels[channel_id] = replace(state, claimed=500)
 
         claimer = Claimer(
-            book=cast(Any, SimpleNamespace(channels={state.channel_id: state})),
+            book=cast(Any, SimpleNamespace(channels=channels)),
             chain=cast(Any, chain),
             policy=ClaimPolicy(minimum=1, every_s=1000, retry_s=5),
-            refresh=refresh,
+            follow=follow,
             now_s=trio.current_time,
             receiver=KEY.address,
         )
@@ -451,7 +451,8 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
                 await trio.sleep(1)
             assert {nonce_of(raw) for raw in node.sent} == {0}
             node.mine()
-            await claimed.wait()
+            while not channels[state.channel_id].claimed:
+                await trio.sleep(1)
             nursery.cancel_scope.cancel()
         assert node.nonce == 1 and unfinished(journal.records) == []
 
