@@ -53,6 +53,8 @@ def test_up_is_found_used_and_stopped(run: Run, tmp_path: Path) -> None:
         assert config.chain.rpc_urls == (up["url"],) and str(config.chain.deployment) == up["deployment"]
         _, checks = run("doctor")
         assert [one["status"] for one in checks["checks"] if one["check"] == "chain"] == ["pass"]
+        status, claimed = run("claim")  # nothing runs and nothing is owed: journal and chain by themselves
+        assert status == 0 and claimed == {"claimed": {}, "total": "0", "transactions": []}
         status, given = run("devnet", "faucet", "0x" + "ab" * 20, "--tokens", "5_000")
         assert status == 0 and given["tokens"] == "5000"
     finally:
