@@ -510,6 +510,9 @@ class _Serving:
         When our runtime failed before the first token, nothing was sold: it costs nothing, and there is no receipt, since
         every receipt charges the prompt.
         """
+        # A client that hung up is booked all that was sent, also what no voucher covers. Booking only what is covered would keep
+        # both sides' counts closer after an honest break, but it would forgive a tick at each break: ask, read a tick for
+        # nothing, hang up, and again on the same channel. As it is, the debt stands and the next ask must pay it.
         server, machine = self.server, self.machine
         self.finish = self.finish or FinishReason.CANCELLED
         if self.failure and not self.fault and not self.sent_ids:

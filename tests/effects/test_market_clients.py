@@ -725,3 +725,23 @@ def test_a_client_that_hangs_up_is_charged_for_what_left() -> None:
         assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
 
     run_market(test)
+
+
+def test_hanging_up_again_and_again_gets_one_tick_for_nothing_and_no_more() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=5_000))
+        worker, client = await market.worker(backend), await market.client()
+        hand = await Hand.of(client, worker)
+        answers = []
+        for _ in range(4):
+            talk = await hand.talk(hand.ask(cost(market.price, PROMPT, 0), params=Params(max_tokens=5_000)))
+            answers.append(type(await talk.receive()))
+            if answers[-1] is Accept:
+                while worker.meter.running(hand.state.channel_id) < worker.settings.tick:
+                    await trio.sleep(0.005)
+            await talk.stream.reset()
+            await wait_idle(worker)
+        assert answers == [Accept, Refuse, Refuse, Refuse]
+        assert worker.book.channels[hand.state.channel_id].owed() <= worker.settings.tick
+
+    run_market(test)
