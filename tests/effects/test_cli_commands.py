@@ -308,7 +308,9 @@ def test_a_missing_password_file_and_a_closed_descriptor(run: Run) -> None:
 
 def test_config_show(run: Run, data: Path) -> None:
     assert set(run("config", "show", "--json").one) == set(KEYS)
-    found = run("--set", "worker.max_streams=3", "config", "show", "worker.max_streams", "network", "--origin", "--json").one
+    found = run(
+        "--set", "worker.max_streams=3", "config", "show", "worker.max_streams", "network", "--origin", "--json"
+    ).one
     assert found == {
         "worker.max_streams": {"value": 3, "origin": "flag"},
         "network": {"value": "devnet", "origin": "default"},

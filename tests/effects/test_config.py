@@ -89,7 +89,9 @@ def test_every_setting_does_something() -> None:
 
 
 def test_the_check_for_dead_settings_sees_one() -> None:
-    source = "def f(config):\n    given = config.client\n    return given.max_cost, config.worker.tick_ms, config.network\n"
+    source = (
+        "def f(config):\n    given = config.client\n    return given.max_cost, config.worker.tick_ms, config.network\n"
+    )
     assert reads(ast.parse(source)) & set(KEYS) == {"client.max_cost", "worker.tick_ms", "network"}
 
 
