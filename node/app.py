@@ -24,7 +24,7 @@ from protocol.keys import PrivateKey
 from protocol.pricing import Price
 
 Say = Callable[[str], None]
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.00005
 
 
 @dataclass(frozen=True, slots=True)

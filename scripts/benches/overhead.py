@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 TEXT = "Explain in a few sentences why the sea is salty and rivers are not."
 WARM_UP = 3
 SHORT, LONG = 4, 64
-LONG_RUNS = 9
+LONG_RUNS = 15
 COUNTED = 10
 
 
