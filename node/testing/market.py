@@ -173,7 +173,7 @@ def _mortal(handler: StreamHandler) -> StreamHandler:
     async def handle(stream: ByteStream) -> None:
         try:
             await handler(stream)
-        except LedgerClosed:
+        except* LedgerClosed:  # alone, or beside the cancellation that the crash brought
             await stream.reset()
 
     return handle
