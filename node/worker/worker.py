@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import trio
 
 from node.errors import ChainError, LedgerError, NetworkError, ReorgTooDeep
-from node.network.discovery import announce
+from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
 from node.network.groups import plain_errors
 from node.ports import REORG_DEPTH, Backend, ByteStream, Chain, ChainEvent, Network
@@ -95,6 +95,8 @@ class Worker:
         self.book = ChannelBook.restore(ledger, Role.WORKER)
         self.results = Results(ledger)
         self.meter = Meter()
+        self.offers = OfferBook(chain.domain, now_ms)
+        """What other workers sell; verified, because only sound offers are passed on."""
         self._chain_seen = -1e9
         self._events_from = 0
         """Block from which a new reading of events misses nothing."""
@@ -160,6 +162,8 @@ class Worker:
         if ended:
             log.warning("%d parts were cut off by the last stop; booked what their vouchers cover", ended)
         await self._catch_up()
+        # A peer passes on only what it subscribes to: without this, workers would not spread each other's offers.
+        await follow_gossip(self.network, self.offers)
         self.network.handle(OFFER_PROTOCOL, self._serve_offer)
         self.network.handle(CHANNEL_PROTOCOL, self._serve_channel)
         self.network.handle(JOB_PROTOCOL, self.server.handle)
