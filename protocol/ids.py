@@ -93,7 +93,8 @@ class Hash32(bytes):
 
 
 class JobId(Hash32):
-    """One job across retry, restart and fail-over; 32 random bytes chosen by the client."""
+    """One job across retry, restart and fail-over: 32 random bytes chosen by the client of a stream, or the EIP-712 digest
+    of a batch job's `Quote`."""
 
     __slots__ = ()
 

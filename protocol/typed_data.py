@@ -288,5 +288,111 @@ class HotKey(_Struct):
         )
 
 
-STRUCTS: Final = (ChannelConfig, Voucher, Allocation, Close, Ask, Receipt, Offer, Refusal, HotKey)
+@dataclass(frozen=True, slots=True)
+class Quote(_Struct):
+    """A worker's terms for one batch job. Its digest is the job's id, so a job keeps the terms it was opened with.
+
+    Domain of this struct and of `Order`, `Submission` and `Acceptance`: the Jobs contract.
+    """
+
+    TYPE: ClassVar[str] = (
+        "Quote(bytes32 specHash,address client,address worker,address token,uint128 amount,uint128 penalty,"
+        "uint40 validBefore,uint40 deadline,uint40 window,address resolver,bytes32 salt)"
+    )
+    spec_hash: Hash32
+    """Content hash of the job's specification."""
+    client: Address
+    """Whose vault balance pays; signs `Order` and `Acceptance`."""
+    worker: Address
+    """The hot key that signs this quote and `Submission`."""
+    token: Address
+    """Of `amount` and `penalty`; the zero address is the native coin."""
+    amount: int
+    """The most that the job can cost; locked when it is opened."""
+    penalty: int
+    """Stake of the worker's owner that is held until the job ends."""
+    valid_before: int
+    """Unix seconds of chain time before which the job must be opened."""
+    deadline: int
+    """Unix seconds of chain time before which the result must be submitted."""
+    window: int
+    """Seconds after the submission in which the client may dispute."""
+    resolver: Address
+    """Contract that judges a dispute; the zero address when there is none."""
+    salt: Hash32
+
+    def _encode(self) -> bytes:
+        return (
+            self.spec_hash
+            + _address(self.client)
+            + _address(self.worker)
+            + _address(self.token)
+            + _uint(self.amount, 128)
+            + _uint(self.penalty, 128)
+            + _uint(self.valid_before, 40)
+            + _uint(self.deadline, 40)
+            + _uint(self.window, 40)
+            + _address(self.resolver)
+            + self.salt
+        )
+
+    def job_id(self, domain: Domain) -> JobId:
+        return JobId(self.digest(domain))
+
+
+@dataclass(frozen=True, slots=True)
+class Order(_Struct):
+    """The client's consent to a quote: lock its amount. Anyone may open the job with both signatures."""
+
+    TYPE: ClassVar[str] = "Order(bytes32 jobId)"
+    job_id: JobId
+
+    def _encode(self) -> bytes:
+        return self.job_id
+
+
+@dataclass(frozen=True, slots=True)
+class Submission(_Struct):
+    """The worker's word: the result is there, and this is what it asks for it."""
+
+    TYPE: ClassVar[str] = "Submission(bytes32 jobId,bytes32 resultHash,uint128 claimed)"
+    job_id: JobId
+    result_hash: Hash32
+    """Content hash of the result."""
+    claimed: int
+    """At most the quote's amount, in its token."""
+
+    def _encode(self) -> bytes:
+        return self.job_id + self.result_hash + _uint(self.claimed, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance(_Struct):
+    """The client's word: pay this much for this result, now."""
+
+    TYPE: ClassVar[str] = "Acceptance(bytes32 jobId,bytes32 resultHash,uint128 amount)"
+    job_id: JobId
+    result_hash: Hash32
+    amount: int
+    """The whole amount before the submission; after it at least what was claimed."""
+
+    def _encode(self) -> bytes:
+        return self.job_id + self.result_hash + _uint(self.amount, 128)
+
+
+STRUCTS: Final = (
+    ChannelConfig,
+    Voucher,
+    Allocation,
+    Close,
+    Ask,
+    Receipt,
+    Offer,
+    Refusal,
+    HotKey,
+    Quote,
+    Order,
+    Submission,
+    Acceptance,
+)
 """Every struct that is signed or hashed; the vectors and the docs walk this list."""
