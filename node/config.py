@@ -7,6 +7,8 @@ Rules
 - The user file is `<data_dir>/config.toml` when flag or environment name a data dir, so that `--data-dir` moves everything;
   otherwise `$XDG_CONFIG_HOME/gristmill/config.toml`.
 - A file that another user can write is refused: it decides where money goes.
+- Two families of tables have names that the user gives, `[chains.NAME]` and `[tokens.NAME]`; each key of one is a setting like
+  any other: `chains.NAME.poll_ms` has flag, variable, bounds and origin. `[chain]` and its token are called `default`.
 - No secret is a setting. Passwords come from a file, a descriptor or the prompt.
 
 Amounts of money are whole numbers in the token's smallest unit. The file is long because the list of settings is; the rules of
@@ -18,9 +20,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +31,7 @@ from typing import Any, Final
 
 from node import nesting
 from node.errors import ConfigError
-from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, setting, web_address
+from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, ratio, setting, web_address
 
 PREFIX: Final = "GRISTMILL_"
 NOT_SETTINGS: Final = frozenset(
@@ -52,6 +55,10 @@ DELAY_MIN: Final = 900
 DELAY_MAX: Final = 30 * 24 * 3600
 """The Channels contract refuses withdraw delays outside of these (seconds)."""
 
+DEFAULT: Final = "default"
+"""What `[chain]` is called among the chains, and the token of its deployment among the tokens."""
+_NAME: Final = "[a-z][a-z0-9]{0,15}"
+_name = matching(_NAME, "a name of at most 16 lower-case letters and digits")
 _multiaddrs = each(matching(r"/\S+", "a multiaddr such as /ip4/127.0.0.1/tcp/4001"))
 
 
@@ -78,6 +85,83 @@ class ChainConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenConfig:
+    """A further token, to be paid in (`worker.accept`) or to pay with (`client.pay_with`). What `[worker]` and `[client]` say in
+    smallest units holds for the default token alone; each further one has amounts of its own."""
+
+    chain: str = setting(
+        DEFAULT, "Name of the chain it is on: that of a `[chains.NAME]`, or `default`.", check=_name, values="a name"
+    )
+    address: str = setting(
+        "",
+        "Its address; the zero address is the chain's own coin. Empty means the token that the chain's deployment names.",
+        check=account,
+        values="an address",
+    )
+    price_request: int = setting(0, "Worker: price of one accepted job.", unit="smallest unit", low=0, high=AMOUNT_MAX)
+    price_input: int = setting(
+        0, "Worker: price of prompt tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
+    )
+    price_output: int = setting(
+        0, "Worker: price of generated tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
+    )
+    global_credit: int = setting(
+        0,
+        "Worker: most that may be unpaid over all channels in this token together. Needed where the token is accepted.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    claim_min: int = setting(
+        0,
+        "Worker: claim a channel when this much has accrued; also the least that an allocation must add. Needed where the token "
+        "is accepted.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    allocation: int = setting(
+        0,
+        "Client: amount locked for a worker when a channel to it opens. Needed where the token is paid with.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    rate: str = setting(
+        "",
+        "Client: how many smallest units of the default token one smallest unit of this is worth, as a decimal number or a "
+        "fraction such as 1/1000000000000. With it prices in the two are compared. Empty: they are not, and `client.pay_with` "
+        "decides.",
+        check=ratio,
+        values="a number or a fraction above 0",
+    )
+    max_cost: int = setting(
+        0, "Client: most that one job may cost; 0 means no limit.", unit="smallest unit", low=0, high=AMOUNT_MAX
+    )
+    max_price_request: int = setting(
+        0,
+        "Client: highest price per job that we accept; 0 means no limit.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    max_price_input: int = setting(
+        0,
+        "Client: highest price of prompt tokens that we accept; 0 means no limit.",
+        unit="smallest unit per 1,000,000 tokens",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    max_price_output: int = setting(
+        0,
+        "Client: highest price of generated tokens that we accept; 0 means no limit.",
+        unit="smallest unit per 1,000,000 tokens",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class P2PConfig:
     """The peer-to-peer network."""
 
@@ -95,9 +179,15 @@ class P2PConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """The worker: what it serves, for how much, and how far it trusts."""
+    """The worker: what it serves, for how much, and how far it trusts. Amounts are in the default token."""
 
     models: tuple[str, ...] = setting((), "Names or ids of the models to serve; empty means all in the model store.")
+    accept: tuple[str, ...] = setting(
+        (DEFAULT,),
+        "Tokens that the worker is paid in: names of `[tokens.NAME]`, and `default`.",
+        check=each(_name),
+        values="names",
+    )
     price_request: int = setting(0, "Price of one accepted job.", unit="smallest unit", low=0, high=AMOUNT_MAX)
     price_input: int = setting(
         100_000, "Price of prompt tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
@@ -156,8 +246,15 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """The client: what it is ready to pay and how long it waits."""
+    """The client: what it is ready to pay and how long it waits. Amounts are in the default token."""
 
+    pay_with: tuple[str, ...] = setting(
+        (DEFAULT,),
+        "Tokens to pay with, the preferred one first: names of `[tokens.NAME]`, and `default`. Tokens of a known rate are "
+        "compared by it; the others are taken in this order.",
+        check=each(_name),
+        values="names",
+    )
     allocation: int = setting(
         1_000_000,
         "Amount locked for a worker when a channel to it opens.",
@@ -261,6 +358,10 @@ class Config:
         values="a name",
     )
     chain: ChainConfig = field(default_factory=ChainConfig)
+    chains: Mapping[str, ChainConfig] = field(default_factory=dict)
+    """Further chains by name."""
+    tokens: Mapping[str, TokenConfig] = field(default_factory=dict)
+    """Further tokens by name."""
     p2p: P2PConfig = field(default_factory=P2PConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -275,12 +376,31 @@ class Config:
     def __post_init__(self) -> None:
         if self.data_dir is None:
             object.__setattr__(self, "data_dir", _default_data_dir())
-        object.__setattr__(self, "origins", MappingProxyType(dict(self.origins)))
+        for name in ("origins", *FAMILIES):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def get(self, key: str) -> Any:
         """The value of a setting by its dotted name."""
-        section, _, name = key.rpartition(".")
-        return getattr(getattr(self, section) if section else self, name)
+        *sections, name = key.split(".")
+        of: Any = self
+        for section in sections:
+            of = of[section] if isinstance(of, Mapping) else getattr(of, section)
+        return getattr(of, name)
+
+    def keys_in_use(self) -> list[Key]:
+        """All settings, those of the user's own tables included."""
+        return [*KEYS.values(), *_own_keys({family: getattr(self, family) for family in FAMILIES})]
+
+    @property
+    def chain_names(self) -> tuple[str, ...]:
+        """All chains, the first one first."""
+        return (DEFAULT, *self.chains)
+
+    def chain_named(self, name: str) -> ChainConfig:
+        """Raises ConfigError when no chain has that name."""
+        if name != DEFAULT and name not in self.chains:
+            raise ConfigError(f"no chain is called {name!r}", hint=f"there are {', '.join(self.chain_names)}")
+        return self.chain if name == DEFAULT else self.chains[name]
 
     @property
     def keys_dir(self) -> Path:
@@ -328,6 +448,42 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType({key.name: key for key in _wal
 """All settings by dotted name, in the order of their declaration."""
 _BY_VARIABLE: Final = MappingProxyType({key.variable: key for key in KEYS.values()})
 SECTIONS: Final = tuple(dict.fromkeys(name.partition(".")[0] for name in KEYS if "." in name))
+FAMILIES: Final[Mapping[str, type]] = MappingProxyType({"chains": ChainConfig, "tokens": TokenConfig})
+"""Tables of tables, whose inner names are the user's."""
+FAMILY_MAX: Final = 15
+"""Names per family: with the default an offer's bound of 16."""
+
+
+def family_keys(family: str, name: str) -> dict[str, Key]:
+    """The settings of one table of a family, by dotted name. The documentation calls the table `NAME`."""
+    prefix = f"{family}.{name}."
+    return {key.name: key for key in _walk(FAMILIES[family], prefix)}
+
+
+def _own_keys(names: Mapping[str, Iterable[str]]) -> Iterator[Key]:
+    for family, inside in names.items():
+        for name in inside:
+            yield from family_keys(family, name).values()
+
+
+def find_key(name: str) -> Key | None:
+    """The setting of a dotted name, in a fixed section or in a table of the user's."""
+    family, _, rest = name.partition(".")
+    if family in FAMILIES and re.fullmatch(_NAME, rest.partition(".")[0]):
+        return family_keys(family, rest.partition(".")[0]).get(name)
+    return KEYS.get(name)
+
+
+def find_variable(variable: str) -> Key | None:
+    """The setting of an environment variable. Names have no underscore, so `..._CHAINS_BASE_POLL_MS` has one meaning."""
+    if variable in _BY_VARIABLE:
+        return _BY_VARIABLE[variable]
+    for family in FAMILIES:
+        rest = variable.removeprefix(f"{PREFIX}{family.upper()}_")
+        name, _, last = rest.lower().partition("_")
+        if rest != variable and rest.isupper():
+            return find_key(f"{family}.{name}.{last}")
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------- sources
@@ -343,7 +499,15 @@ class _Source:
     values: Mapping[str, object]
 
     def where(self, key: str) -> str:
-        return self.origin if self.origin != "environment" else f"environment {KEYS[key].variable}"
+        return self.origin if self.origin != "environment" else f"environment {_key(key).variable}"
+
+
+def _key(name: str) -> Key:
+    """A setting that is known to exist."""
+    found = find_key(name)
+    if found is None:
+        raise KeyError(name)
+    return found
 
 
 def _near(name: str, known: Mapping[str, object]) -> str:
@@ -365,15 +529,39 @@ def _flat(table: Mapping[str, object], origin: str) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in table.items():
         if name in SECTIONS:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{origin}: {name} is a section", hint=f"write [{name}] on a line of its own")
-            flat.update({f"{name}.{inner}": deeper for inner, deeper in value.items()})
+            flat.update(_inner(name, value, origin))
+        elif name in FAMILIES:
+            for inner, deeper in _inner(name, value, origin).items():
+                flat.update(_inner(inner, deeper, origin))
         else:
             flat[name] = value
     for name in flat:
-        if name not in KEYS:
-            raise _unknown(origin, name, {**KEYS, **dict.fromkeys(SECTIONS)})
+        _known(name, origin)
     return flat
+
+
+def _inner(section: str, table: object, origin: str) -> dict[str, object]:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{origin}: {section} is a section", hint=f"write [{section}] on a line of its own")
+    return {f"{section}.{name}": value for name, value in table.items()}
+
+
+def _known(name: str, origin: str) -> None:
+    """Raises ConfigError when no setting has this name."""
+    family, _, rest = name.partition(".")
+    if family not in FAMILIES:
+        if name not in KEYS:
+            raise _unknown(origin, name, {**KEYS, **dict.fromkeys((*SECTIONS, *FAMILIES))})
+        return
+    own = rest.partition(".")[0]
+    if not re.fullmatch(_NAME, own) or own == DEFAULT:
+        hint = "a name has at most 16 lower-case letters and digits"
+        raise ConfigError(
+            f"{origin}: {family}.{own[:40]} cannot be called that",
+            hint=f"`default` is [chain] and its token; {hint}" if own == DEFAULT else hint,
+        )
+    if find_key(name) is None:
+        raise _unknown(origin, name, family_keys(family, own))
 
 
 def _file(path: Path) -> _Source | None:
@@ -404,11 +592,13 @@ def _environment(environ: Mapping[str, str]) -> _Source:
     for name, value in environ.items():
         if not name.startswith(PREFIX) or name in NOT_SETTINGS:
             continue
-        if name in _BY_VARIABLE:
-            values[_BY_VARIABLE[name].name] = value
-        elif name.startswith(tuple(f"{PREFIX}{one.upper()}_" for one in SECTIONS)) or difflib.get_close_matches(
-            name, _BY_VARIABLE, 1, 0.85
-        ):
+        key = find_variable(name)
+        if key is not None:
+            _known(key.name, "environment")
+            values[key.name] = value
+        elif name.startswith(
+            tuple(f"{PREFIX}{one.upper()}_" for one in (*SECTIONS, *FAMILIES))
+        ) or difflib.get_close_matches(name, _BY_VARIABLE, 1, 0.85):
             raise _unknown("environment", name, _BY_VARIABLE)
     return _Source("environment", Path.cwd(), values)
 
@@ -445,8 +635,7 @@ def load(
     environ = os.environ if environ is None else environ
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     for name in given:
-        if name not in KEYS:
-            raise _unknown("flag", name, KEYS)
+        _known(name, "flag")
     sources = [_Source("flag", Path.cwd(), given), _environment(environ)]
     moved = any("data_dir" in source.values for source in sources)
     named = project or (Path(environ["GRISTMILL_CONFIG"]) if environ.get("GRISTMILL_CONFIG") else None)
@@ -459,16 +648,66 @@ def load(
     sources += [found] if found else []
     left = _devnet(_pick(sources, "data_dir")[0] or _default_data_dir(), _pick(sources, "network")[0])
     sources += [left] if left else []
-    picked = {name: _pick(sources, name) for name in KEYS}
+    own = {family: _names(sources, family) for family in FAMILIES}
+    picked = {name: _pick(sources, name) for name in (*KEYS, *(key.name for key in _own_keys(own)))}
     sections: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
     for name, (value, _) in picked.items():
         section, _, last = name.rpartition(".")
-        sections[section][last] = value
+        sections.setdefault(section, {})[last] = value
     kinds = {one.name: one.default_factory for one in fields(Config)}
     made = {name: kinds[name](**sections[name]) for name in SECTIONS}  # type: ignore[operator]
+    families = {
+        family: {name: FAMILIES[family](**sections[f"{family}.{name}"]) for name in names}
+        for family, names in own.items()
+    }
     origins = {name: origin for name, (_, origin) in picked.items()}
     _check_credit(made["worker"], origins)
-    return Config(**sections[""], **made, origins=origins, user_file=user)
+    config = Config(**sections[""], **made, **families, origins=origins, user_file=user)
+    _check_tokens(config)
+    return config
+
+
+def _names(sources: list[_Source], family: str) -> list[str]:
+    """The tables of a family, over all sources, in alphabetical order. Raises ConfigError when there are too many."""
+    names = {key.split(".")[1] for source in sources for key in source.values if key.startswith(f"{family}.")}
+    if len(names) > FAMILY_MAX:
+        raise ConfigError(f"{len(names)} tables [{family}.NAME], at most {FAMILY_MAX} are taken")
+    return sorted(names)
+
+
+def _check_tokens(config: Config) -> None:
+    """Names lead somewhere, and a token that is used has the amounts that its use needs: none has a default, because what is
+    little of one token is a fortune of another. Raises ConfigError."""
+    for name, token in config.tokens.items():
+        if token.chain not in config.chain_names:
+            raise ConfigError(
+                f"{config.origins[f'tokens.{name}.chain']}: tokens.{name}.chain: no chain is called {token.chain!r}",
+                hint=f"there are {', '.join(config.chain_names)}; write a [chains.{token.chain}]",
+            )
+    for key, names in (("worker.accept", config.worker.accept), ("client.pay_with", config.client.pay_with)):
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"{config.origins[key]}: {key} names at least one token, and each one once")
+        for name in names:
+            if name != DEFAULT and name not in config.tokens:
+                raise ConfigError(
+                    f"{config.origins[key]}: {key}: no token is called {name!r}", hint=f"write a [tokens.{name}]"
+                )
+    for name in set(config.worker.accept) & set(config.tokens):
+        token = config.tokens[name]
+        if not (token.price_request or token.price_input or token.price_output):
+            raise _lacks(name, "price_output", "worker.accept")
+        for needed in ("global_credit", "claim_min"):
+            if not getattr(token, needed):
+                raise _lacks(name, needed, "worker.accept")
+    for name in set(config.client.pay_with) & set(config.tokens):
+        if not config.tokens[name].allocation:
+            raise _lacks(name, "allocation", "client.pay_with")
+
+
+def _lacks(token: str, key: str, user: str) -> ConfigError:
+    return ConfigError(
+        f"tokens.{token}.{key} is not set, and {user} names the token", hint=f"set it in [tokens.{token}]"
+    )
 
 
 def _check_credit(worker: WorkerConfig, origins: Mapping[str, str]) -> None:
@@ -492,7 +731,7 @@ def user_file(data_dir: Path | None, environ: Mapping[str, str]) -> Path:
 
 def _pick(sources: list[_Source], name: str) -> tuple[Any, str]:
     """The checked value of the first source that has the key, and where it came from."""
-    key = KEYS[name]
+    key = _key(name)
     for source in sources:
         if name in source.values:
             try:

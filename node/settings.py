@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -180,6 +181,16 @@ def web_address(value: str) -> str:
 
 def account(value: str) -> str:
     return str(Address(value))
+
+
+def ratio(value: str) -> str:
+    """A decimal number or a fraction above 0, exact: it compares money."""
+    try:
+        if not re.fullmatch(r"\d{1,40}(\.\d{1,40}|/\d{1,40})?", value, re.ASCII) or not Fraction(value):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"must be a decimal number or a fraction above 0, not {_shown(value)}") from None
+    return value
 
 
 def power_of_two(value: int) -> int:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from node.config import Config
+from node.chains import Chains
+from node.config import DEFAULT, Config
 from node.errors import ConfigError
+from node.ports import Chain
 from node.store.ledger import Entry, Ledger
+from protocol.ids import Address
 from protocol.keys import PrivateKey
 
 if TYPE_CHECKING:
@@ -45,33 +48,48 @@ def open_journal(config: Config, role: str, key: PrivateKey) -> Ledger:
 
 
 @asynccontextmanager
-async def open_chain(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIterator[EvmChain]:
-    """Our contracts, checked, and this account's unfinished transactions brought to their end.
+async def open_chains(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIterator[Chains]:
+    """Every configured chain, as `open_chain` opens one. Raises as it does: with a chain missing, money could be overlooked."""
+    async with AsyncExitStack() as stack:
+        named = {}
+        for name in config.chain_names:
+            named[name] = await stack.enter_async_context(open_chain(config, key, ledger, name))
+        yield Chains(named)
+
+
+@asynccontextmanager
+async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str = DEFAULT) -> AsyncIterator[EvmChain]:
+    """Our contracts on one chain, checked, and this account's unfinished transactions there brought to their end.
 
     Raises `ConfigError` when none is configured, `ChainError` when the chain or the contracts are not what they should be.
     """
     from node.chain.client import EvmChain
     from node.chain.txs import TxPolicy, unfinished
 
-    deployment = _deployment(config)
+    given = config.chain_named(name)
+    deployment = _deployment(config, name)
+    devnet = config.network == "devnet" and name == DEFAULT
 
     async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
         await ledger.append([Entry(kind, subject, body)])
 
     pending = unfinished(
-        (record.kind, msgspec.msgpack.decode(record.body))
-        for record in ledger.records()
-        if record.kind.startswith("tx_")
+        (
+            (record.kind, msgspec.msgpack.decode(record.body))
+            for record in ledger.records()
+            if record.kind.startswith("tx_")
+        ),
+        deployment.chain_id,
     )
-    poll = config.chain.poll_ms / 1000
+    poll = given.poll_ms / 1000
     policy = TxPolicy(
-        poll=min(poll, 0.02) if config.network == "devnet" else poll,
-        bump_after=5.0 if config.network == "devnet" else 45.0,
-        give_up_after=config.chain.tx_timeout_s,
-        confirmations=config.chain.confirmations,
+        poll=min(poll, 0.02) if devnet else poll,
+        bump_after=5.0 if devnet else 45.0,
+        give_up_after=given.tx_timeout_s,
+        confirmations=given.confirmations,
     )
     chain = await EvmChain.connect(
-        config.chain.rpc_urls,
+        given.rpc_urls,
         deployment,
         key,
         journal=journal,
@@ -86,23 +104,35 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIt
 
 
 @asynccontextmanager
-async def look_at_chain(config: Config) -> AsyncIterator[EvmChain]:
+async def look_at_chain(config: Config, name: str = DEFAULT) -> AsyncIterator[EvmChain]:
     """Our contracts, checked, to read only: its account is a random one without money. Raises as `open_chain` does."""
     from node.chain.client import EvmChain
 
-    chain = await EvmChain.connect(config.chain.rpc_urls, _deployment(config), PrivateKey(random32()))
+    rpc_urls = config.chain_named(name).rpc_urls
+    chain = await EvmChain.connect(rpc_urls, _deployment(config, name), PrivateKey(random32()))
     try:
         yield chain
     finally:
         await chain.aclose()
 
 
-def _deployment(config: Config) -> Deployment:
+def _deployment(config: Config, name: str) -> Deployment:
     from node.chain.deployment import Deployment
 
-    if not config.chain.rpc_urls or config.chain.deployment is None:
-        raise ConfigError(
-            "no chain is configured: chain.rpc_urls and chain.deployment are empty",
-            hint="start a local one with `gristmill devnet up`, or set both",
-        )
-    return Deployment.load(config.chain.deployment)
+    given = config.chain_named(name)
+    if not given.rpc_urls or given.deployment is None:
+        section = "chain" if name == DEFAULT else f"chains.{name}"
+        hint = "start a local one with `gristmill devnet up`, or set both" if name == DEFAULT else "set both"
+        raise ConfigError(f"no chain is configured: {section}.rpc_urls and {section}.deployment are empty", hint=hint)
+    return Deployment.load(given.deployment)
+
+
+def token_of(config: Config, chains: Chains, name: str) -> tuple[Chain, Address]:
+    """The chain and the address of a token by its name in the configuration. Raises `ConfigError`."""
+    if name == DEFAULT:
+        return chains.first, chains.first.token
+    if name not in config.tokens:
+        raise ConfigError(f"no token is called {name!r}", hint=f"there are {', '.join((DEFAULT, *config.tokens))}")
+    token = config.tokens[name]
+    chain = chains.named(token.chain)
+    return chain, Address(token.address) if token.address else chain.token

@@ -114,15 +114,23 @@ class PendingTx:
             raise ChainError(f"the journal holds a damaged transaction record: {error}") from error
 
 
-def unfinished(records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[PendingTx]:
-    """Fold one account's (kind, body) journal records, in order: what was signed and has no end yet."""
+def unfinished(records: Iterable[tuple[str, Mapping[str, Any]]], chain_id: int) -> list[PendingTx]:
+    """Fold one account's (kind, body) journal records, in order: what was signed for this chain and has no end yet.
+
+    A journal may hold transactions of several chains, each with nonces of its own: an end counts where its hash was signed.
+    """
     waiting: dict[str, PendingTx] = {}
+    signed: set[str] = set()
     for kind, body in records:
         if kind == "tx_signed":
-            waiting[body["hash"]] = PendingTx.from_body(body)
+            tx = PendingTx.from_body(body)
+            if tx.signed.transaction.chain_id == chain_id:
+                signed.add(body["hash"])
+                waiting[body["hash"]] = tx
         elif kind == "tx_final":
-            done = int(body["nonce"])
-            waiting = {h: tx for h, tx in waiting.items() if tx.signed.transaction.nonce != done}
+            if body["hash"] in signed:
+                done = int(body["nonce"])
+                waiting = {h: tx for h, tx in waiting.items() if tx.signed.transaction.nonce != done}
         elif kind == "tx_dropped":
             waiting.pop(body["hash"], None)
     return sorted(waiting.values(), key=lambda tx: tx.signed.transaction.nonce)

@@ -19,13 +19,12 @@ def command() -> None:
 @click.pass_obj
 def show(shared: Shared, keys: tuple[str, ...], origin: bool) -> None:
     """Show every effective setting, or only KEYS, as TOML that could be put into a file."""
-    from node.config import KEYS
-
     config = shared.config
+    known = [key.name for key in config.keys_in_use()]
     for key in keys:
-        if key not in KEYS:
+        if key not in known:
             raise click.BadParameter(f"no setting is called {key!r}", param_hint="KEYS")
-    names = keys or tuple(KEYS)
+    names = keys or tuple(known)
     if shared.output.json:
         plain = {name: config.get(name) for name in names}
         if origin:

@@ -22,6 +22,7 @@ import click
 
 from node.cli.main import Command, Shared
 from node.cli.output import color
+from node.config import DEFAULT
 from node.errors import ConfigError, ModelError, NodeError
 from node.ownership import strangers
 
@@ -151,10 +152,13 @@ def _config(shared: Shared) -> Iterator[Finding]:
     config = shared.config
     set_ = sorted({origin for origin in config.origins.values() if origin != "default"})
     yield Finding("config", "pass", "valid; set by " + (", ".join(set_) or "nothing, all defaults"))
-    from node.config import KEYS, NOT_SETTINGS, PREFIX
+    from node.config import NOT_SETTINGS, PREFIX, find_variable
 
-    known = {key.variable for key in KEYS.values()} | NOT_SETTINGS
-    stray = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    stray = sorted(
+        name
+        for name in os.environ
+        if name.startswith(PREFIX) and name not in NOT_SETTINGS and find_variable(name) is None
+    )
     if stray:
         yield Finding(
             "environment", "warn", f"{', '.join(stray)} is no setting and does nothing", f"unset {' '.join(stray)}"
@@ -232,14 +236,20 @@ def _models(shared: Shared) -> Iterator[Finding]:
 
 
 def _chain(shared: Shared) -> Iterator[Finding]:
-    config = shared.config
+    for name in shared.config.chain_names:
+        yield from _one_chain(shared, name)
+
+
+def _one_chain(shared: Shared, name: str) -> Iterator[Finding]:
+    config, chain = shared.config, shared.config.chain_named(name)
+    section, devnet = ("chain", config.network == "devnet") if name == DEFAULT else (f"chains.{name}", False)
     mend = (
         _ours(shared, "devnet up")
-        if config.network == "devnet"
-        else "set chain.rpc_urls and chain.deployment in the configuration"
+        if devnet
+        else f"set {section}.rpc_urls and {section}.deployment in the configuration"
     )
-    if not config.chain.rpc_urls or config.chain.deployment is None:
-        yield Finding("chain", "warn", "no chain is configured", mend)
+    if not chain.rpc_urls or chain.deployment is None:
+        yield Finding(section, "warn", "no chain is configured", mend)
         return
     import trio
 
@@ -250,20 +260,20 @@ def _chain(shared: Shared) -> Iterator[Finding]:
 
     async def look() -> None:
         deployment = Deployment.load(path)
-        rpc = JsonRpc(config.chain.rpc_urls, chain_id=deployment.chain_id, timeout=CHAIN_SECONDS)
+        rpc = JsonRpc(chain.rpc_urls, chain_id=deployment.chain_id, timeout=CHAIN_SECONDS)
         try:
             await check_deployment(Eth(rpc), deployment)
         finally:
             await rpc.aclose()
 
-    path = config.chain.deployment
+    path = chain.deployment
     try:
         trio.run(look)
     except NodeError as error:
-        yield Finding("chain", "fail", error.message, mend if config.network == "devnet" else error.hint)
+        yield Finding(section, "fail", error.message, mend if devnet else error.hint)
     else:
         yield Finding(
-            "chain", "pass", f"chain {Deployment.load(path).chain_id} answers, and the contracts on it are ours"
+            section, "pass", f"chain {Deployment.load(path).chain_id} answers, and the contracts on it are ours"
         )
 
 

@@ -13,7 +13,7 @@ import click
 from node.cli import passwords
 from node.cli.main import Command, Shared
 from node.cli.options import password_options, setting_option
-from node.config import KEYS, SECTIONS, Config
+from node.config import KEYS, SECTIONS, Config, Key
 from node.errors import ConfigError
 from node.keystore import PASSWORD_FILE, Keystore, private_folder, write_new
 
@@ -126,12 +126,25 @@ def template(config: Config) -> str:
         for key in KEYS.values():
             if key.name.rpartition(".")[0] != section or key.name == "data_dir":
                 continue
-            kept = config.origins.get(key.name) == "flag" and key.name != "keys.password_file"
+            kept = _kept(config, key) and key.name != "keys.password_file"
             value = config.get(key.name) if kept else key.default
             unit = f" Unit: {key.setting.unit}." if key.setting.unit else ""
             lines += ["", f"# {key.setting.doc}{unit}"]
             lines += [("" if kept else "# ") + f"{key.name.rpartition('.')[2]} = {toml_value(value)}"]
+    lines += ["", "# Further chains and tokens: tables [chains.NAME] and [tokens.NAME], see docs/reference/config.md."]
+    table = ""
+    for key in config.keys_in_use():
+        if key.name not in KEYS and _kept(config, key):
+            own, _, last = key.name.rpartition(".")
+            lines += [] if own == table else ["", f"[{own}]"]
+            lines += [f"{last} = {toml_value(config.get(key.name))}"]
+            table = own
     return "\n".join(lines) + "\n"
+
+
+def _kept(config: Config, key: Key) -> bool:
+    """Whether `init` was given this setting, which then goes into the file."""
+    return config.origins.get(key.name) == "flag"
 
 
 def toml_value(value: object) -> str:

@@ -167,7 +167,7 @@ def test_journaled_before_it_is_sent_and_closed_by_its_receipt() -> None:
         assert journal.kinds == ["tx_signed", "tx_final"] * 3
         assert journal.sends_before == [0, 1, 1, 2, 2, 3]
         assert [nonce_of(raw) for raw in node.sent] == [0, 1, 2]
-        assert unfinished(journal.records) == []
+        assert unfinished(journal.records, CHAIN) == []
 
     run(main)
 
@@ -274,7 +274,7 @@ def test_a_nonce_taken_by_another_program_is_given_up_for_the_next() -> None:
         result = await sender.send("second", TO, b"")
         assert result.ok and nonce_of(node.sent[-1]) == 5
         assert journal.kinds == ["tx_signed", "tx_final", "tx_signed", "tx_dropped", "tx_signed", "tx_final"]
-        assert unfinished(journal.records) == []
+        assert unfinished(journal.records, CHAIN) == []
 
     run(main)
 
@@ -326,7 +326,7 @@ def test_a_stuck_transaction_is_replaced_with_higher_fees() -> None:
         assert len(fees) == 3 and {body["nonce"] for body in bodies} == {0}
         assert all(b * 1000 >= a * 1125 for a, b in pairwise(fees))
         assert all(b * 1000 >= a * 1125 for a, b in pairwise(tips))
-        assert results[0].hash == keccak256(node.sent[-1]) and unfinished(journal.records) == []
+        assert results[0].hash == keccak256(node.sent[-1]) and unfinished(journal.records, CHAIN) == []
 
     run(main)
 
@@ -353,7 +353,7 @@ def test_fees_never_pass_the_cap() -> None:
             await sender.send("pay", TO, b"")
         fees = [int(body["max_fee"]) for kind, body in journal.records if kind == "tx_signed"]
         assert len(fees) > 1 and max(fees) <= cap
-        assert len(unfinished(journal.records)) == len(fees)
+        assert len(unfinished(journal.records, CHAIN)) == len(fees)
 
     run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=200, max_fee=cap))
 
@@ -373,7 +373,7 @@ def test_a_call_tried_again_after_its_timeout_is_not_sent_twice() -> None:
         assert result.ok and result.hash == keccak256(node.sent[-1]) and node.nonce == 1
         node.mine_at_once = True
         assert (await sender.send("claim", TO, b"\x01")).ok and node.nonce == 2  # that wait is over: a call of its own
-        assert unfinished(journal.records) == []
+        assert unfinished(journal.records, CHAIN) == []
 
     run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=30))
 
@@ -386,7 +386,7 @@ def test_a_stalled_transaction_whose_nonce_was_taken_is_sent_anew() -> None:
         node.pool.clear()
         node.nonce, node.mine_at_once = 1, True
         assert (await sender.send("claim", TO, b"\x01")).ok
-        assert nonce_of(node.sent[-1]) == 1 and unfinished(journal.records) == []
+        assert nonce_of(node.sent[-1]) == 1 and unfinished(journal.records, CHAIN) == []
 
     run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=30))
 
@@ -454,7 +454,7 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
             while not channels[state.channel_id].claimed:
                 await trio.sleep(1)
             nursery.cancel_scope.cancel()
-        assert node.nonce == 1 and unfinished(journal.records) == []
+        assert node.nonce == 1 and unfinished(journal.records, CHAIN) == []
 
     run(main, TxPolicy(poll=0.5, bump_after=10, give_up_after=30))
 
@@ -499,7 +499,7 @@ def test_another_transaction_at_our_nonce_is_an_error_that_says_so() -> None:
             nursery.start_soon(steal)
             with pytest.raises(ChainError, match="took nonce 0"):
                 await sender.send("pay", TO, b"")
-        assert unfinished(journal.records) == []
+        assert unfinished(journal.records, CHAIN) == []
 
     run(main)
 
@@ -529,7 +529,7 @@ def crashed(node: FakeNode) -> list[PendingTx]:
     for nonce in (0, 1):
         signed = Transaction(CHAIN, nonce, 10**9, 3 * 10**9, 30_000, TO, 1, b"\x01").sign(KEY)
         records.append(("tx_signed", PendingTx("pay", signed).to_body()))
-    return unfinished(records)
+    return unfinished(records, CHAIN)
 
 
 def test_a_restart_sends_what_the_node_has_not_seen() -> None:
@@ -563,9 +563,9 @@ def test_cancelled_between_journal_and_send_reuses_the_nonce() -> None:
 
             node.on_send = [cancel]
             await sender.send("pay", TO, b"")
-        assert scope.cancelled_caught and len(unfinished(journal.records)) == 1
+        assert scope.cancelled_caught and len(unfinished(journal.records, CHAIN)) == 1
         assert (await sender.send("again", TO, b"")).ok
-        assert [nonce_of(raw) for raw in node.sent] == [0, 0] and unfinished(journal.records) == []
+        assert [nonce_of(raw) for raw in node.sent] == [0, 0] and unfinished(journal.records, CHAIN) == []
 
     run(main)
 
@@ -608,3 +608,21 @@ def test_rlp_known_answers() -> None:
     assert rlp([[], [[]], [[], [[]]]]) == bytes.fromhex("c7c0c1c0c3c0c1c0")
     long = b"Lorem ipsum dolor sit amet, consectetur adipisicing elit"
     assert rlp(long) == b"\xb8\x38" + long
+
+
+def test_one_journal_holds_the_transactions_of_several_chains() -> None:
+    """Nonces are counted per chain: an end on one chain is no end of the same nonce on another."""
+
+    def signed(chain_id: int, nonce: int) -> PendingTx:
+        return PendingTx("pay", Transaction(chain_id, nonce, 10**9, 3 * 10**9, 30_000, TO, 1, b"\x01").sign(KEY))
+
+    here, there, later = signed(CHAIN, 0), signed(CHAIN + 1, 0), signed(CHAIN + 1, 1)
+    records = [("tx_signed", tx.to_body()) for tx in (here, there, later)]
+    assert unfinished(records, CHAIN) == [here]
+    assert unfinished(records, CHAIN + 1) == [there, later]
+    records.append(("tx_final", {"nonce": 0, "hash": there.signed.hash.hex()}))
+    assert unfinished(records, CHAIN) == [here]
+    assert unfinished(records, CHAIN + 1) == [later]
+    records.append(("tx_dropped", {"nonce": 1, "hash": later.signed.hash.hex()}))
+    assert unfinished(records, CHAIN) == [here] and unfinished(records, CHAIN + 1) == []
+    assert unfinished(records, CHAIN + 2) == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from node import config as module
 from node.client.connect import client_settings
-from node.config import KEYS, Config, load
+from node.config import FAMILIES, FAMILY_MAX, KEYS, Config, family_keys, find_key, find_variable, load
 from node.errors import ConfigError
 from node.settings import PARSERS
 from protocol.messages import decode_value, encode
@@ -23,6 +23,8 @@ from protocol.offers import OFFER_TTL_MAX_MS, ModelOffer, OfferDocument
 from protocol.pricing import Price
 from protocol.selection import PriceLimit
 
+NAMES_OF_TOKENS = {"worker.accept", "client.pay_with"}
+"""They must name what is there."""
 SOURCES = ("flag", "environment", "project", "user")
 
 
@@ -53,14 +55,19 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conf
 
 def reads(tree: ast.AST) -> set[str]:
     """Settings that code reads: `x.section.name`, or `given.name` after `given = x.section`; `config.name` at the top."""
-    sections = {
-        node.targets[0].id: node.value.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Attribute)
-        and node.value.attr in module.SECTIONS
-    }
+    sections = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Attribute(attr=section)) if (
+                section in module.SECTIONS
+            ):
+                sections[name] = section
+            case ast.Assign(
+                targets=[ast.Name(id=name)], value=ast.Call(func=ast.Attribute(attr="chain_named"))
+            ):  # the chain of a name: `[chain]` or `[chains.NAME]`
+                sections[name] = "chain"
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Attribute(attr="tokens"))):
+                sections[name] = "tokens.NAME"
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -69,6 +76,8 @@ def reads(tree: ast.AST) -> set[str]:
                     found.add(f"{section}.{node.attr}")
                 case ast.Name(id=name) if name in sections:
                     found.add(f"{sections[name]}.{node.attr}")
+                case ast.Call(func=ast.Attribute(attr="chain_named")):
+                    found.add(f"chain.{node.attr}")
                 case ast.Name(id="config" | "self"):
                     found.add(node.attr)
                 case ast.Attribute(attr="config"):
@@ -85,7 +94,7 @@ def test_every_setting_does_something() -> None:
         if path.name == "config.py" and path.parent == root:
             (tree,) = [one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name == "Config"]
         found |= reads(tree)
-    assert sorted(set(KEYS) - found) == []
+    assert sorted(set(KEYS) - found - NAMES_OF_TOKENS) == []
 
 
 def test_the_check_for_dead_settings_sees_one() -> None:
@@ -161,7 +170,7 @@ def as_text(value: Any) -> str:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in KEYS if name != "data_dir"])
+@pytest.mark.parametrize("name", [name for name in KEYS if name not in {"data_dir", *NAMES_OF_TOKENS}])
 @given(present=st.sets(st.sampled_from(SOURCES)))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_first_source_wins(world: Callable[..., Config], name: str, present: set[str]) -> None:
@@ -179,7 +188,7 @@ def test_the_first_source_wins(world: Callable[..., Config], name: str, present:
     assert made.origins[name].endswith(ends[winner] if winner else "default")
 
 
-@pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
+@pytest.mark.parametrize("key", [*KEYS.values(), *family_keys("tokens", "NAME").values()], ids=lambda key: key.name)
 def test_every_setting_is_described(key: module.Key) -> None:
     assert key.setting.doc.endswith(".") and key.kind in PARSERS
     if key.kind == "int":
@@ -218,6 +227,20 @@ def test_bounds_hold_on_both_sides(world: Callable[..., Config], key: module.Key
         ("[worker", "is not valid TOML"),
         ("network = 'a'\nnetwork = 'b'", "is not valid TOML"),
         ("x = " + "[" * 100_000, "is not valid TOML"),
+        ("chains = 3", "chains is a section"),
+        ("[chains]\nrpc_urls = ['http://x']", "chains.rpc_urls is a section"),
+        ("[chains.Base]\npoll_ms = 5", "chains.Base cannot be called that"),
+        ("[chains.default]\npoll_ms = 5", "chains.default cannot be called that"),
+        ("[chains.base]\npolls_ms = 5", "unknown key 'chains.base.polls_ms'"),
+        ("[chains.base]\npoll_ms = 4", "chains.base.poll_ms must be 5 to 60000, not 4"),
+        ("[tokens.usdc]\naddress = '0x12'", "tokens.usdc.address not an address"),
+        ("[tokens.usdc]\nrate = '0'", "tokens.usdc.rate must be a decimal number or a fraction above 0"),
+        ("[tokens.usdc]\nrate = '1/0'", "tokens.usdc.rate must be a decimal number or a fraction above 0"),
+        ("[tokens.usdc]\nrate = '1e9'", "tokens.usdc.rate must be a decimal number or a fraction above 0"),
+        ("[tokens.usdc]\nchain = 'base'", "tokens.usdc.chain: no chain is called 'base'"),
+        ("[worker]\naccept = ['usdc']", "worker.accept: no token is called 'usdc'"),
+        ("[client]\npay_with = ['default', 'default']", "client.pay_with names at least one token, and each one once"),
+        ("[worker]\naccept = []", "worker.accept names at least one token"),
         ("network = 'a\u0000b'", "is not valid TOML"),
     ],
 )
@@ -241,6 +264,73 @@ def test_a_near_miss_is_suggested(world: Callable[..., Config]) -> None:
             world(**attempt)  # type: ignore[arg-type]
         assert caught.value.hint == f"did you mean {near}?"
         assert caught.value.exit_status == 3
+
+
+def test_a_family_of_tables(world: Callable[..., Config]) -> None:
+    """Every key of the user's own tables is a setting like any other: sources, bounds, origin, variable."""
+    made = world(
+        user="[chains.base]\nrpc_urls = ['http://base']\npoll_ms = 7\n[tokens.usdc]\nchain = 'base'\nrate = '0.5'",
+        project="[chains.base]\npoll_ms = 8\n[chains.arb]\nconfirmations = 3\ndeployment = 'arb.json'",
+        environment={"GRISTMILL_CHAINS_BASE_CONFIRMATIONS": "2"},
+        flag={"chains.base.tx_timeout_s": "9"},
+    )
+    base = made.chain_named("base")
+    assert (base.rpc_urls, base.poll_ms, base.confirmations, base.tx_timeout_s) == (("http://base",), 8, 2, 9)
+    assert made.chain_names == ("default", "arb", "base") and made.chain_named("default") is made.chain
+    assert made.get("chains.arb.confirmations") == 3 and made.get("tokens.usdc.rate") == "0.5"
+    assert made.chains["arb"].deployment is not None and made.chains["arb"].deployment.is_absolute()
+    origins = {name: made.origins[f"chains.base.{name}"] for name in ("rpc_urls", "poll_ms", "confirmations")}
+    assert origins["rpc_urls"].endswith("config.toml") and origins["poll_ms"].endswith("gristmill.toml")
+    assert origins["confirmations"] == "environment GRISTMILL_CHAINS_BASE_CONFIRMATIONS"
+    assert made.origins["chains.base.deployment"] == "default" and made.origins["tokens.usdc.address"] == "default"
+    own = {key.name for key in made.keys_in_use()} - set(KEYS)
+    assert own == {*family_keys("chains", "base"), *family_keys("chains", "arb"), *family_keys("tokens", "usdc")}
+    assert {name for name in own if made.get(name) is not None} | {"chains.base.deployment"} == own
+    with pytest.raises(ConfigError, match="no chain is called 'other'"):
+        made.chain_named("other")
+    with pytest.raises(TypeError):
+        made.chains["new"] = base  # type: ignore[index]
+
+
+def test_every_variable_of_a_family_has_one_meaning() -> None:
+    for family in FAMILIES:
+        for key in family_keys(family, "a1").values():
+            assert find_variable(key.variable) == key == find_key(key.name)
+    for stray in (
+        "GRISTMILL_CHAINS_BASE",
+        "GRISTMILL_CHAINS__POLL_MS",
+        "GRISTMILL_CHAINS_BASE_polls",
+        "GRISTMILL_CHAINSX",
+    ):
+        assert find_variable(stray) is None
+    assert not {key.variable for key in KEYS.values()} & {key.variable for key in family_keys("chains", "x").values()}
+
+
+def test_tables_of_a_family_are_bounded(world: Callable[..., Config]) -> None:
+    def many(count: int) -> str:
+        return "".join(f"[tokens.t{n}]\nallocation = 1\n" for n in range(count))
+
+    assert len(world(user=many(FAMILY_MAX)).tokens) == FAMILY_MAX
+    with pytest.raises(ConfigError, match=r"16 tables \[tokens.NAME\], at most 15"):
+        world(user=many(FAMILY_MAX + 1))
+
+
+def test_a_token_in_use_has_its_amounts(world: Callable[..., Config]) -> None:
+    """No amount has a default in a token whose unit we do not know: a free worker or an open credit would be the price."""
+    accepted = {"price_output": "5", "global_credit": "7", "claim_min": "3"}
+
+    def toml(given: dict[str, str], user: str) -> str:
+        return f"{user} = ['usdc']\n[tokens.usdc]\n" + "".join(f"{key} = {value}\n" for key, value in given.items())
+
+    made = world(user=toml(accepted, "worker.accept"))
+    assert made.worker.accept == ("usdc",) and made.tokens["usdc"].global_credit == 7
+    for key in accepted:
+        given = {name: value for name, value in accepted.items() if name != key}
+        with pytest.raises(ConfigError, match=rf"tokens\.usdc\.{key} is not set, and worker\.accept names the token"):
+            world(user=toml(given, "worker.accept"))
+    with pytest.raises(ConfigError, match=r"tokens\.usdc\.allocation is not set, and client\.pay_with"):
+        world(user=toml(accepted, "client.pay_with"))
+    assert world(user=toml({"allocation": "1"}, "client.pay_with")).client.pay_with == ("usdc",)
 
 
 def test_variables_that_are_no_settings_are_left_alone(world: Callable[..., Config]) -> None:
