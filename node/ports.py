@@ -106,6 +106,24 @@ class WorkerOnChain:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """How people write amounts of a token. What the token says of itself decides nothing: amounts are counted in the smallest
+    unit everywhere."""
+
+    address: Address
+    symbol: str
+    """At most 16 printable ASCII characters; the native coin's is `coin`."""
+    decimals: int
+    """0 to 36; 0 also for a token that does not say."""
+
+    def show(self, amount: int) -> str:
+        """``5250000`` of a token with six decimals as ``5.25 tUSD``: exact, no trailing zeros."""
+        whole, part = divmod(abs(amount), 10**self.decimals)
+        digits = str(part).rjust(self.decimals, "0").rstrip("0") if part else ""
+        return f"{'-' if amount < 0 else ''}{whole}{'.' + digits if digits else ''} {self.symbol}"
+
+
+@dataclass(frozen=True, slots=True)
 class TxResult:
     purpose: str
     hash: bytes
@@ -172,6 +190,9 @@ class Chain(Protocol):
     async def native_balance(self, account: Address) -> int: ...
 
     async def token_balance(self, token: Address, account: Address) -> int: ...
+
+    async def token_info(self, token: Address) -> TokenInfo:
+        """Name and decimals for display; never raises for what an odd token answers."""
 
     async def vault_balance(self, token: Address, account: Address) -> int: ...
 

@@ -13,11 +13,11 @@ from typing import Any
 from node.chain.artifacts import Contract, contract, error_name
 from node.chain.deployment import Deployment
 from node.chain.eth import Eth
-from node.chain.rpc import JsonRpc, Reverted
+from node.chain.rpc import JsonRpc, Reverted, RpcUnavailable
 from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
 from node.chain.watcher import Watcher
 from node.errors import ChainError
-from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult, WorkerOnChain
+from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
 from protocol.ids import ZERO_ADDRESS, Address, ChannelId
 from protocol.keys import PrivateKey
 from protocol.typed_data import ChannelConfig, Domain
@@ -159,6 +159,30 @@ class EvmChain:
         if token == ZERO_ADDRESS:
             return await self.native_balance(account)
         return int(await self._view(contract("TestToken"), token, "balanceOf", account))
+
+    async def token_info(self, token: Address) -> TokenInfo:
+        if token == ZERO_ADDRESS:
+            return TokenInfo(token, "coin", 18)
+        return TokenInfo(token, await self._symbol(token), await self._decimals(token))
+
+    async def _symbol(self, token: Address) -> str:
+        """A token may answer anything, or nothing: only short plain names reach a terminal."""
+        try:
+            name = str(await self._view(contract("TestToken"), token, "symbol"))
+        except RpcUnavailable:
+            raise
+        except ChainError:
+            return "token"
+        return name if 1 <= len(name) <= 16 and name.isascii() and name.isprintable() else "token"
+
+    async def _decimals(self, token: Address) -> int:
+        try:
+            decimals = int(await self._view(contract("TestToken"), token, "decimals"))
+        except RpcUnavailable:
+            raise
+        except ChainError:
+            return 0
+        return decimals if decimals <= 36 else 0
 
     async def vault_balance(self, token: Address, account: Address) -> int:
         return int(await self._view(self._vault, self.deployment.vault, "balanceOf", token, account))

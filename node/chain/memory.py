@@ -16,7 +16,7 @@ from typing import Any, Final
 import trio
 
 from node.errors import ChainError
-from node.ports import REORG_DEPTH, ChainEvent, ChannelOnChain, ClaimEntry, Head, TxResult, WorkerOnChain
+from node.ports import REORG_DEPTH, ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
 from protocol import escrow
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.escrow import Escrow, EscrowError
@@ -252,6 +252,9 @@ class MemoryChain:
 
     async def token_balance(self, token: Address, account: Address) -> int:
         return (await self._look()).coins_of(token, account)
+
+    async def token_info(self, token: Address) -> TokenInfo:
+        return TokenInfo(token, "coin", 18) if token == ZERO_ADDRESS else TokenInfo(token, "tUSD", 6)
 
     async def vault_balance(self, token: Address, account: Address) -> int:
         return (await self._look()).escrow.balance_of(token, account)

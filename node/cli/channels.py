@@ -32,6 +32,7 @@ def list_(shared: Shared) -> None:
 
     async def work(client: Client) -> None:
         for state in client.book.channels.values():
+            show = (await client.wallet.chain.token_info(state.config.token)).show
             status = "closed" if state.closed else "leaving" if state.leaving else "open"
             data = {
                 "channel": state.channel_id,
@@ -43,7 +44,10 @@ def list_(shared: Shared) -> None:
                 "claimed": str(state.claimed),
                 "withdraw_at": state.withdraw_at,
             }
-            text = f"{state.channel_id}  {status:<8} spent {state.spent} of {state.allocated}, claimed {state.claimed}"
+            text = (
+                f"{state.channel_id}  {status:<8} spent {show(state.spent)} of {show(state.allocated)}, "
+                f"claimed {show(state.claimed)}"
+            )
             shared.output.row(data, text)
 
     run(shared, work, online=False)
@@ -67,6 +71,7 @@ def close(shared: Shared, channel: str | None, workers: tuple[str, ...]) -> None
         for state in list(client.book.channels.values()):
             if state.closed or (wanted is not None and state.channel_id != wanted):
                 continue
+            show = (await client.wallet.chain.token_info(state.config.token)).show
             done = await client.wallet.close(state.channel_id, peers.get(state.config.receiver))
             data = {
                 "channel": done.channel_id,
@@ -79,7 +84,7 @@ def close(shared: Shared, channel: str | None, workers: tuple[str, ...]) -> None
             when = (
                 f"available from {done.available_at} (chain seconds)"
                 if done.available_at
-                else f"{done.returned} returned"
+                else f"{show(done.returned)} returned"
             )
             shared.output.row(data, f"{done.channel_id}  {when}" + (f"  ({done.note})" if done.note else ""))
 

@@ -109,12 +109,14 @@ async def chat(
     if output.json:
         output.row(summary)
         return
+    chain = client.wallet.chain
+    token = client.wallet.book.channels[stream.channel_id].config.token
     speed = receipt.output_tokens / max(timings.finished - timings.first_token, 1e-9)
     output.say(
         f"\nworker   {stream.worker}\n"
         f"usage    {receipt.input_tokens} tokens in, {receipt.output_tokens} out, {speed:.1f} tokens/s, "
         f"first token after {1000 * (timings.first_token - timings.asked):.0f} ms\n"
-        f"cost     {receipt.cost} (smallest unit)\n"
+        f"cost     {(await chain.token_info(token)).show(receipt.cost)}\n"
         f"receipt  number {receipt.sequence} on channel {stream.channel_id}, verified"
     )
 

@@ -30,12 +30,14 @@ def command(shared: Shared, amount: int) -> None:
 
         results = await client.deposit(amount)
         balance = await client.balance()
+        chain = client.wallet.chain
+        show = (await chain.token_info(chain.token)).show
         data = {
             "deposited": str(amount),
             "vault_balance": str(balance),
             "transactions": [transaction(result) for result in results],
         }
         gas = sum(result.gas_used for result in results)
-        shared.output.result(data, f"deposited {amount}, the vault holds {balance} (smallest unit; {gas} gas)")
+        shared.output.result(data, f"deposited {show(amount)}, the vault holds {show(balance)} ({gas} gas)")
 
     run(shared, work, online=False)

@@ -32,14 +32,16 @@ def command(shared: Shared, amount: int | None, to: Address | None) -> None:
         from node.errors import InsufficientFunds
 
         held = await client.balance()
+        chain = client.wallet.chain
+        show = (await chain.token_info(chain.token)).show
         wanted = held if amount is None else amount
         if wanted > held:
             raise InsufficientFunds(
-                f"the vault holds {held}, not {wanted} (smallest unit)",
+                f"the vault holds {show(held)}, not {show(wanted)}",
                 hint="gristmill channels close brings channels home",
             )
         transactions = [] if wanted == 0 else [transaction(await client.wallet.withdraw(wanted, to))]
         data = {"withdrawn": str(wanted), "vault_balance": str(held - wanted), "transactions": transactions}
-        shared.output.result(data, f"withdrawn {wanted}, the vault holds {held - wanted} (smallest unit)")
+        shared.output.result(data, f"withdrawn {show(wanted)}, the vault holds {show(held - wanted)}")
 
     run(shared, work, online=False)
