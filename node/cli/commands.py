@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "status": "What a running worker is doing.",
     "drain": "Let a running worker finish its jobs and stop.",
     "claim": "Claim what clients owe this worker.",
+    "earnings": "What this worker has earned, day by day, and how much of it is claimed.",
     "payout": "Where a worker's earnings go: show it, set it with the owner's key.",
     "chat": "Chat with a model: the answer on stdout, usage and cost on stderr.",
     "offers": "What workers sell now, and why one would be chosen.",
