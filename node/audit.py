@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import msgspec
-
 from node.ports import Chain
 from node.store.channels import fold_record
 from node.store.ledger import Ledger, Record
@@ -18,7 +16,7 @@ from protocol.ids import ChannelId
 from protocol.job import receipt_from_wire
 from protocol.keys import recover
 from protocol.messages import JOB_PROTOCOL, ReceiptMessage, decode
-from protocol.records import KINDS, from_body
+from protocol.records import KINDS, decode_body
 from protocol.typed_data import Allocation, Domain, Voucher
 
 
@@ -51,7 +49,7 @@ def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelS
     for record in records:
         if record.kind not in KINDS:
             continue
-        change = from_body(record.kind, msgspec.msgpack.decode(record.body))
+        change = decode_body(record.kind, record.body)
         state = states.get(change.channel_id)
         if state is None:
             continue

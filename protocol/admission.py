@@ -7,8 +7,10 @@ Two steps, cheap before dear: `check_ask` needs no tokenizer, so a stranger cann
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from protocol.channel import ChannelState
 from protocol.errors import GristmillError, InvalidValue, RefusalReason, RemoteProtocolError

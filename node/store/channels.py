@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import trio
 
 from node.ports import Chain
@@ -23,7 +22,7 @@ from protocol.channel import ChainSeen, Change, ChannelOpened, ChannelState, Eff
 from protocol.errors import LocalProtocolError, ProtocolError
 from protocol.ids import ChannelId, JobId
 from protocol.payment import recovered_costs, unsecured
-from protocol.records import KINDS, fold, from_body, kind_of, to_body
+from protocol.records import KINDS, decode_body, fold, kind_of, to_body
 
 
 class ChannelBook:
@@ -45,13 +44,15 @@ class ChannelBook:
         """Fold the journal. Raises `LocalProtocolError` when it breaks a rule: then nothing is signed."""
         book = cls(ledger, role)
         replay(ledger, book._fold, None)
+        for state in book._states.values():
+            book._weigh(state)
         return book
 
     def _fold(self, _: None, record: Record) -> None:
         if record.kind in KINDS:
-            change = from_body(record.kind, msgspec.msgpack.decode(record.body))
+            change = decode_body(record.kind, record.body)
             fold(self.role, self._states, change)
-            self._note(change)
+            self._note_end(change)
 
     async def close_open_jobs(self, tick: int) -> int:
         """After a crash: end the parts that were under way, by the rule of `recovered_costs`. Returns how many.
@@ -79,12 +80,13 @@ class ChannelBook:
         """Channels on which something is, or may come to be, delivered without cover."""
         return [self._states[channel_id] for channel_id in self._at_risk]
 
-    def _note(self, change: Change) -> None:
-        state = self._states[change.channel_id]
+    def _weigh(self, state: ChannelState) -> None:
         if not state.closed and unsecured(state, state.reserved):
             self._at_risk.add(state.channel_id)
         else:
             self._at_risk.discard(state.channel_id)
+
+    def _note_end(self, change: Change) -> None:
         if isinstance(change, JobEnded) and not change.receipt:
             self.cut_off.add((change.channel_id, change.job_id, change.part))
 
@@ -109,8 +111,10 @@ class ChannelBook:
         entries = [Entry(kind_of(c), bytes(c.channel_id), to_body(c)) for c in changes]
         with trio.CancelScope(shield=True):
             self._states.update(staged)
+            for state in staged.values():
+                self._weigh(state)
             for change in changes:
-                self._note(change)
+                self._note_end(change)
             await self.ledger.append(entries, also=also)
         return effects
 
@@ -140,5 +144,5 @@ async def refresh(book: ChannelBook, chain: Chain, channel_id: ChannelId) -> tup
 def fold_record(role: Role, states: dict[ChannelId, ChannelState], record: Record) -> dict[ChannelId, ChannelState]:
     """Reducer for `replay`; records of other kinds (transactions, say) are not about channels."""
     if record.kind in KINDS:
-        fold(role, states, from_body(record.kind, msgspec.msgpack.decode(record.body)))
+        fold(role, states, decode_body(record.kind, record.body))
     return states

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -77,7 +78,7 @@ def test_a_worker_that_died_in_the_middle_goes_on_from_its_journal() -> None:
 
         again = await market.worker(name="w")
         state = the_channel(again)
-        expected = recovered_costs(replace(died, role=Role.WORKER), again.settings.tick)
+        expected = recovered_costs(msgspec.structs.replace(died, role=Role.WORKER), again.settings.tick)
         assert state.spent == sum(expected.values()) and not state.open_jobs
         assert the_channel(client).spent >= state.spent, "never charged for what it cannot have delivered"
         assert ChannelBook.restore(again.ledger, Role.WORKER).channels == again.book.channels, "the fold is the state"

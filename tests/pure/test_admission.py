@@ -204,7 +204,7 @@ def test_a_stranger_makes_us_tokenise_nothing() -> None:
 @pytest.mark.parametrize("changed", [{"withdraw_at": 5}, {"closed": True}, {"allocated": 150}, {"allocated": 0}])
 def test_what_happens_to_the_channel_while_the_prompt_is_tokenised_counts(changed: dict[str, Any]) -> None:
     checked = World().first()
-    late = replace(checked, channel=replace(checked.channel, **changed))
+    late = replace(checked, channel=msgspec.structs.replace(checked.channel, **changed))
     with pytest.raises(Rejected) as caught:
         check_prompt(late, 20, domain=DOMAIN, running=0, load=CALM)
     assert caught.value.reason in (R.CHANNEL_CLOSING, R.ALLOCATION_INSUFFICIENT)

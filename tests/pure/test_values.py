@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import base58
+import msgspec
 import pytest
 from eth_utils import to_checksum_address
 from hypothesis import given
@@ -17,7 +18,7 @@ from protocol.channel import VoucherAdded
 from protocol.errors import InvalidValue, LocalProtocolError
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId, address_of, keccak256
 from protocol.pricing import PER, PRICE_MAX, TOKENS_MAX, Price, cost
-from protocol.records import from_body, to_body
+from protocol.records import decode_body, encode_body, to_body
 
 raw20, raw32 = st.binary(min_size=20, max_size=20), st.binary(min_size=32, max_size=32)
 
@@ -156,7 +157,7 @@ def test_one_more_tick_costs_at_most_a_tick(p: Price, prompt: int, done: int, ti
 def test_the_journal_reads_only_what_it_writes() -> None:
     change = VoucherAdded(ChannelId(bytes(32)), 5, bytes(65))
     body = to_body(change)
-    assert from_body("voucher_added", body) == change
+    assert decode_body("voucher_added", encode_body(change)) == change
     spoiled: list[Any] = [
         {},
         None,
@@ -170,9 +171,13 @@ def test_the_journal_reads_only_what_it_writes() -> None:
     ]
     for bad in spoiled:
         with pytest.raises(LocalProtocolError):
-            from_body("voucher_added", bad)
+            decode_body("voucher_added", msgspec.msgpack.encode(bad))
     with pytest.raises(LocalProtocolError):
-        from_body("voucher_lowered", body)
+        decode_body("voucher_added", encode_body(change) + b"\0")
+    with pytest.raises(LocalProtocolError):
+        decode_body("voucher_added", b"\xc1")
+    with pytest.raises(LocalProtocolError):
+        decode_body("voucher_lowered", encode_body(change))
     for cumulative in (-1, 2**128):
         with pytest.raises(InvalidValue):
             to_body(VoucherAdded(ChannelId(bytes(32)), cumulative, b""))
