@@ -442,11 +442,11 @@ def stroll(machine: ChannelMachine, random: Random, steps: int = 40) -> None:
                 limit = ("zero", random.randint(1, 40)) if random.random() < 0.7 else amount("room", "zero")
                 machine.open_job(fresh(), limit, random.choice([1, 1, 1, 1, 1, 0, 2, -1]))
             case 7 | 8 | 9:
-                machine.add_voucher(amount("due", "cumulative", "authorized", "allocated"))
+                machine.add_voucher(amount("due", "cumulative", "claimed", "authorized", "allocated"))
             case 10 | 11 | 12 | 13:
                 machine.end_job(part(), amount("limit"), random.choice([0, 0, -1, 1]))
             case 14:
-                if random.random() < 0.3:
+                if random.random() < (0.9 if machine.oracle.claimed > machine.oracle.cumulative else 0.3):
                     machine.sign_close(amount("cumulative", "spent", "claimed", "final"))
             case _:
                 machine.open_again()
