@@ -12,7 +12,7 @@ from typing import Final
 
 import base58
 import coincurve
-from Crypto.Hash import keccak as _keccak
+from sha3 import keccak_256 as _keccak_256  # type: ignore[import-untyped]
 
 from protocol.errors import InvalidValue
 
@@ -27,7 +27,7 @@ UINT128_MAX: Final = 2**128 - 1
 
 def keccak256(data: bytes) -> bytes:
     """Ethereum's Keccak-256 of `data`: 32 bytes."""
-    return _keccak.new(digest_bits=256, data=data).digest()
+    return bytes(_keccak_256(data).digest())
 
 
 class Address(bytes):

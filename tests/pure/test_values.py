@@ -74,6 +74,15 @@ def test_an_address_is_what_ethereum_calls_the_same_key() -> None:
     assert keccak256(b"").hex() == "c5d2460186f7233c927e7db2dcc703c0e500b653ca82273b7bfad8045d85a470"
 
 
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 64, 134, 135, 136, 137, 271, 272, 273, 10_000])
+def test_keccak_is_what_another_library_says(size: int) -> None:
+    """Around the rate of 136 bytes, where padding goes wrong if it does."""
+    from Crypto.Hash import keccak
+
+    data = bytes(n % 251 for n in range(size))
+    assert keccak256(data) == keccak.new(digest_bits=256, data=data).digest()
+
+
 CID, PEER = str(ModelId.of_manifest(b"x")), str(key("worker").peer_id)
 REFUSED: dict[str, Callable[[], Any]] = {
     "address of 19 bytes": lambda: Address(bytes(19)),
