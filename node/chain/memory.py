@@ -366,7 +366,7 @@ class MemoryChain:
     async def settle(self, receiver: Address, token: Address) -> TxResult:
         def change(world: World, now: int) -> tuple[World, Events]:
             amount, payout = world.escrow.owed_to(receiver, token), world.escrow.payout_of(receiver)
-            state = escrow.settle(world.escrow, receiver, token)
+            state = escrow.settle(world.escrow, now, receiver, token)
             args = {"receiver": receiver, "token": token, "payout": payout, "amount": amount}
             return replace(world, escrow=state), [("Settled", args), *self._released(token, payout, amount)]
 
@@ -387,7 +387,7 @@ class MemoryChain:
 
         def change(world: World, now: int) -> tuple[World, Events]:
             before = world.escrow.channel(channel_id)
-            state = escrow.close(world.escrow, config, final, voucher, voucher_signer, close_signer)
+            state = escrow.close(world.escrow, now, config, final, voucher, voucher_signer, close_signer)
             paid, returned = final - before.claimed, before.allocated - final
             return replace(world, escrow=state), [
                 ("Closed", {"channelId": channel_id, "claimed": final, "paid": paid, "returned": returned}),

@@ -347,7 +347,7 @@ class Attacker:
 
     def settle(self, dice: Dice) -> None:
         receiver, token = dice.choice((*WORKERS, *WORKERS, MALLORY)), dice.choice(self.tokens)
-        model = lambda s: escrow.settle(s, receiver, token)  # noqa: E731
+        model = lambda s: escrow.settle(s, self.now, receiver, token)  # noqa: E731
         self.step(dice.choice(list(KEYS)), self.world.channels, "settle", (receiver, token), model)
 
     def initiate_withdraw(self, dice: Dice) -> None:
@@ -386,7 +386,7 @@ class Attacker:
             self.world.channels,
             "close",
             (config_tuple(config), final, voucher, voucher_signature, signature),
-            lambda s: escrow.close(s, config, final, voucher, voucher_signer, close_signer),
+            lambda s: escrow.close(s, self.now, config, final, voucher, voucher_signer, close_signer),
         )
 
     def _consent(self, dice: Dice, owner: Address, hot: Address, payout: Address, flaw: str) -> tuple[int, bytes]:
