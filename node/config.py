@@ -51,6 +51,8 @@ MAX_FILE_BYTES: Final = 1 << 20
 AMOUNT_MAX: Final = 2**63 - 1
 CREDIT_TOKENS_MAX: Final = 65_536
 """Most output on credit that an offer can state."""
+CONFIRMATIONS_MAX: Final = 63
+"""A reorganisation that goes deeper than 64 blocks is an error."""
 DELAY_MIN: Final = 900
 DELAY_MAX: Final = 30 * 24 * 3600
 """The Channels contract refuses withdraw delays outside of these (seconds)."""
@@ -68,15 +70,35 @@ class ChainConfig:
 
     rpc_urls: tuple[str, ...] = setting(
         (),
-        "JSON-RPC servers, the preferred one first. On devnet empty means the one that `devnet up` started.",
+        "JSON-RPC servers, the preferred one first; of strangers' servers take three, since two that differ cannot be judged. "
+        "On devnet empty means the one that `devnet up` started.",
         check=each(web_address),
         values="http or https addresses",
     )
     deployment: Path | None = setting(
         None, "Deployment file (JSON): chain id, contract addresses, token. On devnet empty means that of `devnet up`."
     )
+    rpc_quorum: int = setting(
+        0,
+        "How many of the servers must say the same before money is served or booked on it: more than half of them. 0 means the "
+        "least that is more than half.",
+        unit="servers",
+        low=0,
+        high=256,
+    )
+    rpc_max_behind: int = setting(
+        8,
+        "How far the servers' newest blocks may lie apart. One that is further behind is set aside for a minute.",
+        unit="blocks",
+        low=0,
+        high=10_000,
+    )
     confirmations: int = setting(
-        0, "How many blocks must stand on a block before we act on it.", unit="blocks", low=0, high=1000
+        0,
+        "How many blocks must stand on a block before we act on what it gives us. A withdrawal that begins counts at once.",
+        unit="blocks",
+        low=0,
+        high=CONFIRMATIONS_MAX,
     )
     poll_ms: int = setting(200, "How often the head is asked for.", unit="ms", low=5, high=60_000)
     tx_timeout_s: int = setting(

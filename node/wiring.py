@@ -25,6 +25,7 @@ from protocol.keys import PrivateKey
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
     from node.chain.deployment import Deployment
+    from node.chain.endpoints import Rules
 
 
 def now_ms() -> int:
@@ -96,6 +97,7 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
         pending=pending,
         policy=policy,
         poll=poll,
+        rules=endpoint_rules(config, name),
     )
     try:
         yield chain
@@ -108,12 +110,20 @@ async def look_at_chain(config: Config, name: str = DEFAULT) -> AsyncIterator[Ev
     """Our contracts, checked, to read only: its account is a random one without money. Raises as `open_chain` does."""
     from node.chain.client import EvmChain
 
-    rpc_urls = config.chain_named(name).rpc_urls
-    chain = await EvmChain.connect(rpc_urls, _deployment(config, name), PrivateKey(random32()))
+    rpc_urls, rules = config.chain_named(name).rpc_urls, endpoint_rules(config, name)
+    chain = await EvmChain.connect(rpc_urls, _deployment(config, name), PrivateKey(random32()), rules=rules)
     try:
         yield chain
     finally:
         await chain.aclose()
+
+
+def endpoint_rules(config: Config, name: str = DEFAULT) -> Rules:
+    """How the nodes of a chain are compared."""
+    from node.chain.endpoints import Rules
+
+    given = config.chain_named(name)
+    return Rules(quorum=given.rpc_quorum, max_behind=given.rpc_max_behind)
 
 
 def _deployment(config: Config, name: str) -> Deployment:

@@ -3,6 +3,9 @@
 Before the first use everything is checked: the node's chain id, that each address holds our code (immutables aside), that
 Channels stands on this Vault and these Workers, and that both domains are what signatures are made for. A contract that is
 not ours is refused at start, never discovered by losing money.
+
+With several endpoints everything that decides about money is what a quorum of them says (`node.chain.agreed`); events are hints,
+and come from any of them.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
+from node.chain.agreed import AgreedEth
 from node.chain.artifacts import Contract, contract, error_name
 from node.chain.deployment import Deployment
+from node.chain.endpoints import Endpoints, Rules
 from node.chain.eth import Eth
-from node.chain.rpc import JsonRpc, Reverted, RpcUnavailable
+from node.chain.rpc import Reverted, RpcUnavailable
 from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
 from node.chain.watcher import Watcher
 from node.errors import ChainError
@@ -74,14 +79,28 @@ async def check_deployment(eth: Eth, deployment: Deployment) -> None:
         raise ChainError(f"the Vault at {deployment.vault} does not know these Channels", hint=_HINT)
 
 
+def careful(now: ChannelOnChain, confirmed: ChannelOnChain) -> ChannelOnChain:
+    """One sight of a channel out of two, at the head and below the blocks that may still be undone.
+
+    What lets a worker serve more counts when it is confirmed, what lets it serve less counts at once. A claim is of the first
+    kind: what is claimed counts as paid.
+    """
+    return ChannelOnChain(
+        allocated=min(now.allocated, confirmed.allocated),
+        claimed=min(now.claimed, confirmed.claimed),
+        withdraw_at=now.withdraw_at or confirmed.withdraw_at,
+        closed=now.closed or confirmed.closed,
+    )
+
+
 class EvmChain:
     """Implements `node.ports.Chain`. Make it with `connect`; `aclose` when done."""
 
     def __init__(
-        self, rpc: JsonRpc, deployment: Deployment, sender: TxSender, *, poll: float, confirmations: int
+        self, nodes: Endpoints, deployment: Deployment, sender: TxSender, *, poll: float, confirmations: int
     ) -> None:
-        self._rpc = rpc
-        self._eth = Eth(rpc)
+        self.nodes = nodes
+        self._eth = AgreedEth(nodes)
         self._sender = sender
         self._poll = poll
         self._confirmations = confirmations
@@ -104,25 +123,27 @@ class EvmChain:
         policy: TxPolicy = DEFAULT_POLICY,
         poll: float = 2.0,
         timeout: float = 20.0,
+        rules: Rules | None = None,
     ) -> EvmChain:
         """Check the chain and our contracts, then bring `pending` transactions (from the journal) to their end.
 
-        `poll` is seconds between looks for new blocks. Raises `ChainError` when the node is not reachable, is of another
-        chain, or the contracts are not ours.
+        `poll` is seconds between looks for new blocks. Raises `ChainError` when no quorum of the nodes is reachable, one is of
+        another chain, or the contracts are not ours.
         """
-        rpc = JsonRpc(endpoints, chain_id=deployment.chain_id, timeout=timeout)
+        nodes = Endpoints.over_http(endpoints, chain_id=deployment.chain_id, timeout=timeout, rules=rules)
         try:
-            eth = Eth(rpc)
+            await nodes.meet()
+            eth = AgreedEth(nodes)
             await check_deployment(eth, deployment)
             sender = TxSender(eth, key, deployment.chain_id, journal=journal, error_name=error_name, policy=policy)
             await sender.resume(pending)
         except BaseException:
-            await rpc.aclose()
+            await nodes.aclose()
             raise
-        return cls(rpc, deployment, sender, poll=poll, confirmations=policy.confirmations)
+        return cls(nodes, deployment, sender, poll=poll, confirmations=policy.confirmations)
 
     async def aclose(self) -> None:
-        await self._rpc.aclose()
+        await self.nodes.aclose()
 
     # --------------------------------------------------------------------------------------------------------- looking
 
@@ -147,9 +168,7 @@ class EvmChain:
         return self._sender.account
 
     async def head(self) -> Head:
-        header = await self._eth.header("latest")
-        if header is None:
-            raise ChainError("the chain's node has no latest block")
+        header = await self._eth.head()
         return Head(header.number, header.hash, header.timestamp)
 
     async def native_balance(self, account: Address) -> int:
@@ -188,7 +207,20 @@ class EvmChain:
         return int(await self._view(self._vault, self.deployment.vault, "balanceOf", token, account))
 
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
-        found = await self._view(self._channels, self.deployment.channels, "channel", channel_id)
+        if not self._confirmations:
+            return await self._channel_at(channel_id, "latest")
+        head = await self._eth.head()
+        now = await self._channel_at(channel_id, head.hash)
+        deep = head.number - self._confirmations
+        if deep < self.deployment.block:
+            return careful(now, ChannelOnChain(0, 0, 0, False))  # our contracts are not confirmed themselves
+        header = await self._eth.header(deep)
+        if header is None:
+            raise ChainError(f"block {deep} has gone while we looked at it")
+        return careful(now, await self._channel_at(channel_id, header.hash))
+
+    async def _channel_at(self, channel_id: ChannelId, block: str | bytes) -> ChannelOnChain:
+        found = await self._view(self._channels, self.deployment.channels, "channel", channel_id, block=block)
         return ChannelOnChain(*found)
 
     async def owed(self, receiver: Address, token: Address) -> int:
@@ -200,9 +232,11 @@ class EvmChain:
     async def worker(self, hot_key: Address) -> WorkerOnChain:
         return WorkerOnChain(*await self._view(self._workers, self.deployment.workers, "worker", hot_key))
 
-    async def _view(self, source: Contract, address: Address, function: str, *args: object) -> Any:
+    async def _view(
+        self, source: Contract, address: Address, function: str, *args: object, block: str | bytes = "latest"
+    ) -> Any:
         try:
-            data = await self._eth.eth_call(address, source.encode(function, *args))
+            data = await self._eth.eth_call(address, source.encode(function, *args), block=block)
         except Reverted as error:
             raise ChainError(f"{source.name}.{function} reverted: {error_name(error.data)}") from error
         return source.decode(function, data)[0]
@@ -275,7 +309,7 @@ class EvmChain:
     def watcher(self, start: int | None = None) -> Watcher:
         """As `events`, never from before the deployment; its `head` says how fresh our view is."""
         return Watcher(
-            self._eth,
+            Eth(self.nodes),
             {
                 self.deployment.vault: self._vault,
                 self.deployment.workers: self._workers,

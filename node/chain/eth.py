@@ -13,7 +13,7 @@ MAX_CODE = 49_152
 
 
 class Caller(Protocol):
-    """The two ways to ask a node; `node.chain.rpc.JsonRpc` and the fakes of the tests have them."""
+    """The two ways to ask a node; `node.chain.rpc.JsonRpc`, `node.chain.endpoints.Endpoints` and the fakes have them."""
 
     async def call(self, method: str, *params: Any) -> Any: ...
 
@@ -48,10 +48,17 @@ class Eth:
         return blob(await self.rpc.call("eth_getCode", str(account), "latest"), "code", limit=MAX_CODE)
 
     async def eth_call(
-        self, to: Address | None, data: bytes, *, sender: Address | None = None, value: int = 0, block: str = "latest"
+        self,
+        to: Address | None,
+        data: bytes,
+        *,
+        sender: Address | None = None,
+        value: int = 0,
+        block: str | bytes = "latest",
     ) -> bytes:
-        """Raises `Reverted` with the contract's answer."""
-        return blob(await self.rpc.call("eth_call", _call_object(to, data, sender, value), block), "call result")
+        """At a tag, a number in hex, or a block named by its hash (EIP-1898). Raises `Reverted` with the contract's answer."""
+        at = {"blockHash": hex_data(block)} if isinstance(block, bytes) else block
+        return blob(await self.rpc.call("eth_call", _call_object(to, data, sender, value), at), "call result")
 
     async def estimate_gas(self, to: Address | None, data: bytes, *, sender: Address, value: int = 0) -> int:
         """Also a simulation: raises `Reverted` when the transaction would."""

@@ -1,11 +1,12 @@
 """JSON-RPC over HTTP/1.1, on trio streams: one small client, no provider stack.
 
 Rules:
-- Reads are retried, once per endpoint and once more where a kept-alive connection turned out stale. A transaction is
-  submitted at most once per call: the caller decides by receipt what became of it (`node.chain.txs`).
+- One `JsonRpc` is one node; several are held together by `node.chain.endpoints`.
+- Reads are retried where a kept-alive connection turned out stale. A transaction is submitted at most once per call: the
+  caller decides by receipt what became of it (`node.chain.txs`).
 - An answer is bounded before it is parsed, and each exchange has one timeout. Cancelling a call closes its connection.
-- Every endpoint must show the expected chain id before it is used; an endpoint that names another chain is an error, never
-  a fallback.
+- A node must show the expected chain id before it is used, and again after each trouble: behind one URL there may stand
+  another node tomorrow.
 - URLs may hold API keys: messages name scheme, host and port only.
 
 Why not web3.py: its providers are for threads or asyncio, import in two seconds, and all that is needed here is POST.
@@ -35,6 +36,10 @@ _READ_SIZE: Final = 1 << 16
 
 class RpcUnavailable(ChainError):
     """No answer: refused, reset, timed out, or not JSON-RPC. What was asked may or may not have happened."""
+
+
+class WrongChain(ChainError):
+    """The node is one of another chain than ours."""
 
 
 class RpcError(ChainError):
@@ -142,65 +147,62 @@ class _Answer(msgspec.Struct):
 
 
 class JsonRpc:
-    """Calls on the first healthy of `urls`. Safe to share between tasks; `aclose` when done.
+    """Calls on one node. Safe to share between tasks; `aclose` when done.
 
-    `timeout` is seconds for one exchange, connecting included. `chain_id` is what each endpoint must answer to eth_chainId.
+    `timeout` is seconds for one exchange, connecting included. `chain_id` is what the node must answer to eth_chainId.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        url: str,
         *,
         chain_id: int | None = None,
         timeout: float = 20.0,
         max_response: int = MAX_RESPONSE,
         max_connections: int = 8,
     ) -> None:
-        if not urls:
-            raise ChainError("no JSON-RPC endpoint is configured", hint="set chain.rpc to the URL of a node")
-        self._endpoints = [_Endpoint(url) for url in urls]
+        self._endpoint = _Endpoint(url)
         self._chain_id = chain_id
         self._timeout = timeout
         self._max_response = max_response
         self._limit = trio.CapacityLimiter(max_connections)
         self._ids = itertools.count(1)
-        self._current = 0
+
+    @property
+    def name(self) -> str:
+        """Scheme, host and port: what may stand in a message."""
+        return self._endpoint.name
 
     async def call(self, method: str, *params: Any) -> Any:
-        """An idempotent read: retried on other connections and endpoints. Raises `RpcError` or `RpcUnavailable`."""
-        failures: list[str] = []
-        for step in range(len(self._endpoints)):
-            index = (self._current + step) % len(self._endpoints)
-            try:
-                result = await self._request(self._endpoints[index], method, params, retry_stale=True)
-            except RpcUnavailable as error:
-                failures.append(str(error))
-                continue
-            self._current = index
-            return result
-        raise RpcUnavailable("; ".join(failures), hint="is the chain's node running?")
+        """An idempotent read. Raises `RpcError`, `RpcUnavailable` or `WrongChain`."""
+        return await self._request(method, params, retry_stale=True)
 
     async def submit(self, method: str, *params: Any) -> Any:
-        """A call with effects: sent once to the endpoint in use. After `RpcUnavailable` it may have happened."""
-        return await self._request(self._endpoints[self._current], method, params, retry_stale=False)
+        """A call with effects, sent once. After `RpcUnavailable` it may have happened."""
+        return await self._request(method, params, retry_stale=False)
 
     async def aclose(self) -> None:
-        for endpoint in self._endpoints:
-            while endpoint.idle:
-                await endpoint.idle.pop().aclose()
+        while self._endpoint.idle:
+            await self._endpoint.idle.pop().aclose()
 
-    async def _request(self, endpoint: _Endpoint, method: str, params: Sequence[Any], *, retry_stale: bool) -> Any:
-        if not endpoint.verified and self._chain_id is not None:
-            found = quantity(await self._exchange(endpoint, "eth_chainId", (), retry_stale=True), "chain id")
-            if found != self._chain_id:
-                raise ChainError(
-                    f"{endpoint.name} is a node of chain {found}, not of chain {self._chain_id}",
-                    hint="check chain.rpc and the deployment file: they must be of one chain",
-                )
-        endpoint.verified = True
-        return await self._exchange(endpoint, method, params, retry_stale=retry_stale)
+    async def _request(self, method: str, params: Sequence[Any], *, retry_stale: bool) -> Any:
+        endpoint = self._endpoint
+        try:
+            if not endpoint.verified and self._chain_id is not None:
+                found = quantity(await self._exchange("eth_chainId", (), retry_stale=True), "chain id")
+                if found != self._chain_id:
+                    raise WrongChain(
+                        f"{endpoint.name} is a node of chain {found}, not of chain {self._chain_id}",
+                        hint="check chain.rpc_urls and the deployment file: they must be of one chain",
+                    )
+            endpoint.verified = True
+            return await self._exchange(method, params, retry_stale=retry_stale)
+        except RpcUnavailable:
+            endpoint.verified = False
+            raise
 
-    async def _exchange(self, endpoint: _Endpoint, method: str, params: Sequence[Any], *, retry_stale: bool) -> Any:
+    async def _exchange(self, method: str, params: Sequence[Any], *, retry_stale: bool) -> Any:
+        endpoint = self._endpoint
         number = next(self._ids)
         body = msgspec.json.encode({"jsonrpc": "2.0", "id": number, "method": method, "params": list(params)})
         async with self._limit:
@@ -230,6 +232,8 @@ class JsonRpc:
                     await connection.aclose()
 
     def _unwrap(self, endpoint: _Endpoint, method: str, number: int, status: int, raw: bytes) -> Any:
+        if status == 429 or status >= 500:  # whatever the body says, the server did not get to our question
+            raise RpcUnavailable(f"{endpoint.name} answered {method} with status {status}")
         try:
             check_depth(raw)
             answer = msgspec.json.decode(raw, type=_Answer)

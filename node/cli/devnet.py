@@ -96,7 +96,7 @@ def faucet(shared: Shared, account: Address, native: int, tokens: int) -> None:
     from node.testing.devnet.devnet import Devnet
 
     async def give() -> None:
-        rpc = JsonRpc([state["url"]], chain_id=state["chain_id"])
+        rpc = JsonRpc(state["url"], chain_id=state["chain_id"])
         try:
             deployment = Deployment.load(Path(state["deployment"]))
             net = Devnet(state["kind"], state["url"], state["chain_id"], state["pid"], rpc, deployment)

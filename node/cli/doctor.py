@@ -253,18 +253,25 @@ def _one_chain(shared: Shared, name: str) -> Iterator[Finding]:
         return
     import trio
 
+    from node.chain.agreed import AgreedEth
     from node.chain.client import check_deployment
     from node.chain.deployment import Deployment
-    from node.chain.eth import Eth
-    from node.chain.rpc import JsonRpc
+    from node.chain.endpoints import Endpoints
+    from node.wiring import endpoint_rules
 
     async def look() -> None:
         deployment = Deployment.load(path)
-        rpc = JsonRpc(chain.rpc_urls, chain_id=deployment.chain_id, timeout=CHAIN_SECONDS)
+        nodes = Endpoints.over_http(
+            chain.rpc_urls,
+            chain_id=deployment.chain_id,
+            timeout=CHAIN_SECONDS,
+            rules=endpoint_rules(config, name),
+        )
         try:
-            await check_deployment(Eth(rpc), deployment)
+            await nodes.meet()
+            await check_deployment(AgreedEth(nodes), deployment)
         finally:
-            await rpc.aclose()
+            await nodes.aclose()
 
     path = chain.deployment
     try:

@@ -132,7 +132,7 @@ async def devnet(kind: Literal["auto", "anvil", "embedded"] = "auto", port: int 
 
 @asynccontextmanager
 async def _connected(kind: Kind, url: str, chain_id: int, pid: int) -> AsyncIterator[Devnet]:
-    rpc = JsonRpc([url], chain_id=chain_id)
+    rpc = JsonRpc(url, chain_id=chain_id)
     try:
         yield Devnet(kind, url, chain_id, pid, rpc)
     finally:

@@ -106,6 +106,8 @@ class Methods:
         head = self._chain.head.block_number
         if tag in ("latest", "pending", "safe", "finalized", None):
             return head
+        if isinstance(tag, dict) and "blockHash" in tag:  # EIP-1898
+            return self._chain.number_of.get(_bytes(tag["blockHash"], 32))
         number = 0 if tag == "earliest" else _int(tag)
         return number if 0 <= number <= head else None
 
