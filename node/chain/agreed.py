@@ -116,7 +116,8 @@ class AgreedEth(Eth):
         value: int = 0,
         block: str | bytes = "latest",
     ) -> bytes:
-        at = (await self.head()).hash if block == "latest" else block
+        compared = len(self.nodes.nodes) > 1
+        at = (await self.head()).hash if block == "latest" and compared else block
 
         async def ask(node: Node) -> bytes | _Revert:
             try:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from node.chain.artifacts import contract
 from node.chain.client import EvmChain
 from node.chain.deployment import Deployment
+from node.chain.endpoints import Endpoints
 from node.chain.rpc import RpcUnavailable
 from node.ports import TokenInfo
 from protocol.ids import ZERO_ADDRESS, Address
@@ -45,6 +46,8 @@ def test_nothing_is_lost_in_writing(amount: int, decimals: int) -> None:
 class _OddToken:
     """An RPC whose token answers what it likes."""
 
+    name = "odd"
+
     def __init__(self, symbol: object, decimals: object) -> None:
         self.answers = {"symbol": symbol, "decimals": decimals}
 
@@ -59,7 +62,8 @@ class _OddToken:
 
 def odd(symbol: object, decimals: object) -> EvmChain:
     deployment = Deployment(1, *(Address(bytes([n]) * 20) for n in (1, 2, 3)), TOKEN, 0)  # type: ignore[arg-type]
-    return EvmChain(_OddToken(symbol, decimals), deployment, None, poll=1, confirmations=0)  # type: ignore[arg-type]
+    nodes = Endpoints([_OddToken(symbol, decimals)])  # type: ignore[list-item]
+    return EvmChain(nodes, deployment, None, poll=1, confirmations=0)  # type: ignore[arg-type]
 
 
 ANSWERS = [
