@@ -2,7 +2,7 @@
 pragma solidity ^0.8.28;
 
 /// @title The ledger that holds every coin of Gristmill
-/// @notice Accounts deposit once; modules (Channels now, escrow for batch jobs later) move entries between accounts and
+/// @notice Accounts deposit once; modules (Channels, Jobs, Workers, Disputes, Committee) move entries between accounts and
 /// their own locks, never coins. Coins leave by `withdraw` only, and only to the order of the account that owns them.
 /// The native coin is token `address(0)`. Amounts are in the smallest unit of their token.
 interface IVault {
@@ -33,12 +33,42 @@ interface IVault {
     /// @param token An allow-listed ERC-20 that the caller has approved, or `address(0)` with `msg.value == amount`.
     function deposit(address token, uint256 amount, address beneficiary) external payable returns (uint256 credited);
 
+    /// @notice As `deposit`, with an EIP-2612 permit in the same transaction. The permit is tried and its failure ignored:
+    /// somebody may have used it first (it is public), and then the allowance is there all the same.
+    /// Warning: only ERC-20; the caller is whose tokens are pulled and must be the permit's owner.
+    function depositWithPermit(
+        address token,
+        uint256 amount,
+        address beneficiary,
+        uint256 deadline,
+        uint8 v,
+        bytes32 r,
+        bytes32 s
+    ) external returns (uint256 credited);
+
+    /// @notice Deposits by an EIP-3009 `receiveWithAuthorization` that `from` signed for this vault. Anyone may submit; the
+    /// credit always goes to `from`, so the submitter can not redirect it.
+    function depositWithAuthorization(
+        address token,
+        address from,
+        uint256 amount,
+        uint256 validAfter,
+        uint256 validBefore,
+        bytes32 nonce,
+        uint8 v,
+        bytes32 r,
+        bytes32 s
+    ) external returns (uint256 credited);
+
     /// @notice Pays `amount` of the caller's balance to `to`. Can not be paused, and works for tokens no longer listed.
     function withdraw(address token, uint256 amount, address to) external;
 
     /// @notice Module only: moves `amount` from the free balance of `from` into the lock of the calling module.
     /// Warning: a module must have the consent of `from`; the vault can not check it.
     function lock(address token, address from, uint256 amount) external;
+
+    /// @notice Module only: as `lock`, but not stopped by a pause: posting the bond of a dispute is part of a way out.
+    function lockBond(address token, address from, uint256 amount) external;
 
     /// @notice Module only: moves `amount` out of the calling module's own lock to the free balance of `to`.
     /// Never more than that module holds, so a fault in one module can not reach the funds of another or of an account.
@@ -51,7 +81,7 @@ interface IVault {
     /// @notice TOKEN_ADMIN: which tokens may be deposited. Taking a token off the list blocks new deposits, nothing else.
     function setToken(address token, bool allowed) external;
 
-    /// @notice GUARDIAN: stops new deposits and new locks, or allows them again. No exit is ever blocked.
+    /// @notice GUARDIAN: stops new deposits and new locks (not bonds), or allows them again. No exit is ever blocked.
     function setPaused(bool paused_) external;
 
     function balanceOf(address token, address account) external view returns (uint256);
