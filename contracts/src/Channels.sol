@@ -80,6 +80,7 @@ contract Channels is IChannels, EIP712 {
         address payout = workers.payoutOf(receiver);
         emit Settled(receiver, token, payout, amount);
 
+        workers.lockForEarnings(receiver, token, amount);
         vault.release(token, payout, amount);
     }
 
@@ -139,6 +140,8 @@ contract Channels is IChannels, EIP712 {
 
         emit Closed(id, finalAmount, finalAmount - claimed, allocated - finalAmount);
 
+        // Lets the receiver's stake answer for what it earns here as for what it settles: closing is no way around.
+        if (finalAmount > claimed) workers.lockForEarnings(config.receiver, config.token, finalAmount - claimed);
         _release(config.token, workers.payoutOf(config.receiver), finalAmount - claimed);
         _release(config.token, config.payer, allocated - finalAmount);
     }

@@ -27,11 +27,11 @@ abstract contract Fixture is Lite {
     function setUp() public virtual {
         vm.warp(1_800_000_000);
         vault = new Vault(address(this), 0);
-        workers = new Workers();
+        workers = new Workers(vault);
         channels = new Channels(vault, workers);
         token = new TestToken();
-        address[] memory modules = new address[](1);
-        modules[0] = address(channels);
+        address[] memory modules = new address[](2);
+        (modules[0], modules[1]) = (address(channels), address(workers));
         vault.seal(modules);
         vault.setToken(address(token), true);
         vault.setToken(address(0), true);

@@ -1,6 +1,6 @@
 """Put the contracts on a chain. One script for every chain, simulated or not.
 
-Order matters: Vault and Workers first, Channels on top of both, then `seal` makes Channels the Vault's only module for ever.
+Order matters: the Vault first, Workers on top of it, Channels on top of both, then `seal` names the Vault's modules for ever.
 The play-money token is deployed only where it is asked for: never on a chain where coins have value.
 """
 
@@ -49,9 +49,9 @@ async def deploy(
 
     owner = sender.account if admin is None else admin
     vault = await create("Vault", owner, ADMIN_DELAY)
-    workers = await create("Workers")
+    workers = await create("Workers", vault)
     channels = await create("Channels", vault, workers)
-    await call("seal modules", "Vault", vault, "seal", [channels])
+    await call("seal modules", "Vault", vault, "seal", [channels, workers])
     allowed = list(tokens)
     if test_token:
         allowed.insert(0, await create("TestToken"))

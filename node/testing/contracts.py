@@ -15,6 +15,10 @@ from protocol.keys import PrivateKey, recover
 from protocol.typed_data import ChannelConfig, Domain
 
 NATIVE = ZERO_ADDRESS
+PUPPET = Address(b"\x9e" * 20)
+"""Where a deployment with a puppet has a module that calls whatever anybody tells it to."""
+_PUPPET_CODE = bytes.fromhex("602036038060205f375f5f915f5f5f355af13d5f5f3e601c573d5ffd5b3d5ff3")
+"""Calldata is a word with the target, then the call; answers and reverts as the target does."""
 _ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
 
@@ -51,18 +55,23 @@ def config_tuple(config: ChannelConfig) -> tuple[object, ...]:
 
 
 class Deployment:
-    """Vault, Workers, Channels and a TestToken, sealed; token and native coin are allowed."""
+    """Vault, Workers, Channels and a TestToken, sealed with both modules; token and native coin are allowed."""
 
-    def __init__(self, artifacts: Path = ARTIFACTS) -> None:
+    def __init__(self, artifacts: Path = ARTIFACTS, *, puppet: bool = False) -> None:
+        """`puppet`: seal with the module `PUPPET` as well, for tests of what only a module may do."""
         self.evm = Evm(artifacts)
         self.admin = key("admin").address
         self.vault: Contract = self.evm.deploy("Vault", self.admin, 0, sender=self.admin)
-        self.workers: Contract = self.evm.deploy("Workers", sender=self.admin)
+        self.workers: Contract = self.evm.deploy("Workers", self.vault.address, sender=self.admin)
         self.channels: Contract = self.evm.deploy(
             "Channels", self.vault.address, self.workers.address, sender=self.admin
         )
         self.token: Contract = self.evm.deploy("TestToken", sender=self.admin)
-        self.vault.send(self.admin, "seal", [self.channels.address])
+        modules = [self.channels.address, self.workers.address]
+        if puppet:
+            self.evm.insert_code(PUPPET, _PUPPET_CODE)
+            modules.append(PUPPET)
+        self.vault.send(self.admin, "seal", modules)
         for token in (NATIVE, self.token.address):
             self.vault.send(self.admin, "setToken", token, True)
         self.domain = Domain(self.evm.chain_id, self.channels.address)

@@ -184,9 +184,13 @@ class Contract:
         """Return value of a view function. Raises `Reverted`."""
         return self.send(sender or _READER, function, *args).value
 
-    def send(self, sender: Address, function: str, *args: Any, value: int = 0) -> Result:
-        """A state-changing call. Raises `Reverted`."""
-        output, logs = self.evm.transact(sender, self.address, self.encode(function, *args), value)
+    def send(self, sender: Address, function: str, *args: Any, value: int = 0, via: Address | None = None) -> Result:
+        """A state-changing call. Raises `Reverted`. `via`: a contract that passes it on (`contracts.PUPPET`)."""
+        data = self.encode(function, *args)
+        if via is None:
+            output, logs = self.evm.transact(sender, self.address, data, value)
+        else:
+            output, logs = self.evm.transact(sender, via, bytes(12) + self.address + data, value)
         values = _decode(self._functions[function][2], output)
         plain = None if not values else values[0] if len(values) == 1 else values
         return Result(plain, self.evm.decode_events(logs))

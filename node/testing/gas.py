@@ -111,10 +111,10 @@ def _measure(market: _Market, rpc: _Rpc) -> dict[str, int]:
     for account in (admin, ann.address, worker.address, owner.address, anyone, payout):
         market.rich(account)
     vault = market.deploy("Vault", admin, 0)
-    workers = market.deploy("Workers")
+    workers = market.deploy("Workers", vault)
     channels = market.deploy("Channels", vault, workers)
     token = market.deploy("TestToken")
-    market.send(admin, vault, "seal", [channels])
+    market.send(admin, vault, "seal", [channels, workers])
     market.send(admin, vault, "setToken", token, True)
     domain = Domain(int(rpc("eth_chainId"), 16), channels)
     gas: dict[str, int] = {}

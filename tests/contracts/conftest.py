@@ -21,3 +21,12 @@ def deployment(artifacts: Path):  # type: ignore[no-untyped-def]
     from node.testing.contracts import Deployment
 
     return Deployment(artifacts)
+
+
+@pytest.fixture
+def puppet(artifacts: Path):  # type: ignore[no-untyped-def]
+    """A deployment with a module that does what it is told."""
+    pytest.importorskip("pyrevm", reason="pyrevm is not installed: contract tests need an EVM")
+    from node.testing.contracts import Deployment
+
+    return Deployment(artifacts, puppet=True)

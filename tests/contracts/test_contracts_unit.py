@@ -180,7 +180,7 @@ def test_pause_blocks_deposit_and_allocate_and_no_exit(scene: Scene) -> None:
 
 def test_only_modules_move_entries_and_only_the_deployer_seals_once(scene: Scene) -> None:
     for who in (scene.world.admin, ANN.address, MALLORY.address):
-        for function in ("lock", "release"):
+        for function in ("lock", "lockBond", "release"):
             with refused("Vault_NotModule"):
                 scene.vault.send(who, function, scene.token, MALLORY.address, 1)
     with refused("Vault_AlreadySealed"):
@@ -210,6 +210,7 @@ def test_the_vault_has_no_function_that_these_tests_do_not_know(deployment: Depl
     views = {"balanceOf", "liabilities", "lockedBy", "isModule", "isTokenAllowed", "isSealed", "paused"}
     roles = {f for f in deployment.vault.functions if "Role" in f or "Admin" in f or "ADMIN" in f}
     known = {"deposit", "withdraw", "lock", "release", "seal", "setToken", "setPaused"}
+    known |= {"depositWithPermit", "depositWithAuthorization", "lockBond"}
     assert deployment.vault.functions == views | roles | known | {"GUARDIAN", "owner", "supportsInterface"}
 
 

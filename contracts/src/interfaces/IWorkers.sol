@@ -187,6 +187,9 @@ interface IWorkers {
 
     function isConvicted(address hotKey) external view returns (bool);
 
+    /// @notice Whether `hotKey` must not begin new work: convicted, or registered once and not active now.
+    function isRetired(address hotKey) external view returns (bool);
+
     /// @notice Where earnings of `hotKey` are paid: its payout address, or the key itself when it was never registered.
     function payoutOf(address hotKey) external view returns (address);
 
