@@ -301,7 +301,16 @@ class EvmChain:
         return await self._sender.send("set_payout", self.deployment.workers, data)
 
     async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
-        return await self._sender.send(purpose, self.deployment.channels, self._channels.encode(function, *args))
+        return await self.change(purpose, "Channels", function, *args)
+
+    async def view(self, name: str, function: str, *args: object) -> Any:
+        """Ask the contract called `name`. Raises `ChainError` when the deployment has none or it reverts."""
+        return await self._view(contract(name), self.deployment.address_of(name), function, *args)
+
+    async def change(self, purpose: str, name: str, function: str, *args: object) -> TxResult:
+        """Send a transaction to the contract called `name`."""
+        data = contract(name).encode(function, *args)
+        return await self._sender.send(purpose, self.deployment.address_of(name), data)
 
     def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
         return self.watcher(start)

@@ -52,6 +52,13 @@ class Deployment:
     def workers_domain(self) -> Domain:
         return Domain(self.chain_id, self.workers)
 
+    def address_of(self, name: str) -> Address:
+        """Where the contract called `name` (as in its artifact) is. Raises `ConfigError` when this deployment has none."""
+        address = getattr(self, name.lower(), ZERO_ADDRESS)
+        if address == ZERO_ADDRESS:
+            raise ConfigError(f"this deployment has no {name} contract", hint="it is of an earlier version")
+        return Address(address)
+
     def to_json(self) -> bytes:
         file = _File(
             version=VERSION,

@@ -16,6 +16,8 @@ COMMANDS: dict[str, str] = {
     "claim": "Claim what clients owe this worker.",
     "earnings": "What this worker has earned, day by day, and how much of it is claimed.",
     "payout": "Where a worker's earnings go: show it, set it with the owner's key.",
+    "stake": "Put money behind this owner's workers, or show what is there.",
+    "unstake": "Take a stake home, after its delay.",
     "chat": "Chat with a model: the answer on stdout, usage and cost on stderr.",
     "offers": "What workers sell now, and why one would be chosen.",
     "deposit": "Put tokens into the vault.",

@@ -1,0 +1,76 @@
+"""`stake`: money that answers for a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from node.cli import passwords
+from node.cli.main import Command, Shared
+from node.cli.options import password_options
+from node.cli.params import AMOUNT
+from node.cli.staking import owner_chain, sound, stake_data, stake_text
+from protocol.keys import PrivateKey
+
+
+@click.command(cls=Command)
+@click.argument("amount", type=AMOUNT, required=False)
+@click.option("--exposure", type=AMOUNT, help="Set the most that open jobs may hold of it, smallest unit.")
+@password_options
+@click.pass_obj
+def command(shared: Shared, amount: int | None, exposure: int | None) -> None:
+    """Stake AMOUNT (smallest unit) for this owner's workers; without AMOUNT show the stake.
+
+    It comes out of the owner's vault balance; what is missing there is deposited first from the owner's account. It goes
+    out again by `unstake`, after the unbonding time. A job with a penalty holds part of it, never more than --exposure,
+    which is zero until you set it.
+    """
+    import trio
+
+    if amount == 0:
+        raise click.UsageError("nothing to stake: AMOUNT is 0")
+    owner = passwords.unlock(shared, "owner")
+    data, text = trio.run(_stake, shared, owner, amount, exposure)
+    shared.output.result(data, text)
+
+
+async def _stake(
+    shared: Shared, owner: PrivateKey, amount: int | None, exposure: int | None
+) -> tuple[dict[str, Any], str]:
+    from node.chain.stakes import Stakes
+    from node.cli.start import transaction
+    from node.errors import InsufficientFunds
+
+    async with owner_chain(shared, owner) as chain:
+        info = await chain.token_info(chain.token)
+        stakes, done = Stakes(chain), []
+        if amount is not None:
+            free = await chain.vault_balance(chain.token, owner.address)
+            missing = max(0, amount - free)
+            held = await chain.token_balance(chain.token, owner.address)
+            if missing > held:
+                raise InsufficientFunds(
+                    f"staking {info.show(amount)} needs {info.show(missing)} more than the vault's {info.show(free)}; "
+                    f"the account {owner.address} holds {info.show(held)}",
+                    hint="send tokens to the owner's account first",
+                )
+            shared.output.say(
+                f"staking {info.show(amount)} of {owner.address}"
+                + (f", {info.show(missing)} of it deposited first" if missing else "")
+                + f"; it comes back {await stakes.unbonding_seconds() // 86_400} days after `unstake`"
+            )
+            if missing:
+                done += [sound(result) for result in await chain.deposit(chain.token, missing)]
+            done.append(sound(await stakes.stake(chain.token, amount)))
+        if exposure is not None:
+            shared.output.say(f"open jobs may hold up to {info.show(exposure)}")
+            done.append(sound(await stakes.expose(chain.token, exposure)))
+        stake = await stakes.of(owner.address, chain.token)
+        now = (await chain.head()).timestamp
+    data = {
+        "owner": str(owner.address),
+        "stake": stake_data(stake, info),
+        "transactions": [transaction(result) for result in done],
+    }
+    return data, stake_text(stake, info, now)

@@ -1,0 +1,76 @@
+"""What `stake` and `unstake` share: the owner's key, its journal, its stake in words."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from node.cli.main import Shared
+
+if TYPE_CHECKING:
+    from node.chain.client import EvmChain
+    from node.chain.stakes import Stake
+    from node.ports import TokenInfo, TxResult
+    from protocol.keys import PrivateKey
+
+
+@asynccontextmanager
+async def owner_chain(shared: Shared, owner: PrivateKey) -> AsyncIterator[EvmChain]:
+    """The chain as the owner's account, with the owner's journal. Raises `InsufficientFunds` without a coin for gas."""
+    from node.errors import InsufficientFunds
+    from node.wiring import open_chain, open_journal
+
+    with open_journal(shared.config, "owner", owner) as ledger:
+        async with open_chain(shared.config, owner, ledger) as chain:
+            if not await chain.native_balance(owner.address):
+                raise InsufficientFunds(
+                    f"the owner's account {owner.address} has nothing to pay gas with",
+                    hint="send it some of the chain's coin",
+                )
+            yield chain
+
+
+def sound(result: TxResult) -> TxResult:
+    """The same, or `ChainError` naming the contract's reason."""
+    from node.errors import ChainError
+
+    if not result.ok:
+        raise ChainError(
+            f"the {result.purpose} transaction was refused by the contract: {result.error or 'no reason given'}"
+        )
+    return result
+
+
+def stake_data(stake: Stake, info: TokenInfo) -> dict[str, Any]:
+    return {
+        "token": str(info.address),
+        "symbol": info.symbol,
+        "decimals": info.decimals,
+        "active": str(stake.active),
+        "unbonding": str(stake.unbonding),
+        "free_at": stake.free_at,
+        "held": str(stake.held),
+        "locked": str(stake.locked),
+        "exposure": str(stake.exposure),
+        "withdrawable": str(stake.withdrawable),
+    }
+
+
+def stake_text(stake: Stake, info: TokenInfo, now: int) -> str:
+    show = info.show
+    lines = [
+        f"active     {show(stake.active)}",
+        f"locked     {show(stake.locked)} ({show(stake.held)} of it held by open jobs, the rest by recent earnings)",
+        f"exposure   {show(stake.exposure)}: the most that open jobs may hold",
+    ]
+    if stake.unbonding:
+        ready = "now" if now >= stake.free_at else f"from {moment(stake.free_at)}"
+        lines.append(f"unbonding  {show(stake.unbonding)}, {show(stake.withdrawable)} can be taken home {ready}")
+    return "\n".join(lines)
+
+
+def moment(seconds: int) -> str:
+    """Chain seconds as a person reads them."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,72 @@
+"""`unstake`: the way out for a stake, in two steps with a delay between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from node.cli import passwords
+from node.cli.main import Command, Shared
+from node.cli.options import password_options
+from node.cli.params import AMOUNT
+from node.cli.staking import moment, owner_chain, sound, stake_data, stake_text
+from protocol.keys import PrivateKey
+
+
+@click.command(cls=Command)
+@click.argument("amount", type=AMOUNT, required=False)
+@password_options
+@click.pass_obj
+def command(shared: Shared, amount: int | None) -> None:
+    """Start the way out for AMOUNT (smallest unit) of the stake; without AMOUNT take home what is ready.
+
+    What is on its way can still be slashed until it is taken. Naming another AMOUNT restarts the delay for all that is on
+    its way. What comes home lands in the owner's vault balance.
+    """
+    import trio
+
+    if amount == 0:
+        raise click.UsageError("nothing to unstake: AMOUNT is 0")
+    owner = passwords.unlock(shared, "owner")
+    data, text = trio.run(_unstake, shared, owner, amount)
+    shared.output.result(data, text)
+
+
+async def _unstake(shared: Shared, owner: PrivateKey, amount: int | None) -> tuple[dict[str, Any], str]:
+    from node.chain.stakes import Stakes
+    from node.cli.start import transaction
+    from node.errors import InsufficientFunds
+
+    async with owner_chain(shared, owner) as chain:
+        info, stakes, done = await chain.token_info(chain.token), Stakes(chain), []
+        stake = await stakes.of(owner.address, chain.token)
+        now = (await chain.head()).timestamp
+        note = ""
+        if amount is not None:
+            if amount > stake.active:
+                raise InsufficientFunds(
+                    f"{info.show(stake.active)} are staked, not {info.show(amount)}", hint="gristmill stake shows it"
+                )
+            if stake.unbonding and now < stake.free_at:
+                shared.output.say(
+                    f"{info.show(stake.unbonding)} are on their way already (until {moment(stake.free_at)}): "
+                    "their delay starts again"
+                )
+            done.append(sound(await stakes.unstake(chain.token, amount)))
+        elif stake.withdrawable and now >= stake.free_at:
+            done.append(sound(await stakes.withdraw(chain.token)))
+            note = f"taken home  {info.show(stake.withdrawable)}, now in the owner's vault balance\n"
+        elif not stake.unbonding:
+            note = "nothing is on its way out\n"
+        elif now < stake.free_at:
+            note = f"nothing is ready before {moment(stake.free_at)}\n"
+        else:
+            note = "open jobs or recent earnings still lock what has come free\n"
+        stake = await stakes.of(owner.address, chain.token)
+    data = {
+        "owner": str(owner.address),
+        "stake": stake_data(stake, info),
+        "transactions": [transaction(result) for result in done],
+    }
+    return data, note + stake_text(stake, info, now)
