@@ -7,9 +7,12 @@ Client errors are typed by blame: `NoWorker`, `Refused` and `InsufficientFunds` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from protocol.errors import GristmillError, RefusalReason
+
+if TYPE_CHECKING:
+    from protocol.signing import SigningReason
 
 
 class NodeError(GristmillError):
@@ -34,6 +37,36 @@ class KeyError_(NodeError):
 
     code = "key"
     exit_status = 4
+
+
+class SignerError(NodeError):
+    """The signer cannot be started, or its table does not fit."""
+
+    code = "signer"
+    exit_status = 4
+
+
+class SignerFailed(SignerError):
+    """The signer is gone or cannot record what it signs. Nothing more is signed until the next start."""
+
+    code = "signer_failed"
+
+
+class SignerOutdated(SignerError):
+    """Journal and signer's table do not belong together: one of them is an old copy, or lost."""
+
+    code = "signer_outdated"
+
+
+class SignerRefused(SignerError):
+    """The policy does not let the key sign this; `reason` is of the closed set of `protocol.signing.SigningReason`."""
+
+    code = "signer_refused"
+
+    def __init__(self, reason: SigningReason, detail: str, *, hint: str = "") -> None:
+        super().__init__(f"not signed ({reason.value}): {detail}", hint=hint)
+        self.reason = reason
+        self.detail = detail
 
 
 class NetworkError(NodeError):

@@ -38,8 +38,14 @@ class PrivateKey:
         raw = self._key.sign_recoverable(digest, hasher=None)
         return raw[:64] + bytes((27 + raw[64],))
 
+    def sign_der(self, digest: bytes) -> bytes:
+        """Signature over a 32-byte digest in DER, the form of libp2p."""
+        if len(digest) != 32:
+            raise InvalidValue("only 32-byte digests are signed")
+        return self._key.sign(digest, hasher=None)
+
     def secret_bytes(self) -> bytes:
-        """The 32 secret bytes, for the keystore and the libp2p identity only."""
+        """The 32 secret bytes, for the keystore and for a signer's pipe only."""
         return bytes(self._key.secret)
 
     def __repr__(self) -> str:

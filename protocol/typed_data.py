@@ -1,7 +1,8 @@
-"""EIP-712 structs, the only things that are ever signed. Shared with Solidity by tests/vectors/typed_data.json.
+"""EIP-712 structs: all that is signed but transactions and libp2p's messages. Solidity shares tests/vectors/typed_data.json.
 
 Each class is one struct: its Solidity string, its fields in order, `struct_hash()` and `digest(domain)`. Encoding is by
-hand because it sits on the hot path: one voucher and one receipt per job, thousands a second.
+hand because it sits on the hot path: one voucher and one receipt per job, thousands a second. `decode` is its inverse, by the
+Solidity string, for the signer: it reads what it is asked to sign from the very bytes that are hashed.
 
 Source: EIP-712. `ChannelConfig` and `Voucher` have the struct strings of x402's `batch-settlement` scheme, so that its
 clients can pay; our word for `maxClaimableAmount` is *cumulative*.
@@ -9,8 +10,10 @@ clients can pay; our word for `maxClaimableAmount` is *cumulative*.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Final
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, Final, Self
 
 from protocol.errors import InvalidValue
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, keccak256
@@ -51,7 +54,7 @@ class Domain:
         object.__setattr__(self, "separator", keccak256(encoded))
 
 
-class _Struct:
+class Struct:
     """Shared digest rule; subclasses give `TYPE` (the Solidity string) and `_encode()` (fields, 32 bytes each)."""
 
     __slots__ = ()
@@ -66,6 +69,18 @@ class _Struct:
     def _encode(self) -> bytes:
         raise NotImplementedError
 
+    def encode(self) -> bytes:
+        """The fields in order, 32 bytes each."""
+        return self._encode()
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Self:
+        """The one struct that encodes to these bytes. Raises `InvalidValue` when none does."""
+        readers = _readers(cls)  # type: ignore[arg-type]
+        if len(encoded) != 32 * len(readers):
+            raise InvalidValue(f"{cls.__name__} has {32 * len(readers)} bytes, not {len(encoded)}")
+        return cls(*(read(encoded[32 * n : 32 * n + 32]) for n, read in enumerate(readers)))
+
     def struct_hash(self) -> bytes:
         return keccak256(self._HASH + self._encode())
 
@@ -74,8 +89,33 @@ class _Struct:
         return keccak256(b"\x19\x01" + domain.separator + self.struct_hash())
 
 
+_HASHES: Final[dict[str, type[Hash32]]] = {kind.__name__: kind for kind in (Hash32, JobId, ChannelId, ModelId)}
+
+
+@cache
+def _readers(cls: type[Struct]) -> tuple[Callable[[bytes], Any], ...]:
+    """One reader per field: its width from the Solidity string, what a bytes32 is called here from the annotation."""
+    solidity = [part.split(" ")[0] for part in cls.TYPE[cls.TYPE.index("(") + 1 : -1].split(",")]
+    named = [str(one.type) for one in fields(cls)]  # type: ignore[arg-type]
+    return tuple(_reader(kind, name) for kind, name in zip(solidity, named, strict=True))
+
+
+def _reader(kind: str, name: str) -> Callable[[bytes], Any]:
+    if kind == "bytes32":
+        return _HASHES[name]
+    size = 20 if kind == "address" else int(kind.removeprefix("uint")) // 8
+    padding = bytes(32 - size)
+
+    def read(word: bytes) -> Any:
+        if not word.startswith(padding):
+            raise InvalidValue(f"0x{word.hex()} does not fit {kind}")
+        return Address(word[12:]) if kind == "address" else int.from_bytes(word)
+
+    return read
+
+
 @dataclass(frozen=True, slots=True)
-class ChannelConfig(_Struct):
+class ChannelConfig(Struct):
     """What a channel is. Its digest is the channel's id, so every field is fixed for life."""
 
     TYPE: ClassVar[str] = (
@@ -112,7 +152,7 @@ class ChannelConfig(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Voucher(_Struct):
+class Voucher(Struct):
     """The client's promise: the receiver may have claimed up to `cumulative` in this channel's life."""
 
     TYPE: ClassVar[str] = "Voucher(bytes32 channelId,uint128 maxClaimableAmount)"
@@ -125,7 +165,7 @@ class Voucher(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Allocation(_Struct):
+class Allocation(Struct):
     """The payer's order to lock vault balance for one channel. Anyone may submit it."""
 
     TYPE: ClassVar[str] = "Allocation(bytes32 channelId,uint128 allocated,uint40 validBefore)"
@@ -140,7 +180,7 @@ class Allocation(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Close(_Struct):
+class Close(Struct):
     """The worker's consent to end a channel at a final claimed total; the rest goes back at once."""
 
     TYPE: ClassVar[str] = "Close(bytes32 channelId,uint128 claimed)"
@@ -152,7 +192,7 @@ class Close(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask(_Struct):
+class Ask(Struct):
     """The client's signed request: what is asked, of whom, under which offer, paid by which channel."""
 
     TYPE: ClassVar[str] = (
@@ -186,7 +226,7 @@ class Ask(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt(_Struct):
+class Receipt(Struct):
     """The worker's signed result: what ran, what came out, what it costs. Unverifiable means unpaid."""
 
     TYPE: ClassVar[str] = (
@@ -237,7 +277,7 @@ class Receipt(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Offer(_Struct):
+class Offer(Struct):
     """Signature frame of an offer document (`protocol.offers`)."""
 
     TYPE: ClassVar[str] = "Offer(address worker,bytes32 documentHash,uint64 issued,uint64 expires)"
@@ -252,7 +292,7 @@ class Offer(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal(_Struct):
+class Refusal(Struct):
     """A worker's signed no, so that "why not" can be shown to others."""
 
     TYPE: ClassVar[str] = "Refusal(bytes32 jobId,uint8 reason,uint64 at)"
@@ -267,7 +307,7 @@ class Refusal(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class HotKey(_Struct):
+class HotKey(Struct):
     """A hot key's consent to be registered by an owner. Domain: the Workers contract."""
 
     TYPE: ClassVar[str] = "HotKey(address owner,address hotKey,address payout,uint256 nonce,uint40 deadline)"
@@ -289,7 +329,7 @@ class HotKey(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Quote(_Struct):
+class Quote(Struct):
     """A worker's terms for one batch job. Its digest is the job's id, so a job keeps the terms it was opened with.
 
     Domain of this struct and of `Order`, `Submission` and `Acceptance`: the Jobs contract.
@@ -341,7 +381,7 @@ class Quote(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Order(_Struct):
+class Order(Struct):
     """The client's consent to a quote: lock its amount. Anyone may open the job with both signatures."""
 
     TYPE: ClassVar[str] = "Order(bytes32 jobId)"
@@ -352,7 +392,7 @@ class Order(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Submission(_Struct):
+class Submission(Struct):
     """The worker's word: the result is there, and this is what it asks for it."""
 
     TYPE: ClassVar[str] = "Submission(bytes32 jobId,bytes32 resultHash,uint128 claimed)"
@@ -367,7 +407,7 @@ class Submission(_Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Acceptance(_Struct):
+class Acceptance(Struct):
     """The client's word: pay this much for this result, now."""
 
     TYPE: ClassVar[str] = "Acceptance(bytes32 jobId,bytes32 resultHash,uint128 amount)"

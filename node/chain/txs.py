@@ -28,13 +28,13 @@ import trio
 
 from node.chain.eth import Eth
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
-from node.chain.transactions import SignedTransaction, Transaction
 from node.chain.values import Receipt
 from node.errors import ChainError, TxTimeout
 from node.ports import TxResult
 from protocol.errors import InvalidValue
 from protocol.ids import Address
 from protocol.keys import PrivateKey
+from protocol.transactions import SignedTransaction, Transaction
 
 Journal = Callable[[str, bytes, Mapping[str, Any]], Awaitable[None]]
 ErrorName = Callable[[bytes], str]
@@ -261,7 +261,7 @@ class TxSender:
         self._next = None  # unknown until the node has taken this one, whatever ends this call
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
-        attempt = PendingTx(purpose, transaction.sign(self._key))
+        attempt = PendingTx(purpose, transaction.signed(self._key.sign(transaction.digest())))
         await self._journal("tx_signed", bytes(self.account), attempt.to_body())
         try:
             await self._broadcast(attempt)
@@ -403,7 +403,7 @@ class TxSender:
             bumped = last.signed.transaction.bumped(await self._base_fee(), self._policy.max_fee)
             if bumped is None:
                 return  # at the cap: keep waiting
-            attempt = PendingTx(last.purpose, bumped.sign(self._key))
+            attempt = PendingTx(last.purpose, bumped.signed(self._key.sign(bumped.digest())))
             await self._journal("tx_signed", bytes(self.account), attempt.to_body())
             attempts.append(attempt)
             await self._eth.send_raw(attempt.signed.raw)

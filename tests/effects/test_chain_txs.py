@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from node.chain.eth import Eth
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
-from node.chain.transactions import Transaction, rlp
 from node.chain.txs import PendingTx, TxPolicy, TxSender, unfinished
 from node.chain.values import hex_data
 from node.errors import ChainError, TxTimeout
@@ -23,11 +22,18 @@ from node.worker.claims import Claimer, ClaimPolicy
 from protocol.channel import ChannelState, Role
 from protocol.ids import Address, ChannelId, Hash32, keccak256
 from protocol.keys import PrivateKey
+from protocol.transactions import SignedTransaction, Transaction, rlp
 from protocol.typed_data import ChannelConfig
 
 KEY = PrivateKey(b"\x07" * 32)
 TO = Address(b"\x22" * 20)
 CHAIN = 31337
+
+
+def by_key(transaction: Transaction) -> SignedTransaction:
+    return transaction.signed(KEY.sign(transaction.digest()))
+
+
 POLICY = TxPolicy(poll=0.01, bump_after=10.0, give_up_after=100.0)
 
 
@@ -527,7 +533,7 @@ def crashed(node: FakeNode) -> list[PendingTx]:
     """Journal of a program that ended between the journal and the send, twice in a row."""
     records = []
     for nonce in (0, 1):
-        signed = Transaction(CHAIN, nonce, 10**9, 3 * 10**9, 30_000, TO, 1, b"\x01").sign(KEY)
+        signed = by_key(Transaction(CHAIN, nonce, 10**9, 3 * 10**9, 30_000, TO, 1, b"\x01"))
         records.append(("tx_signed", PendingTx("pay", signed).to_body()))
     return unfinished(records, CHAIN)
 
@@ -584,7 +590,7 @@ def test_transactions_are_byte_for_byte_those_of_eth_account() -> None:
     eth_account = pytest.importorskip("eth_account")
     cases = [(None, 0, b"\x60\x00"), (TO, 0, b""), (TO, 10**30, b"\x00" * 300), (TO, 127, b"\x7f"), (TO, 128, b"\x80")]
     for nonce, (to, value, data) in enumerate(cases):
-        ours = Transaction(CHAIN, nonce * 100, 10**9, 3 * 10**9, 21_000 + nonce, to, value, data).sign(KEY)
+        ours = by_key(Transaction(CHAIN, nonce * 100, 10**9, 3 * 10**9, 21_000 + nonce, to, value, data))
         fields = {
             "type": 2,
             "chainId": CHAIN,
@@ -614,7 +620,7 @@ def test_one_journal_holds_the_transactions_of_several_chains() -> None:
     """Nonces are counted per chain: an end on one chain is no end of the same nonce on another."""
 
     def signed(chain_id: int, nonce: int) -> PendingTx:
-        return PendingTx("pay", Transaction(chain_id, nonce, 10**9, 3 * 10**9, 30_000, TO, 1, b"\x01").sign(KEY))
+        return PendingTx("pay", by_key(Transaction(chain_id, nonce, 10**9, 3 * 10**9, 30_000, TO, 1, b"\x01")))
 
     here, there, later = signed(CHAIN, 0), signed(CHAIN + 1, 0), signed(CHAIN + 1, 1)
     records = [("tx_signed", tx.to_body()) for tx in (here, there, later)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from protocol.signing import SigningReason
 from protocol.typed_data import NAME, STRUCTS, VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,3 +28,9 @@ def test_the_page_of_signed_things_has_every_struct_as_it_is() -> None:
     for struct in STRUCTS:
         assert f"| `{struct.__name__}` |" in page, struct.__name__
     assert f'name: "{NAME}", version: "{VERSION}"' in page
+
+
+def test_every_reason_of_a_signer_is_explained() -> None:
+    page = (ROOT / "docs" / "spec" / "signing.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \| ", page.partition("## What a signer refuses")[2], re.MULTILINE))
+    assert listed == {one.value for one in SigningReason}

@@ -1,7 +1,7 @@
-"""EIP-1559 transactions: encode, hash, sign. Pure, and small enough to check by eye.
+"""EIP-1559 transactions: encode, hash, put the signature in. Pure, and small enough to check by eye.
 
-The hash is known before anything is sent, so a lost answer never hides a transaction. Signing goes through
-`protocol.keys.PrivateKey`: the secret stays inside it. tests/effects compare every byte with eth-account.
+The hash is known before anything is sent, so a lost answer never hides a transaction. `encode` and `decode` are the form in which
+a signer is asked: fixed words and the calldata, nothing to parse. tests/effects compare every signed byte with eth-account.
 
 Source: EIP-1559 (0x02 || rlp([...])), EIP-155 (chain id), EIP-2 (low s), Yellow Paper appendix B (RLP).
 """
@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
+from protocol.errors import InvalidValue
 from protocol.ids import Address, keccak256
-from protocol.keys import PrivateKey
 
 Rlp: TypeAlias = "bytes | int | Sequence[Rlp]"
 TYPE_BYTE: Final = b"\x02"
+MAX_DATA: Final = 1 << 17
+"""Bytes of calldata; nodes take no transaction of more than 128 KiB."""
 BUMP_PERCENT: Final = 13
 """Fee raise of a replacement: nodes want at least 10 %; 12.5 % rounded up so that small fees move too."""
 
@@ -60,8 +62,33 @@ class Transaction:
         to = b"" if self.to is None else bytes(self.to)
         return [self.chain_id, self.nonce, self.tip, self.max_fee, self.gas, to, self.value, self.data, []]
 
-    def sign(self, key: PrivateKey) -> SignedTransaction:
-        signature = key.sign(keccak256(TYPE_BYTE + rlp(self._fields())))
+    def digest(self) -> bytes:
+        """The 32 bytes that are signed."""
+        return keccak256(TYPE_BYTE + rlp(self._fields()))
+
+    def encode(self) -> bytes:
+        """Six words, whether there is a `to`, the `to`, the calldata. Raises `InvalidValue` for a number out of range."""
+        numbers = (self.chain_id, self.nonce, self.tip, self.max_fee, self.gas, self.value)
+        if not all(0 <= number < 1 << 256 for number in numbers) or len(self.data) > MAX_DATA:
+            raise InvalidValue("a number of the transaction does not fit a word, or its calldata is too long")
+        to = bytes(21) if self.to is None else b"\x01" + self.to
+        return b"".join(number.to_bytes(32) for number in numbers) + to + self.data
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Transaction:
+        """The one transaction that encodes to these bytes. Raises `InvalidValue` when none does."""
+        head = 6 * 32 + 21
+        if not head <= len(encoded) <= head + MAX_DATA:
+            raise InvalidValue(f"a transaction has {head} bytes and its calldata, not {len(encoded)}")
+        numbers = [int.from_bytes(encoded[n : n + 32]) for n in range(0, 6 * 32, 32)]
+        chain_id, nonce, tip, max_fee, gas, value = numbers
+        there, to = encoded[head - 21], encoded[head - 20 : head]
+        if there > 1 or (not there and any(to)):
+            raise InvalidValue("a transaction either has a receiver or makes a contract")
+        return cls(chain_id, nonce, tip, max_fee, gas, Address(to) if there else None, value, encoded[head:])
+
+    def signed(self, signature: bytes) -> SignedTransaction:
+        """With the signature of `digest()`, 65 bytes r || s || v."""
         r, s, parity = int.from_bytes(signature[:32]), int.from_bytes(signature[32:64]), signature[64] - 27
         raw = TYPE_BYTE + rlp([*self._fields(), parity, r, s])
         return SignedTransaction(self, raw, keccak256(raw))
