@@ -1,6 +1,6 @@
 // Compiles the contracts with the pinned wasm solc and writes ../node/chain/abi/<Name>.json, and the strange tokens and
-// wallets of test/zoo/ into ../tests/contracts/zoo/. Byte-reproducible: no metadata hash, no paths of this machine.
-// `--check` writes nothing and fails when a committed artifact differs. `--src DIR --out DIR`: other sources, no zoo.
+// wallets and resolvers of test/zoo/ into ../tests/contracts/zoo/. Byte-reproducible: no metadata hash, no paths of this machine.
+// `--check` writes nothing and fails when a committed artifact differs. `--src DIR --out DIR`: other sources, no governance and no zoo.
 import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
@@ -12,10 +12,14 @@ const argument = (name, fallback) => process.argv.includes(name) ? process.argv[
 const src = resolve(argument('--src', join(here, 'src')));
 const out = resolve(argument('--out', join(here, '../node/chain/abi')));
 const zoo = join(here, '../tests/contracts/zoo');
-const targets = ['Vault', 'Workers', 'Channels', 'TestToken'].map((name) => ({ file: `src/${name}.sol`, name, out }));
+const money = ['Vault', 'Workers', 'Channels', 'Disputes', 'Committee', 'VerifierResolver', 'Attestations', 'TestToken'];
+const targets = money.map((name) => ({ file: `src/${name}.sol`, name, out }));
 if (!process.argv.includes('--src')) {
-  for (const name of ['FeeToken', 'NoReturnToken', 'FalseToken', 'ReentrantToken', 'Wallet', 'Greedy']) {
-    targets.push({ file: 'test/zoo/Zoo.sol', name, out: zoo });
+  for (const name of ['MillToken', 'MillGovernor']) targets.push({ file: `src/governance/${name}.sol`, name, out });
+  targets.push({ file: '@openzeppelin/contracts/governance/TimelockController.sol', name: 'TimelockController', out });
+  const strange = { Zoo: ['FeeToken', 'NoReturnToken', 'FalseToken', 'ReentrantToken', 'Wallet', 'Greedy'], Resolvers: ['StrangeResolver', 'ProofStub'] };
+  for (const [file, names] of Object.entries(strange)) {
+    for (const name of names) targets.push({ file: `test/zoo/${file}.sol`, name, out: zoo });
   }
 }
 const settings = {

@@ -128,7 +128,7 @@ class _Artifact(msgspec.Struct):
 
 @cache
 def contract(name: str) -> Contract:
-    """Load an artifact by contract name: Vault, Workers, Channels or TestToken."""
+    """Load an artifact by contract name, one of `CONTRACTS`."""
     try:
         raw = files("node.chain").joinpath("abi", f"{name}.json").read_bytes()
         artifact = msgspec.json.decode(raw, type=_Artifact)
@@ -159,7 +159,11 @@ def contract(name: str) -> Contract:
     )
 
 
-CONTRACTS: Final = ("Vault", "Workers", "Channels", "TestToken")
+CONTRACTS: Final = (
+    *("Vault", "Workers", "Channels", "Disputes", "Committee", "VerifierResolver", "Attestations"),
+    *("MillToken", "MillGovernor", "TimelockController", "TestToken"),
+)
+"""Everything that is shipped."""
 
 
 def error_name(data: bytes) -> str:

@@ -57,11 +57,11 @@ def config_tuple(config: ChannelConfig) -> tuple[object, ...]:
 class Deployment:
     """Vault, Workers, Channels and a TestToken, sealed with both modules; token and native coin are allowed."""
 
-    def __init__(self, artifacts: Path = ARTIFACTS, *, puppet: bool = False) -> None:
+    def __init__(self, artifacts: Path = ARTIFACTS, *, puppet: bool = False, admin_delay: int = 0) -> None:
         """`puppet`: seal with the module `PUPPET` as well, for tests of what only a module may do."""
         self.evm = Evm(artifacts)
         self.admin = key("admin").address
-        self.vault: Contract = self.evm.deploy("Vault", self.admin, 0, sender=self.admin)
+        self.vault: Contract = self.evm.deploy("Vault", self.admin, admin_delay, sender=self.admin)
         self.workers: Contract = self.evm.deploy("Workers", self.vault.address, sender=self.admin)
         self.channels: Contract = self.evm.deploy(
             "Channels", self.vault.address, self.workers.address, sender=self.admin

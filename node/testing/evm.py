@@ -19,11 +19,14 @@ from eth_abi.abi import decode, encode
 from protocol.ids import Address, keccak256
 
 ARTIFACTS = Path(__file__).resolve().parent.parent / "chain" / "abi"
-CONTRACTS = ("Vault", "Workers", "Channels", "TestToken")
 _BUILT_IN = {
     keccak256(b"Error(string)")[:4]: ("Error", ["string"]),
     keccak256(b"Panic(uint256)")[:4]: ("Panic", ["uint256"]),
 }
+_HISTORY = Address(bytes.fromhex("0000f90827f1c53a10cb7a02335b175320002935"))
+"""EIP-2935: the contract that keeps hashes of the last 8,191 blocks."""
+_HISTORY_CODE = bytes.fromhex("5f35545f5260205ff3")
+"""Returns the storage slot of the number it is asked for, where `show_header` puts a hash."""
 _READER = Address(b"\x01" * 20)
 """Sender of view calls: an account with code may not send (EIP-3607), and it is never party to anything."""
 _OUTPUT = re.compile(r"output: 0x([0-9a-f]*)")
@@ -76,6 +79,22 @@ def _selector(entry: Mapping[str, Any]) -> bytes:
     return keccak256(f"{entry['name']}({','.join(_types(entry['inputs']))})".encode())
 
 
+def _big_endian(value: int) -> bytes:
+    return value.to_bytes((value.bit_length() + 7) // 8)
+
+
+def rlp_list(fields: list[bytes]) -> bytes:
+    """RLP (Yellow Paper, appendix B) of a flat list of byte strings."""
+
+    def prefixed(short: int, body: bytes) -> bytes:
+        if len(body) < 56:
+            return bytes((short + len(body),)) + body
+        size = _big_endian(len(body))
+        return bytes((short + 55 + len(size),)) + size + body
+
+    return prefixed(0xC0, b"".join(f if len(f) == 1 and f[0] < 0x80 else prefixed(0x80, f) for f in fields))
+
+
 class Evm:
     """One chain in memory. Times are Unix seconds; amounts the smallest unit."""
 
@@ -91,11 +110,35 @@ class Evm:
         """Gas of one call. Never unbounded: a hostile contract may loop until it is used up."""
         self.chain_id = chain_id
         self.now = now
+        self.block = 1
+        """Number of the block that calls run in. It moves by `set_block` only: many calls may share a block."""
         self.set_time(now)
+        self.insert_code(_HISTORY, _HISTORY_CODE)
 
     def set_time(self, now: int) -> None:
         self.now = now
-        self._evm.set_block_env(self._pyrevm.BlockEnv(number=1, timestamp=now))
+        self.set_randao(keccak256(b"gristmill randao %d" % self.block))
+
+    def set_randao(self, randao: bytes) -> None:
+        """PREVRANDAO of this block, as the opcode reads it, until the block or the time is set again."""
+        self._evm.set_block_env(self._pyrevm.BlockEnv(number=self.block, timestamp=self.now, prevrandao=randao))
+
+    def set_block(self, number: int, now: int | None = None) -> None:
+        self.block = number
+        self.set_time(self.now if now is None else now)
+
+    def show_header(self, number: int, randao: bytes) -> bytes:
+        """RLP of a header of block `number` with this PREVRANDAO, and from now on that block's hash is the header's.
+
+        Only for blocks more than 256 back: nearer ones have the hash that pyrevm makes up.
+        """
+        if not 0 < self.block - number <= 8191 or self.block - number <= 256:
+            raise ValueError(f"block {number} is not 257 to 8,191 blocks before block {self.block}")
+        fields = [bytes(32), bytes(32), bytes(20), *([bytes(32)] * 3), bytes(256), b"", _big_endian(number)]
+        fields += [_big_endian(30_000_000), b"", _big_endian(self.now), b"gristmill", randao, bytes(8), b"\x07"]
+        header = rlp_list(fields)
+        self._evm.insert_account_storage("0x" + _HISTORY.hex(), number, int.from_bytes(keccak256(header)))
+        return header
 
     def give(self, account: Address, amount: int) -> None:
         """Set the native balance of `account`."""
