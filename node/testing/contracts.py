@@ -66,6 +66,7 @@ class Deployment:
         self.channels: Contract = self.evm.deploy(
             "Channels", self.vault.address, self.workers.address, sender=self.admin
         )
+        self.attestations: Contract = self.evm.deploy("Attestations", sender=self.admin)
         self.token: Contract = self.evm.deploy("TestToken", sender=self.admin)
         modules = [self.channels.address, self.workers.address]
         if puppet:
