@@ -368,11 +368,22 @@ def _default_data_dir() -> Path:
     return platformdirs.user_data_path("gristmill").absolute()
 
 
+def _default_fence_dir() -> Path:
+    """Never under the data dir, on no platform."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if home.startswith("/") else Path("~/.local/state").expanduser()) / "gristmill" / "fence"
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """All settings, each checked. Made by `load`; the defaults alone are `Config(data_dir=...)`."""
 
     data_dir: Path = setting(None, "Folder of everything: keys, journal, models. `--data-dir` moves it.")
+    fence_dir: Path | None = setting(
+        None,
+        "Folder that remembers how far each key's journal had come, so that an old copy is refused. Keep it out of the data "
+        "dir and of its backups. Empty: `gristmill/fence` in the user's state folder (`$XDG_STATE_HOME`).",
+    )
     network: str = setting(
         "devnet",
         "Name of the network. `devnet` is the chain that `devnet up` starts on this machine.",
@@ -440,6 +451,10 @@ class Config:
     def journal(self, role: str) -> Path:
         """The journal of a role: `worker`, `client` or `owner`."""
         return self.data_dir / "journal" / f"{role}.sqlite"
+
+    def fence(self, role: str, account: str) -> Path:
+        """The fence of an account's journal in a role. `account`: its address."""
+        return (self.fence_dir or _default_fence_dir()) / f"{role}-{account.lower()}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -684,6 +699,12 @@ def load(
     }
     origins = {name: origin for name, (_, origin) in picked.items()}
     _check_credit(made["worker"], origins)
+    fence = sections[""]["fence_dir"]
+    if fence is not None and fence.is_relative_to(sections[""]["data_dir"] or _default_data_dir()):
+        raise ConfigError(
+            f"{origins['fence_dir']}: fence_dir lies in the data dir, so a backup of the one would carry the other",
+            hint="name a folder outside of it",
+        )
     config = Config(**sections[""], **made, **families, origins=origins, user_file=user)
     _check_tokens(config)
     return config

@@ -18,6 +18,7 @@ from node.chains import Chains
 from node.config import DEFAULT, Config
 from node.errors import ConfigError
 from node.ports import Chain
+from node.store.fence import Fence
 from node.store.ledger import Entry, Ledger
 from protocol.ids import Address
 from protocol.keys import PrivateKey
@@ -42,10 +43,10 @@ def random32() -> bytes:
 
 
 def open_journal(config: Config, role: str, key: PrivateKey) -> Ledger:
-    """The journal of a role, bound to the account whose money it holds. Raises `LedgerError`."""
+    """The journal of a role, bound to the account whose money it holds, and behind its fence. Raises `LedgerError`."""
     path = config.journal(role)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Ledger.open(path, chain_tag=bytes(key.address))
+    return Ledger.open(path, chain_tag=bytes(key.address), fence=Fence(config.fence(role, str(key.address))))
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ COMMANDS: dict[str, str] = {
     "models": "The content-addressed model store.",
     "config": "Show the configuration.",
     "doctor": "Check this installation; each finding comes with the command that mends it.",
-    "journal": "Read the journal.",
+    "journal": "Read the journal; go on with an old one.",
     "devnet": "A local chain with our contracts, for development.",
     "version": "Show the versions of Gristmill, Python and what matters below.",
     "completion": "Print a shell completion script.",

@@ -109,6 +109,7 @@ class Demo:
             self.say(f"chain     {net.describe()}; contracts deployed")
             deployment.save(self.folder / "deployment.json")
             self.settings = [
+                *("--set", f"fence_dir={self.folder / 'fence'}"),
                 *("--set", f"chain.rpc_urls={net.url}"),
                 *("--set", f"chain.deployment={self.folder / 'deployment.json'}"),
                 *("--set", f"models.folder={models}"),

@@ -1,4 +1,4 @@
-"""`journal`: read what the journal says. Never writes, and works beside a running node."""
+"""`journal`: read what the journal says, beside a running node. Only `adopt` writes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 
 import click
 
+from node.cli import passwords
 from node.cli.main import Group, Shared
+from node.cli.options import password_options
+
+KEYS = {"worker": "worker", "client": "payer"}
+"""Whose key a role's journal belongs to."""
 
 
 @click.group(cls=Group)
 def command() -> None:
-    """Read the journal."""
+    """Read the journal; go on with an old one."""
 
 
 @command.command()
@@ -39,6 +44,33 @@ def dump(shared: Shared, role: str, file: Path | None, after: int) -> None:
     with Ledger.open(path, chain_tag=tag, read_only=True) as ledger:
         for line in lines(ledger, after):
             shared.output.line(line)
+
+
+@command.command()
+@click.option("--role", type=click.Choice(list(KEYS)), required=True, help="Whose journal.")
+@click.option("--accept-loss", is_flag=True, help="Do it. Without this flag nothing changes, and the refusal is shown.")
+@password_options
+@click.pass_obj
+def adopt(shared: Shared, role: str, accept_loss: bool) -> None:
+    """Go on with a journal that is refused as an old copy (`journal_fenced`), when the later one is lost for good.
+
+    This journal does not know what the lost one signed. So that nothing is signed twice, the channels in it are frozen: no
+    job is opened on them any more. A worker claims what its old vouchers cover, a client closes its channels and opens new
+    ones. What was earned or paid on them after the copy was made is lost to this side.
+
+    Never do this while the later journal exists, here or on another machine: two journals with one key sign against each
+    other, and a worker's stake can be slashed for it.
+    """
+    from node.store.fence import Fence
+    from node.store.ledger import Ledger
+
+    key = passwords.unlock(shared, KEYS[role])
+    fence = Fence(shared.config.fence(role, str(key.address)), adopt=accept_loss)
+    path = shared.config.journal(role)
+    with Ledger.open(path, chain_tag=bytes(key.address), create=accept_loss, fence=fence) as ledger:
+        data = {"adopted": fence.adopted, "epoch": ledger.epoch, "records": ledger.head.seq}
+    said = f"adopted {path}" if fence.adopted else f"{path} is the last journal of this key; nothing was to be adopted"
+    shared.output.result(data, said)
 
 
 @command.command()

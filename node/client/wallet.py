@@ -117,6 +117,7 @@ class ClientWallet:
                 state.config.receiver == offer.worker
                 and state.config.token == offer.document.token
                 and not state.leaving
+                and state.channel_id not in self.book.frozen
                 and state.allocated == state.authorized
                 and state.free >= needed
             ):
@@ -155,7 +156,7 @@ class ClientWallet:
         valid_before = self._valid_before()
         for state in self.book.channels.values():
             same = state.config.receiver == offer.worker and state.config.token == offer.document.token
-            if same and not state.leaving:
+            if same and not state.leaving and state.channel_id not in self.book.frozen:
                 # Signed but not locked on chain (the worker never submitted it): the next one carries the missing part too.
                 enough = (
                     state.allocated < state.authorized and state.authorized - state.spent - state.reserved >= needed

@@ -16,9 +16,20 @@ import trio
 
 from node.ports import Chain
 from node.store.fold import replay
-from node.store.ledger import Entry, Ledger, Record
+from node.store.ledger import ADOPTED, Entry, Ledger, Record
 from node.store.writer import Work
-from protocol.channel import ChainSeen, Change, ChannelOpened, ChannelState, Effect, JobEnded, Role, apply, opened
+from protocol.channel import (
+    ChainSeen,
+    Change,
+    ChannelOpened,
+    ChannelState,
+    Effect,
+    JobEnded,
+    JobOpened,
+    Role,
+    apply,
+    opened,
+)
 from protocol.errors import LocalProtocolError, ProtocolError
 from protocol.ids import ChannelId, JobId
 from protocol.payment import recovered_costs, unsecured
@@ -38,6 +49,10 @@ class ChannelBook:
         """Channels whose last sight of the contract breaks a rule, and why: no new work, until a sight that can be taken."""
         self.cut_off: set[tuple[ChannelId, JobId, int]] = set()
         """Parts that ended without a receipt: a worker may not serve them again, because they have been charged for."""
+        self.adopted = False
+        """This journal went on although a later one had been lost: there may be channels that it does not know."""
+        self.frozen: set[ChannelId] = set()
+        """Channels from before that: what the lost journal signed on them would be signed again, so no job is opened."""
 
     @classmethod
     def restore(cls, ledger: Ledger, role: Role) -> ChannelBook:
@@ -53,6 +68,9 @@ class ChannelBook:
             change = decode_body(record.kind, record.body)
             fold(self.role, self._states, change)
             self._note_end(change)
+        elif record.kind == ADOPTED:
+            self.adopted = True
+            self.frozen = set(self._states)
 
     async def close_open_jobs(self, tick: int) -> int:
         """After a crash: end the parts that were under way, by the rule of `recovered_costs`. Returns how many.
@@ -106,6 +124,8 @@ class ChannelBook:
                 continue
             if held is None:
                 raise LocalProtocolError(f"channel {change.channel_id} is not in this journal")
+            if isinstance(change, JobOpened) and self.role is Role.WORKER and change.channel_id in self.frozen:
+                raise LocalProtocolError(f"channel {change.channel_id} is frozen: a lost journal has signed on it")
             staged[change.channel_id], more = apply(held, change)
             effects.extend(more)
         entries = [Entry(kind_of(c), bytes(c.channel_id), to_body(c)) for c in changes]

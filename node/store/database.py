@@ -120,7 +120,7 @@ def connect(path: Path, *, read_only: bool = False, factory: Factory = sqlite3.C
 
     It may be handed from thread to thread, but only one thread may use it at a time.
     """
-    uri = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rw'}"
+    uri = f"file:{quote(os.fsencode(path))}?mode={'ro' if read_only else 'rw'}"
     connection = sqlite3.connect(
         uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, factory=factory
     )

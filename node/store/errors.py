@@ -34,12 +34,11 @@ class LedgerLocked(LedgerError):
 
     code = "journal_locked"
 
-    def __init__(self, path: Path, pid: int | None) -> None:
+    def __init__(
+        self, path: Path, pid: int | None, *, hint: str = "stop it first, or give this one another --data-dir"
+    ) -> None:
         holder = f"process {pid}" if pid is not None else "another process"
-        super().__init__(
-            f"{path} is in use by {holder}; one journal has one writer",
-            hint="stop it first, or give this one another --data-dir",
-        )
+        super().__init__(f"{path} is in use by {holder}; one journal has one writer", hint=hint)
         self.path = path
         self.pid = pid
 
@@ -59,6 +58,12 @@ class LedgerForeign(LedgerError):
     """The journal is sound, but it was begun for another identity."""
 
     code = "journal_foreign"
+
+
+class LedgerFenced(LedgerError):
+    """The journal is an old copy, or a second one: another journal of the same key has gone further on this machine."""
+
+    code = "journal_fenced"
 
 
 class LedgerTooNew(LedgerError):

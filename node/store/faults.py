@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 
 POINTS: dict[str, str] = {
+    "journal.after_epoch": "opening: the epoch is durable in the journal, the fence has not heard of it",
     "journal.before_append": "inside the transaction, before the records of one append are inserted",
     "journal.before_commit": "all records of the group are inserted, nothing is committed",
     "journal.after_commit": "the group is durable, no appender has been told",

@@ -5,15 +5,17 @@ Rules
 - State is the fold of the records (`node.store.fold`); nobody keeps money anywhere else.
 - Records are chained by hash from the identity that the journal belongs to (`node.store.records`).
 - Opening verifies everything, once. A journal that is damaged, foreign, too new, too widely readable or in use is refused.
+- Every open for writing begins an epoch, and with a fence (`node.store.fence`) an old copy is refused before it does.
 - A failed write is final until the next start (see `node.store.writer`).
 
-What this cannot see: the loss of the very last transaction out of the write-ahead log looks like a power cut before the
-commit, and an old but sound copy looks like the past. Peers and the chain know the high-water marks that fence those.
+What the file alone cannot show: the loss of the very last transaction out of the write-ahead log looks like a power cut before
+the commit, and an old but sound copy looks like the past. The fence knows, and so do peers and the chain.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import struct
 import time
@@ -36,6 +38,7 @@ from node.store.errors import (
     LedgerTooNew,
 )
 from node.store.faults import fault_point
+from node.store.fence import Fence
 from node.store.migrations import MIGRATIONS, SCHEMA_VERSION
 from node.store.records import WIDTHS, Entry, Head, Record, encode, genesis_hash, record_hash
 from node.store.writer import Work, Writer
@@ -45,6 +48,8 @@ __all__ = ["Entry", "Head", "Ledger", "Record", "genesis_hash", "record_hash"]
 T = TypeVar("T")
 
 PAGE_ROWS = 4096
+ADOPTED = "journal_adopted"
+"""Kind of the record with which a journal goes on although the fence knew of a later one."""
 
 
 def wall_clock_ms() -> int:
@@ -55,13 +60,22 @@ class Ledger:
     """One open journal. Made by `Ledger.open`; a context manager that closes it."""
 
     def __init__(
-        self, path: Path, head: Head, writer: Writer | None, lock: database.FileLock | None, clock: Callable[[], int]
+        self,
+        path: Path,
+        head: Head,
+        clock: Callable[[], int],
+        *,
+        lock: database.FileLock | None = None,
+        fence: Fence | None = None,
     ) -> None:
         self.path = path
+        self.epoch = 0
+        """Number of this open among all opens for writing, from 1; rises with each. 0 when open for reading."""
         self._head = head
         self._tail = head  # belongs to the writer thread: the head as it will be when the open group is committed
-        self._writer = writer
+        self._writer: Writer | None = None
         self._lock = lock
+        self._fence = fence
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
 
@@ -73,21 +87,24 @@ class Ledger:
         chain_tag: bytes,
         create: bool = True,
         read_only: bool = False,
+        fence: Fence | None = None,
         clock: Callable[[], int] = wall_clock_ms,
         factory: database.Factory = sqlite3.Connection,
     ) -> Ledger:
         """Open and verify a journal; make it when it is missing and `create` is true.
 
-        A read-only ledger takes no lock, so it works beside a running writer, and shows the journal as it was at that
-        moment. `clock` gives Unix milliseconds; `factory` lets tests watch or break the connection.
+        A read-only ledger takes no lock and asks no fence, so it works beside a running writer, and shows the journal as
+        it was at that moment. `fence` is this account's; without one an old copy is not noticed. `clock` gives Unix
+        milliseconds; `factory` lets tests watch or break the connection.
 
-        Raises LedgerMissing, LedgerUnsafe, LedgerLocked, LedgerDamaged, LedgerForeign, LedgerTooNew, LedgerFailed.
+        Raises LedgerMissing, LedgerUnsafe, LedgerLocked, LedgerDamaged, LedgerForeign, LedgerFenced, LedgerTooNew,
+        LedgerFailed.
         """
         path = path.resolve()
         try:
             if read_only:
                 return cls._open_read_only(path, chain_tag, clock)
-            return cls._open_writer(path, chain_tag, create, clock, factory)
+            return cls._open_writer(path, chain_tag, create, fence, clock, factory)
         except sqlite3.Error as error:
             raise database.blame(error) from error
         except OSError as error:
@@ -104,11 +121,17 @@ class Ledger:
             database.check_structure(connection)
             if _schema_version(connection) < SCHEMA_VERSION:
                 raise LedgerFailed("the journal has an older schema; start the node once to bring it up to date")
-            return cls(path, _verify(connection, chain_tag), None, None, clock)
+            return cls(path, _verify(connection, chain_tag), clock)
 
     @classmethod
     def _open_writer(
-        cls, path: Path, chain_tag: bytes, create: bool, clock: Callable[[], int], factory: database.Factory
+        cls,
+        path: Path,
+        chain_tag: bytes,
+        create: bool,
+        fence: Fence | None,
+        clock: Callable[[], int],
+        factory: database.Factory,
     ) -> Ledger:
         if not create and not path.exists():
             raise LedgerMissing(f"there is no journal at {path}")
@@ -116,26 +139,57 @@ class Ledger:
         lock = database.FileLock.acquire(path)
         connection: sqlite3.Connection | None = None
         try:
+            if fence is not None:
+                fence.acquire(path)
             if not path.exists():
                 if wal.path_of(path).exists() and wal.path_of(path).stat().st_size:
                     raise LedgerDamaged(0, f"{path.name} is gone but its write-ahead log is there")
+                if fence is not None and fence.mark is not None and not fence.adopt:
+                    raise fence.refusal(None, 0)
                 database.create(path, lambda fresh: _found(fresh, chain_tag))
             database.check_private(path)
             wal.check(path)
             connection = database.connect(path, factory=factory)
             database.check_structure(connection)
             _migrate(connection)
-            ledger = cls(path, _verify(connection, chain_tag), None, lock, clock)
+            ledger = cls(path, _verify(connection, chain_tag), clock, lock=lock, fence=fence)
             # Start with an empty log: leftovers of a torn transaction must not be mixed with new ones (see `wal`).
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            ledger._begin_epoch(connection, genesis_hash(chain_tag))
             ledger._connection = connection
             ledger._writer = Writer(connection, ledger._publish)
             return ledger
         except BaseException:
             if connection is not None:
                 connection.close()
+            if fence is not None:
+                fence.release()
             lock.release()
             raise
+
+    def _begin_epoch(self, connection: sqlite3.Connection, genesis: bytes) -> None:
+        """Pass the fence, then make this open known: here first, at the fence second, and nothing is signed before both."""
+        fence = self._fence
+        mark = fence.mark if fence is not None else None
+        (last,) = connection.execute("SELECT COALESCE(MAX(epoch), 0) FROM epochs").fetchone()
+        passes = fence is None or fence.passes(connection, self._head, genesis)
+        if fence is not None and not passes and not fence.adopt:
+            raise fence.refusal(self._head, last)
+        epoch, token = max(last, mark.epoch if mark else 0) + 1, os.urandom(16)
+        connection.execute("BEGIN IMMEDIATE")
+        if fence is not None and not passes:
+            lost = {"epoch": mark.epoch, "seq": mark.seq, "hash": mark.hash} if mark is not None else {}
+            self._appending([Entry(ADOPTED, b"", lost)], None)(connection)
+            fence.adopted = True
+        connection.execute(
+            "INSERT INTO epochs (epoch, token, seq, hash, at_ms) VALUES (?, ?, ?, ?, ?)",
+            (epoch, token, self._tail.seq, self._tail.hash, self._clock()),
+        )
+        connection.execute("COMMIT")
+        self.epoch, self._head = epoch, self._tail
+        fault_point("journal.after_epoch")
+        if fence is not None:
+            fence.begin(epoch, token, self._head)
 
     @property
     def head(self) -> Head:
@@ -227,6 +281,8 @@ class Ledger:
                 pass  # everything acknowledged is in the log, and the next start reads it from there
             finally:
                 connection.close()
+        if self._fence is not None:
+            self._fence.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -244,6 +300,8 @@ class Ledger:
         return self._writer.submit(work)
 
     def _publish(self) -> None:
+        if self._fence is not None:
+            self._fence.advance(self._tail)
         self._head = self._tail
 
     def _appending(self, entries: Sequence[Entry], also: Work[object] | None) -> Work[tuple[Record, ...]]:

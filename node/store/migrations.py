@@ -29,6 +29,18 @@ def _v1(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-MIGRATIONS: tuple[Migration, ...] = (_v1,)
+def _v2(connection: sqlite3.Connection) -> None:
+    for statement in (
+        # Every open for writing: what `node.store.fence` compares. (seq, hash): the head at that moment.
+        """CREATE TABLE epochs (epoch INTEGER PRIMARY KEY, token BLOB NOT NULL, seq INTEGER NOT NULL, hash BLOB NOT NULL,
+                                at_ms INTEGER NOT NULL)""",
+        # The fold up to a record, so that a start need not fold what came before; see `node.store.snapshot`.
+        """CREATE TABLE snapshots (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, hash BLOB NOT NULL, code BLOB NOT NULL,
+                                   payload BLOB NOT NULL, digest BLOB NOT NULL)""",
+    ):
+        connection.execute(statement)
+
+
+MIGRATIONS: tuple[Migration, ...] = (_v1, _v2)
 
 SCHEMA_VERSION = len(MIGRATIONS)

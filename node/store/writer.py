@@ -8,6 +8,7 @@ Rules
 - Work may refuse (raise a LedgerError): its own changes are undone and the rest of its group is committed.
 - Anything else that goes wrong is final. The group is rolled back, everybody in it and everybody after it gets
   LedgerFailed. After a failed COMMIT it is unknown whether the group is on disk; only a new start can tell.
+- So is a failure of `after_commit`: the group is on disk then, but nobody may act on it.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ class Writer:
                 connection.execute("RELEASE work")
             fault_point("journal.before_commit")
             connection.execute("COMMIT")
+            fault_point("journal.after_commit")
+            self.commits += 1
+            self._after_commit()
         except Exception as error:  # the boundary: whatever it was, this journal takes no more records
             code = getattr(error, "sqlite_errorname", type(error).__name__)
             with self._lock:
@@ -127,9 +131,6 @@ class Writer:
                 pass  # SQLite has rolled back by itself, or cannot; the failure above already says so
             _fail(group, self.failure, error)
             return
-        fault_point("journal.after_commit")
-        self.commits += 1
-        self._after_commit()
         for future, value, refused in outcomes:
             if refused is None:
                 future.set_result(value)

@@ -45,6 +45,7 @@ from protocol.messages import (
 from protocol.typed_data import Allocation, ChannelConfig, Close, Domain
 
 log = logging.getLogger(__name__)
+_LOST = "this worker has lost its books of that channel; open one with another salt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +142,13 @@ class ChannelDesk:
         self._check(config, message.valid_before)
         allocation = Allocation(channel_id, allocated, message.valid_before)
         require_signer(allocation.digest(self._domain), message.signature, config.payer, "allocation")
+        if channel_id in self._book.frozen:
+            raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)
         async with self._opening:
             transaction = b""
             seen = await self._chain.channel(channel_id)
+            if self._book.adopted and seen.allocated and self._book.get(channel_id) is None:
+                raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)  # its receipt numbers may have been used before
             if seen.closed:
                 raise RemoteProtocolError(WireCode.BAD_VOUCHER, "this channel is over; open one with another salt")
             if seen.allocated < allocated:

@@ -185,6 +185,8 @@ class JobServer:
         channel_id = ChannelId(ask.channel_id)
         if channel_id in self.book.quarantined:
             raise Rejected(RefusalReason.CHANNEL_CLOSING, "what the contract says of the channel breaks a rule")
+        if channel_id in self.book.frozen:
+            raise Rejected(RefusalReason.CHANNEL_CLOSING, "this worker has lost its books of the channel; open another")
         return self.book.get(channel_id)
 
     def _agree(self, checked: Checked, part: tuple[ChannelId, JobId, int], prompt: Prompt) -> Terms:

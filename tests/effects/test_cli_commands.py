@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -375,6 +376,30 @@ def tiny_model(folder: Path) -> Path:
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 8}')
     (folder / "tokenizer.json").write_text("{}")
     return folder
+
+
+def test_an_old_copy_is_refused_until_it_is_adopted(run: Run, data: Path, tmp_path: Path) -> None:
+    """Opened as the commands open it, through the fence that the configuration names."""
+    fence = ("--set", f"fence_dir={tmp_path / 'fence'}")
+    adopt = (*fence, "journal", "adopt", "--role", "worker")
+    address = run(*FAST, "init", "--role", "worker", "--json").one["keys"][0]["address"]
+    assert run(*adopt, "--json").error == "journal_missing"
+    assert run(*adopt, "--accept-loss", "--json").one == {"adopted": False, "epoch": 1, "records": 0}
+    assert [path.name for path in (tmp_path / "fence").iterdir() if path.suffix == ".json"] == [
+        f"worker-{address.lower()}.json"
+    ]
+    backup = tmp_path / "backup"
+    shutil.copytree(data / "journal", backup)
+    assert run(*adopt, "--json").one == {"adopted": False, "epoch": 2, "records": 0}
+    shutil.rmtree(data / "journal")
+    shutil.copytree(backup, data / "journal")
+    refused = run(*fence, "audit", "--role", "worker", "--json")
+    assert (refused.status, refused.error) == (1, "journal_fenced")
+    assert run(*adopt, "--json").error == "journal_fenced"
+    done = run(*adopt, "--accept-loss", "--json").one
+    assert done == {"adopted": True, "epoch": 3, "records": 1}
+    (row,) = run("journal", "dump", "--json").rows
+    assert (row["kind"], row["body"]["epoch"]) == ("journal_adopted", 2)
 
 
 def test_journal(run: Run, data: Path, tmp_path: Path) -> None:

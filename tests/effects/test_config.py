@@ -367,6 +367,19 @@ def test_the_data_dir_moves_everything(tmp_path: Path, monkeypatch: pytest.Monke
         assert path.is_relative_to(tmp_path / "moved")
 
 
+def test_the_fence_stays_behind_when_the_data_dir_moves(
+    world: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert world().fence("client", "0xAB") == tmp_path / "state/gristmill/fence/client-0xab.json"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert world().fence("worker", "0xAb") == Path.home() / ".local/state/gristmill/fence/worker-0xab.json"
+    for inside in (tmp_path / "data", tmp_path / "data/fence"):
+        with pytest.raises(ConfigError, match="lies in the data dir"):
+            world(user=f"fence_dir = '{inside}'")
+    assert world(user=f"fence_dir = '{tmp_path}/fence'").fence("worker", "0x1").parent == tmp_path / "fence"
+
+
 def test_a_running_devnet_fills_the_chain_and_nothing_else(world: Callable[..., Config], tmp_path: Path) -> None:
     state = tmp_path / "data/devnet/state.json"
     state.parent.mkdir()

@@ -35,8 +35,8 @@ def numbers(ledger: Ledger) -> list[int]:
     return replay(ledger, lambda seen, record: [*seen, msgspec.msgpack.decode(record.body)["n"]], [])
 
 
-def gated(gate: threading.Event, entered: threading.Event, after: int = 0) -> type[sqlite3.Connection]:
-    """A connection whose COMMITs beyond the first `after` wait until the gate opens."""
+def gated(gate: threading.Event, entered: threading.Event, after: int = 1) -> type[sqlite3.Connection]:
+    """A connection whose COMMITs beyond the first `after` wait until the gate opens. (The first is the epoch's.)"""
 
     class Gated(sqlite3.Connection):
         commits = 0
@@ -46,7 +46,7 @@ def gated(gate: threading.Event, entered: threading.Event, after: int = 0) -> ty
                 Gated.commits += 1
                 if Gated.commits > after:
                     entered.set()
-                    gate.wait(10)
+                    gate.wait(60)
             return super().execute(sql, *args)
 
     return Gated
@@ -176,7 +176,7 @@ def test_appends_of_one_task_are_in_order_and_threads_may_append_too(tmp_path: P
 def test_work_runs_in_the_order_of_its_submission(tmp_path: Path) -> None:
     gate, entered = threading.Event(), threading.Event()
     connection = sqlite3.connect(
-        tmp_path / "plain", isolation_level=None, check_same_thread=False, factory=gated(gate, entered)
+        tmp_path / "plain", isolation_level=None, check_same_thread=False, factory=gated(gate, entered, after=0)
     )
     writer = Writer(connection, lambda: None)
     ran: list[int] = []

@@ -19,6 +19,7 @@ import pytest
 
 from node.store import errors
 from node.store.faults import POINTS, Fault
+from node.store.fence import Fence
 from node.store.ledger import Ledger
 
 TAG = b"\x11" * 20
@@ -28,13 +29,15 @@ CHILD = """
 import os, resource, sys, threading
 from pathlib import Path
 from node.store import database, errors
+from node.store.fence import Fence
 from node.store.ledger import Entry, Ledger
 
 path, mode, writers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if mode == "normal":  # the planted bug: nothing waits for the disk
     database.SETTINGS += (("synchronous", "NORMAL"),)
     database.REQUIRED = ()
-ledger = Ledger.open(path, chain_tag=bytes([0x11]) * 20)
+fence = Fence(Path(os.environ["GRISTMILL_FENCE_OF_TEST"])) if "GRISTMILL_FENCE_OF_TEST" in os.environ else None
+ledger = Ledger.open(path, chain_tag=bytes([0x11]) * 20, fence=fence)
 os.write(1, b"ready %d\\n" % ledger.head.seq)
 if mode == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
@@ -111,8 +114,10 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     assert len(acks) >= 20
 
 
-@pytest.mark.parametrize("passage", [1, 3])
-@pytest.mark.parametrize("point", [name for name in POINTS if name.startswith("journal.")])
+@pytest.mark.parametrize("passage", range(1, 6))
+@pytest.mark.parametrize(
+    "point", [name for name in POINTS if name.startswith("journal.") and name != "journal.after_epoch"]
+)
 def test_dying_at_a_named_point(tmp_path: Path, point: str, passage: int) -> None:
     path = tmp_path / "data" / "journal.sqlite"
     child = start(path, "few", GRISTMILL_TESTING="1", GRISTMILL_FAULT=f"{point}:{passage}")
@@ -121,6 +126,26 @@ def test_dying_at_a_named_point(tmp_path: Path, point: str, passage: int) -> Non
     assert len(acks) == passage - 1
     durable = passage if point == "journal.after_commit" else passage - 1
     assert holds_all(path, acks) == 2 * durable
+
+
+def test_dying_five_times_between_the_journal_and_the_fence(tmp_path: Path) -> None:
+    """The epochs of the journal run ahead of the fence; it is still the same journal."""
+    path, fence = tmp_path / "data" / "journal.sqlite", tmp_path / "state" / "fence.json"
+    finish(start(path, "few", GRISTMILL_FENCE_OF_TEST=str(fence)))
+    for _ in range(5):
+        child = start(
+            path,
+            "few",
+            GRISTMILL_TESTING="1",
+            GRISTMILL_FAULT="journal.after_epoch:1",
+            GRISTMILL_FENCE_OF_TEST=str(fence),
+        )
+        assert finish(child) == []
+        assert child.returncode == -signal.SIGKILL
+    lines = finish(start(path, "few", GRISTMILL_FENCE_OF_TEST=str(fence)))
+    assert lines[0] == "ready 10\n" and lines[-1] == "done\n"
+    with Ledger.open(path, chain_tag=TAG, fence=Fence(fence)) as ledger:
+        assert ledger.epoch == 8 and ledger.head.seq == 20
 
 
 def test_the_kill_switch_needs_two_hands(tmp_path: Path) -> None:
