@@ -44,9 +44,9 @@ def random32() -> bytes:
 
 def open_journal(config: Config, role: str, key: PrivateKey) -> Ledger:
     """The journal of a role, bound to the account whose money it holds, and behind its fence. Raises `LedgerError`."""
-    path = config.journal(role)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Ledger.open(path, chain_tag=bytes(key.address), fence=Fence(config.fence(role, str(key.address))))
+    return Ledger.open(
+        config.journal(role), chain_tag=bytes(key.address), fence=Fence(config.fence(role, str(key.address)))
+    )
 
 
 @asynccontextmanager

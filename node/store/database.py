@@ -70,11 +70,14 @@ class FileLock:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder if it is missing (0700); refuse one that others may enter."""
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        pass
+    """Make the folder if it is missing (0700), durably with those above it; refuse one that others may enter."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        try:
+            one.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        sync_folder(one.parent)
     check_private(folder)
 
 
