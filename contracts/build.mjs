@@ -12,12 +12,12 @@ const argument = (name, fallback) => process.argv.includes(name) ? process.argv[
 const src = resolve(argument('--src', join(here, 'src')));
 const out = resolve(argument('--out', join(here, '../node/chain/abi')));
 const zoo = join(here, '../tests/contracts/zoo');
-const money = ['Vault', 'Workers', 'Channels', 'Disputes', 'Committee', 'VerifierResolver', 'Attestations', 'TestToken'];
+const money = ['Vault', 'Workers', 'Channels', 'Jobs', 'Disputes', 'Committee', 'VerifierResolver', 'Attestations', 'TestToken'];
 const targets = money.map((name) => ({ file: `src/${name}.sol`, name, out }));
 if (!process.argv.includes('--src')) {
   for (const name of ['MillToken', 'MillGovernor']) targets.push({ file: `src/governance/${name}.sol`, name, out });
   targets.push({ file: '@openzeppelin/contracts/governance/TimelockController.sol', name: 'TimelockController', out });
-  const strange = { Zoo: ['FeeToken', 'NoReturnToken', 'FalseToken', 'ReentrantToken', 'Wallet', 'Greedy'], Resolvers: ['StrangeResolver', 'ProofStub'] };
+  const strange = { Zoo: ['FeeToken', 'NoReturnToken', 'FalseToken', 'ReentrantToken', 'RebasingToken', 'PausableToken', 'FallbackToken', 'Wallet', 'Greedy'], Resolvers: ['StrangeResolver', 'ProofStub'] };
   for (const [file, names] of Object.entries(strange)) {
     for (const name of names) targets.push({ file: `test/zoo/${file}.sol`, name, out: zoo });
   }

@@ -137,8 +137,10 @@ contract Vault is IVault, AccessControlDefaultAdminRules, ReentrancyGuardTransie
             if (amount > locked) revert Vault_ReleaseExceedsLocked(msg.sender, token, locked, amount);
         }
 
-        lockedBy[msg.sender][token] = locked - amount;
-        balanceOf[token][to] += amount;
+        unchecked {
+            lockedBy[msg.sender][token] = locked - amount; // looked at above
+            balanceOf[token][to] += amount; // never above liabilities, which did not overflow
+        }
 
         emit Released(msg.sender, token, to, amount);
     }

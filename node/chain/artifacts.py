@@ -160,7 +160,7 @@ def contract(name: str) -> Contract:
 
 
 CONTRACTS: Final = (
-    *("Vault", "Workers", "Channels", "Disputes", "Committee", "VerifierResolver", "Attestations"),
+    *("Vault", "Workers", "Channels", "Jobs", "Disputes", "Committee", "VerifierResolver", "Attestations"),
     *("MillToken", "MillGovernor", "TimelockController", "TestToken"),
 )
 """Everything that is shipped."""

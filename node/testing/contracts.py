@@ -5,6 +5,7 @@ Keys are derived from names, so a failing test prints the same addresses every t
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 from node.testing.evm import ARTIFACTS, Contract, Evm
@@ -12,7 +13,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.escrow import Escrow
 from protocol.ids import ZERO_ADDRESS, Address, keccak256
 from protocol.keys import PrivateKey, recover
-from protocol.typed_data import ChannelConfig, Domain
+from protocol.typed_data import ChannelConfig, Domain, Quote
 
 NATIVE = ZERO_ADDRESS
 PUPPET = Address(b"\x9e" * 20)
@@ -54,8 +55,13 @@ def config_tuple(config: ChannelConfig) -> tuple[object, ...]:
     )
 
 
+def quote_tuple(quote: Quote) -> tuple[object, ...]:
+    """A quote as the ABI wants it."""
+    return astuple(quote)
+
+
 class Deployment:
-    """Vault, Workers, Channels and a TestToken, sealed with both modules; token and native coin are allowed."""
+    """Vault, its modules and a TestToken, sealed; token and native coin are allowed."""
 
     def __init__(self, artifacts: Path = ARTIFACTS, *, puppet: bool = False, admin_delay: int = 0) -> None:
         """`puppet`: seal with the module `PUPPET` as well, for tests of what only a module may do."""
@@ -66,9 +72,10 @@ class Deployment:
         self.channels: Contract = self.evm.deploy(
             "Channels", self.vault.address, self.workers.address, sender=self.admin
         )
+        self.jobs: Contract = self.evm.deploy("Jobs", self.vault.address, self.workers.address, sender=self.admin)
         self.attestations: Contract = self.evm.deploy("Attestations", sender=self.admin)
         self.token: Contract = self.evm.deploy("TestToken", sender=self.admin)
-        modules = [self.channels.address, self.workers.address]
+        modules = [self.channels.address, self.workers.address, self.jobs.address]
         if puppet:
             self.evm.insert_code(PUPPET, _PUPPET_CODE)
             modules.append(PUPPET)
@@ -77,6 +84,7 @@ class Deployment:
             self.vault.send(self.admin, "setToken", token, True)
         self.domain = Domain(self.evm.chain_id, self.channels.address)
         self.workers_domain = Domain(self.evm.chain_id, self.workers.address)
+        self.jobs_domain = Domain(self.evm.chain_id, self.jobs.address)
 
     def first_state(self) -> Escrow:
         """The model of this deployment before any deposit."""

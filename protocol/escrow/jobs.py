@@ -16,7 +16,7 @@ from typing import Final
 
 from protocol.escrow import vault, workers
 from protocol.escrow.state import Escrow, Job, JobState, Module, put, require
-from protocol.ids import ZERO_ADDRESS, Address, Hash32, JobId
+from protocol.ids import ZERO_ADDRESS, ZERO_HASH, Address, Hash32, JobId
 from protocol.typed_data import Quote
 
 MIN_WINDOW: Final = 15 * 60
@@ -24,7 +24,9 @@ MAX_WINDOW: Final = 7 * 24 * 3600
 MAX_DURATION: Final = 30 * 24 * 3600
 """From opening to deadline."""
 FAIL_DIVISOR: Final = 4
-"""An honest "I failed" costs this part of the penalty."""
+"""An honest "I failed" before the deadline costs this part of the penalty."""
+NO_RESULTS: Final = (ZERO_HASH, Hash32((1).to_bytes(32)))
+"""What a result can not be: the contract stores these for "none"."""
 
 
 def open_job(
@@ -60,6 +62,7 @@ def submit(
     job_id, _ = _in(state, quote, JobState.OPEN)
     require(now < quote.deadline, "Jobs_TooLate")
     require(claimed <= quote.amount, "Jobs_OverAmount")
+    require(result_hash not in NO_RESULTS, "Jobs_NoResult")
     require(caller == quote.worker or signer == quote.worker, "Jobs_BadSignature")
     return _put(state, job_id, Job(JobState.SUBMITTED, now + quote.window, claimed, result_hash))
 
@@ -78,6 +81,7 @@ def settle_job(
     require(amount <= quote.amount, "Jobs_OverAmount")
     if job.state is JobState.OPEN:
         require(amount == quote.amount, "Jobs_BelowClaimed")
+        require(result_hash not in NO_RESULTS, "Jobs_NoResult")
     else:
         require(amount >= job.claimed, "Jobs_BelowClaimed")
         require(result_hash == job.result_hash, "Jobs_WrongResult")
@@ -100,10 +104,13 @@ def refund(state: Escrow, now: int, caller: Address, quote: Quote) -> Escrow:
 
 
 def fail(state: Escrow, now: int, caller: Address, quote: Quote) -> Escrow:
-    """The worker gives up: return everything, slash a part of the penalty."""
-    job_id, _ = _in(state, quote, JobState.OPEN, JobState.SUBMITTED)
+    """The worker gives up: return everything. Before the deadline a part of the penalty is slashed; whoever takes a
+    submission back loses all of it, as in a dispute that is lost."""
+    job_id, job = _in(state, quote, JobState.OPEN, JobState.SUBMITTED)
+    require(job.state is JobState.SUBMITTED or now < quote.deadline, "Jobs_TooLate")
     require(caller in (quote.worker, state.owner_of(quote.worker)), "Jobs_NotWorker")
-    return _give_back(state, now, quote, job_id, quote.penalty // FAIL_DIVISOR, ZERO_ADDRESS)
+    penalty = quote.penalty // FAIL_DIVISOR if job.state is JobState.OPEN else quote.penalty
+    return _give_back(state, now, quote, job_id, penalty, ZERO_ADDRESS)
 
 
 # ------------------------------------------------------------------------------------------------------ modules only
@@ -150,17 +157,15 @@ def _slash(state: Escrow, now: int, quote: Quote, job_id: JobId, amount: int, re
 
 def _end(state: Escrow, now: int, quote: Quote, job_id: JobId, job: Job, paid: int) -> Escrow:
     """Settled: `paid` to the worker, the rest to the client."""
-    state = _put(state, job_id, replace(job, state=JobState.SETTLED))
+    state = _put(state, job_id, Job(JobState.SETTLED, result_hash=job.result_hash))
     state = _let_go(state, quote)
-    if paid:
-        state = workers.lock_for_earnings(state, now, quote.worker, quote.token, paid)
     state = vault.release(state, Module.JOBS, quote.token, state.payout_of(quote.worker), paid)
     return vault.release(state, Module.JOBS, quote.token, quote.client, quote.amount - paid)
 
 
 def _give_back(state: Escrow, now: int, quote: Quote, job_id: JobId, penalty: int, reporter: Address) -> Escrow:
     """Refunded: everything to the client, and `penalty` out of the stake."""
-    state = _put(state, job_id, replace(state.job(job_id), state=JobState.REFUNDED))
+    state = _put(state, job_id, Job(JobState.REFUNDED))
     state = _let_go(state, quote)
     state = _slash(state, now, quote, job_id, penalty, reporter)
     return vault.release(state, Module.JOBS, quote.token, quote.client, quote.amount)

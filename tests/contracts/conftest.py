@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +33,15 @@ def puppet(artifacts: Path):  # type: ignore[no-untyped-def]
     from node.testing.contracts import Deployment
 
     return Deployment(artifacts, puppet=True)
+
+
+@pytest.fixture
+def zoo() -> Callable[..., Any]:
+    """Deploys a strange token or wallet of contracts/test/zoo: zoo(world, name, *arguments)."""
+
+    def deploy(world: Any, name: str, *args: object) -> Any:
+        artifact = json.loads((Path(__file__).parent / "zoo" / f"{name}.json").read_text())
+        code = bytes.fromhex(artifact["bytecode"][2:])
+        return world.evm.deploy_code(artifact["abi"], code, *args, sender=world.admin)
+
+    return deploy

@@ -55,7 +55,7 @@ def test_artifact_was_built_from_these_sources(name: str) -> None:
 
 
 def test_every_contract_inherits_its_interface() -> None:
-    for name in ("Vault", "Workers", "Channels", "Disputes", "Committee", "VerifierResolver", "Attestations"):
+    for name in ("Vault", "Workers", "Channels", "Jobs", "Disputes", "Committee", "VerifierResolver", "Attestations"):
         source = (CONTRACTS_DIR / "src" / f"{name}.sol").read_text()
         assert re.search(rf"contract {name} is I{name}\b", source), name
         assert "tx.origin" not in source

@@ -13,7 +13,7 @@ import pytest
 
 from protocol import escrow
 from protocol.escrow import BURNT, CommitteeTerms, Escrow, EscrowError, JobState, Module, Outcome
-from protocol.escrow.workers import EARNINGS_WINDOW, SLASH_DELAY, UNBONDING
+from protocol.escrow.workers import EARNINGS_WINDOW, SLASH_DELAY, UNBONDING, lock_for_earnings
 from protocol.ids import ZERO_ADDRESS, Address, Hash32, JobId, keccak256
 from protocol.typed_data import ChannelConfig, Domain, Quote, Receipt
 
@@ -85,12 +85,17 @@ def test_silence_after_the_submission_pays_the_worker() -> None:
     assert (state.balance_of(TOKEN, PAYOUT), state.balance_of(TOKEN, ANN)) == (900, 9_100)
     assert state.stake_of(OWNER, TOKEN).held == 0
     assert state.job(job_of(state)).state is JobState.SETTLED
-    assert escrow.locked_stake(state, NOW + 910, OWNER, TOKEN) == 450  # half of what was earned answers for it
-    later = (NOW // EARNINGS_WINDOW + 2) * EARNINGS_WINDOW
-    assert escrow.locked_stake(state, later - 1, OWNER, TOKEN) == 450
-    assert escrow.locked_stake(state, later, OWNER, TOKEN) == 0
+    assert escrow.locked_stake(state, NOW + 910, OWNER, TOKEN) == 0  # its penalty answered for it until here
     refused("Jobs_WrongState", escrow.finalize, state, NOW + 910, QUOTE)  # I6
     whole(state)
+
+
+def test_half_of_what_a_channel_paid_answers_for_one_to_two_windows() -> None:
+    state = lock_for_earnings(submitted(), NOW + 910, WORKER, TOKEN, 900)
+    assert escrow.locked_stake(state, NOW + 910, OWNER, TOKEN) == 400 + 450
+    later = (NOW // EARNINGS_WINDOW + 2) * EARNINGS_WINDOW
+    assert escrow.locked_stake(state, later - 1, OWNER, TOKEN) == 400 + 450
+    assert escrow.locked_stake(state, later, OWNER, TOKEN) == 400
 
 
 def test_silence_before_the_submission_refunds_the_client_and_slashes() -> None:
@@ -113,13 +118,14 @@ def test_silence_before_the_submission_refunds_the_client_and_slashes() -> None:
     whole(spared)
 
 
-def test_an_honest_failure_costs_a_quarter() -> None:
-    for state in (opened(), submitted()):
+def test_an_honest_failure_costs_a_quarter_and_a_submission_taken_back_all() -> None:
+    refused("Jobs_TooLate", escrow.fail, opened(), NOW + 600, WORKER, QUOTE)
+    for state, price in ((opened(), 100), (submitted(), 400)):
         refused("Jobs_NotWorker", escrow.fail, state, NOW, BOB, QUOTE)
         for who in (WORKER, OWNER):
             failed = escrow.fail(state, NOW + 20, who, QUOTE)
             assert failed.balance_of(TOKEN, ANN) == 10_000
-            assert failed.slashes[1].amount == 100
+            assert failed.slashes[1].amount == price
             whole(failed)
 
 

@@ -13,7 +13,9 @@ pragma solidity ^0.8.28;
 ///
 /// The client is silent after the submission: anyone finalizes after the window and the worker is paid. The worker is silent
 /// until the deadline: anyone refunds the client and the worker's penalty is slashed. The resolver is silent: the dispute
-/// ends as a draw (IDisputes). A worker that says "I failed" loses a quarter of the penalty, always less than silence.
+/// ends as a draw (IDisputes). A worker that says "I failed" before the deadline loses a quarter of the penalty, always less
+/// than silence; one that takes back what it submitted loses as much as in a dispute that it loses, so that waiting for the
+/// challenge and running ahead of it gains nothing.
 /// The quote is calldata in every call and its digest is the job's id, so a job keeps the terms it was opened with.
 interface IJobs {
     enum State {
@@ -50,8 +52,9 @@ interface IJobs {
         bytes32 salt;
     }
 
-    /// @param windowEnd From the submission on: the first moment at which silence has accepted it.
-    /// @param claimed What the worker asked for at the submission, at most the quote's amount.
+    /// @param windowEnd From the submission to the end: the first moment at which silence has accepted it.
+    /// @param claimed From the submission to the end: what the worker asked for, at most the quote's amount.
+    /// @param resultHash What was submitted, or accepted without a submission; zero when there is none or it was refunded.
     struct Job {
         State state;
         uint40 windowEnd;
@@ -73,23 +76,27 @@ interface IJobs {
     error Jobs_OverAmount(bytes32 jobId, uint128 amount, uint128 given);
     error Jobs_BelowClaimed(bytes32 jobId, uint128 claimed, uint128 given);
     error Jobs_WrongResult(bytes32 jobId, bytes32 submitted, bytes32 given);
+    error Jobs_NoResult(bytes32 jobId);
     error Jobs_NotWorker(bytes32 jobId, address caller);
     error Jobs_NotModule(address caller);
 
     event Opened(bytes32 indexed jobId, address indexed client, address indexed worker, Quote quote);
     event Submitted(bytes32 indexed jobId, bytes32 resultHash, uint128 claimed, uint40 windowEnd);
-    event Settled(bytes32 indexed jobId, State previous, bytes32 resultHash, address payout, uint128 paid, uint128 returned);
-    event Refunded(bytes32 indexed jobId, State previous, address indexed by, uint128 returned, bool failed);
+    event Settled(bytes32 indexed jobId, address payout, uint128 paid);
+    event Refunded(bytes32 indexed jobId);
+    event Failed(bytes32 indexed jobId);
     event Disputed(bytes32 indexed jobId);
 
     /// @notice Locks `amount` of the client's vault balance and `penalty` of the worker's stake. Anyone may submit.
+    /// Warning: of a penalty that is slashed the client gets half, and never more than half of the cap of one slash
+    /// (IWorkers.bookSlash): it makes breaking the word dear, it does not insure the job.
     /// @param workerSignature By the worker's key over the quote.
     /// @param clientSignature By the client over Order{jobId}; not read when the client itself calls.
     function open(Quote calldata quote, bytes calldata workerSignature, bytes calldata clientSignature)
         external
         returns (bytes32 jobId);
 
-    /// @notice The result is there, before the deadline. Anyone may submit; the window begins.
+    /// @notice The result is there, before the deadline, and is neither 0 nor 1. Anyone may submit; the window begins.
     /// @param claimed What the worker asks for, at most the quote's amount.
     /// @param signature By the worker over Submission{jobId, resultHash, claimed}; not read when the worker itself calls.
     function submit(Quote calldata quote, bytes32 resultHash, uint128 claimed, bytes calldata signature) external;
@@ -107,14 +114,15 @@ interface IJobs {
     /// and gets the reporter's share of the slash.
     function refund(Quote calldata quote) external;
 
-    /// @notice Worker or its owner: gives the job up; returns everything, slashes a quarter of the penalty.
+    /// @notice Worker or its owner: gives the job up and returns everything. Before the deadline, when nothing was submitted,
+    /// it slashes a quarter of the penalty; after a submission the whole of it. Nobody gets the reporter's share.
     function fail(Quote calldata quote) external;
 
     /// @notice Module only (Disputes): stops the window.
     function dispute(Quote calldata quote) external returns (Job memory);
 
     /// @notice Module only (Disputes): pays `toWorker`, at most what was claimed, and returns the rest.
-    /// @param penalize Whether the worker's penalty is slashed in favour of the client.
+    /// @param penalize Whether the worker's penalty is slashed in favour of the client, which is the reporter as well.
     function resolve(Quote calldata quote, uint128 toWorker, bool penalize) external;
 
     function job(bytes32 jobId) external view returns (Job memory);

@@ -152,7 +152,7 @@ interface IWorkers {
     /// else.
     function cancelSlash(uint256 slashId) external;
 
-    /// @notice Module only: locks a share of the stake behind `hotKey` for one to two `EARNINGS_WINDOW`s because it was paid
+    /// @notice Module only (Channels): locks a share of the stake behind `hotKey` for one to two `EARNINGS_WINDOW`s because it was paid
     /// `earned`. Locks at most what is there and free; never reverts, so that no payment hangs on it.
     function lockForEarnings(address hotKey, address token, uint256 earned) external;
 

@@ -78,6 +78,74 @@ contract ReentrantToken is ERC20("Reentrant", "RE") {
     }
 }
 
+/// @dev Balances are shares of a number that anybody can change, as of stETH or AMPL.
+contract RebasingToken {
+    mapping(address => uint256) private _shares;
+    uint256 public percent = 100;
+
+    function rebase(uint256 percent_) external {
+        percent = percent_;
+    }
+
+    function mint(address to, uint256 amount) external {
+        _shares[to] += amount * 100 / percent;
+    }
+
+    function balanceOf(address account) external view returns (uint256) {
+        return _shares[account] * percent / 100;
+    }
+
+    function transfer(address to, uint256 amount) external returns (bool) {
+        return _move(msg.sender, to, amount);
+    }
+
+    function transferFrom(address from, address to, uint256 amount) external returns (bool) {
+        return _move(from, to, amount);
+    }
+
+    function _move(address from, address to, uint256 amount) private returns (bool) {
+        _shares[from] -= amount * 100 / percent;
+        _shares[to] += amount * 100 / percent;
+        return true;
+    }
+}
+
+/// @dev Its issuer can stop all transfers, as of USDC; and it has any number of decimals.
+contract PausableToken is ERC20 {
+    uint8 private immutable _decimals;
+    bool public paused;
+
+    constructor(uint8 decimals_) ERC20("Pausable", "PAUSE") {
+        _decimals = decimals_;
+    }
+
+    function decimals() public view override returns (uint8) {
+        return _decimals;
+    }
+
+    function setPaused(bool paused_) external {
+        paused = paused_;
+    }
+
+    function mint(address to, uint256 amount) external {
+        _mint(to, amount);
+    }
+
+    function _update(address from, address to, uint256 amount) internal override {
+        require(!paused, "paused by its issuer");
+        super._update(from, to, amount);
+    }
+}
+
+/// @dev Has a fallback as WETH has: a permit or an authorization "succeeds" and does nothing.
+contract FallbackToken is ERC20("Fallback", "FALL") {
+    function mint(address to, uint256 amount) external {
+        _mint(to, amount);
+    }
+
+    fallback() external payable {}
+}
+
 /// @dev ERC-1271 wallet of one key, which can also misbehave.
 contract Wallet {
     enum Mood {
