@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import trio
 
 import node
-from node.config import Config
+from node.chains import Chains
+from node.config import DEFAULT, Config
 from node.errors import ModelError
-from node.ports import Chain
-from node.wiring import now_ms, open_chain, open_journal
+from node.wiring import now_ms, open_chains, open_journal, token_of
+from node.worker.accepted import Accepted
 from node.worker.claims import ClaimPolicy
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
@@ -32,28 +33,53 @@ class Running:
     """A worker that serves."""
 
     worker: Worker
-    chain: Chain
+    chains: Chains
 
 
-def worker_settings(config: Config, chain: Chain) -> WorkerSettings:
+def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
+    """A token of `worker.accept`, with the amounts that go with it. Raises `ConfigError`."""
+    chain, address = token_of(config, chains, name)
+    if name == DEFAULT:
+        given = config.worker
+        return Accepted(
+            domain=chain.domain,
+            token=address,
+            price=Price(request=given.price_request, input=given.price_input, output=given.price_output),
+            min_allocation=given.claim_min,
+            credit_limit=given.global_credit,
+        )
+    token = config.tokens[name]
+    return Accepted(
+        domain=chain.domain,
+        token=address,
+        price=Price(request=token.price_request, input=token.price_input, output=token.price_output),
+        min_allocation=token.claim_min,
+        credit_limit=token.global_credit,
+    )
+
+
+def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     given = config.worker
+    accepts = tuple(accepted_asset(config, chains, name) for name in given.accept)
+    claims = ClaimPolicy(
+        minimum=given.claim_min,
+        every_s=given.claim_every_s,
+        minimums={one.asset: one.min_allocation for one in accepts},
+    )
     return WorkerSettings(
-        price=Price(request=given.price_request, input=given.price_input, output=given.price_output),
-        token=chain.token,
+        accepts=accepts,
         serve=ServeSettings(
             coalesce_ms=given.coalesce_ms,
             stall_ms=given.stall_ms,
             max_streams=given.max_streams,
-            credit_limit=given.global_credit,
         ),
-        claims=ClaimPolicy(minimum=given.claim_min, every_s=given.claim_every_s),
+        claims=claims,
         offer_ttl_ms=given.offer_ttl_s * 1000,
         tick_tokens=given.tick_tokens,
         tick_ms=given.tick_ms,
         credit_ticks=given.credit_ticks,
         min_withdraw_delay=given.min_withdraw_delay_s,
-        min_allocation=given.claim_min,
-        chain_poll_ms=max(config.chain.poll_ms, 100),
+        polls_ms={chains.named(name).domain: max(config.chain_named(name).poll_ms, 100) for name in chains.names},
         version=node.__version__,
     )
 
@@ -79,8 +105,9 @@ async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: N
     async with AsyncExitStack() as stack:
         ledger = open_journal(config, "worker", key)
         stack.callback(ledger.close)
-        chain = await stack.enter_async_context(open_chain(config, key, ledger))
-        say(f"chain {chain.chain_id}, contracts checked")
+        chains = await stack.enter_async_context(open_chains(config, key, ledger))
+        for chain in chains:
+            say(f"chain {chain.chain_id}, contracts checked")
         network = await stack.enter_async_context(
             open_host(key, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
@@ -96,24 +123,24 @@ async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: N
         for model, speed in speeds.items():
             info = backend.models[model]
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
-        notice = await payout_notice(
-            chain, key.address, Address(config.worker.payout) if config.worker.payout else None
-        )
-        if notice:
-            say(notice)
+        payout = Address(config.worker.payout) if config.worker.payout else None
+        for name in chains.names:
+            notice = await payout_notice(chains.named(name), key.address, payout)
+            if notice:
+                say(notice if len(chains) == 1 else f"{notice} (chain {name})")
         worker = Worker(
             key=key,
             network=network,
-            chain=chain,
+            chains=chains,
             ledger=ledger,
             backend=backend,
-            settings=worker_settings(config, chain),
+            settings=worker_settings(config, chains),
             now_ms=now_ms,
             speeds=speeds,
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chain)
+            yield Running(worker, chains)
         finally:
             nursery.cancel_scope.cancel()

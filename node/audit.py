@@ -1,12 +1,14 @@
-"""Refold the journal, check every signature in it, compare it with the chain. A finding is a sentence; none means sound.
+"""Refold the journal, check every signature in it, compare it with the chains. A finding is a sentence; none means sound.
 
-Nothing here trusts the running node's memory: the state is folded anew from the records, and the contract is asked.
+Nothing here trusts the running node's memory: the state is folded anew from the records, and the contract on each channel's own
+chain is asked. A channel of a chain that cannot be asked is a finding: what was not compared is not sound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from node.chains import Chains
 from node.ports import Chain
 from node.store.channels import fold_record
 from node.store.ledger import Ledger, Record
@@ -20,29 +22,44 @@ from protocol.records import KINDS, decode_body
 from protocol.typed_data import Allocation, Domain, Voucher
 
 
-async def audit(ledger: Ledger, role: Role, chain: Chain) -> list[str]:
-    """Findings, empty when every invariant holds. Raises `ChainError` when the chain cannot be asked."""
+async def audit(ledger: Ledger, role: Role, chains: Chains, only: Chain | None = None) -> list[str]:
+    """Findings, empty when every invariant holds. Raises `ChainError` when a chain cannot be asked.
+
+    `only`: compare with this chain alone; everything that needs no chain is checked all the same.
+    """
     records = list(ledger.records())
-    states, findings = fold(records, role)
-    findings += check_signatures(records, states, chain.domain)
+    states, findings = fold(records, role, chains.domains)
+    findings += check_signatures(records, states)
     for state in states.values():
-        findings += await _against_chain(state, chain)
+        chain = chains.get(state.domain)
+        if only is not None and state.domain != only.domain:
+            continue
+        if chain is not None:
+            findings += await _against_chain(state, chain)
+        elif state.domain is not None:
+            findings.append(
+                f"channel {state.channel_id}: on chain {state.domain.chain_id}, contract {state.domain.verifying_contract}, "
+                "which is not configured, so it was not compared"
+            )
     return findings
 
 
-def fold(records: Iterable[Record], role: Role) -> tuple[dict[ChannelId, ChannelState], list[str]]:
+def fold(
+    records: Iterable[Record], role: Role, domains: Sequence[Domain] = ()
+) -> tuple[dict[ChannelId, ChannelState], list[str]]:
     """The state that the records lead to, and where they break a rule."""
     states: dict[ChannelId, ChannelState] = {}
     for record in records:
         try:
-            fold_record(role, states, record)
+            fold_record(role, states, record, domains)
         except GristmillError as error:
             return states, [f"record {record.seq} ({record.kind}) breaks a rule: {error}"]
     return states, []
 
 
-def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelState], domain: Domain) -> list[str]:
-    """Every voucher by the session key, every receipt by the worker's key and about its own job, each number once."""
+def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelState]) -> list[str]:
+    """Every voucher by the session key, every receipt by the worker's key and about its own job, each number once; all of them
+    in the domain of the channel's own chain."""
     findings: list[str] = []
     spent: dict[ChannelId, int] = {}
     numbers: set[tuple[ChannelId, int]] = set()
@@ -51,7 +68,8 @@ def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelS
             continue
         change = decode_body(record.kind, record.body)
         state = states.get(change.channel_id)
-        if state is None:
+        domain = None if state is None else state.domain
+        if state is None or domain is None:
             continue
         if isinstance(change, VoucherAdded):
             digest = Voucher(change.channel_id, change.cumulative).digest(domain)
@@ -68,6 +86,10 @@ def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelS
             findings.append(
                 f"channel {channel_id}: {state.spent} spent, its parts add up to {spent.get(channel_id, 0)}"
             )
+        domain = state.domain
+        if domain is None:
+            findings.append(f"channel {channel_id}: no configured chain fits its id")
+            continue
         allocation = Allocation(channel_id, state.authorized, state.valid_before)
         signer = _recovered(allocation.digest(domain), state.allocation_signature)
         if signer != state.config.payer:

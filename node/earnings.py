@@ -1,12 +1,12 @@
 """What a worker has earned, day by day, folded from its journal: nothing here is counted twice or kept anywhere else.
 
 A day is a UTC day of the worker's own clock (`Record.at_ms`), which is good enough to read and decides nothing. Amounts are in
-the smallest unit of each token; sums of different tokens are never added.
+the smallest unit of each token; sums of different tokens are never added, nor those of one address on two chains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,9 +14,11 @@ import msgspec
 from node.store.channels import fold_record
 from node.store.ledger import Record
 from protocol.channel import ChannelState, JobEnded, Role
-from protocol.ids import Address, ChannelId
+from protocol.ids import ZERO_ADDRESS, ChannelId
 from protocol.messages import JOB_PROTOCOL, ReceiptMessage, decode
+from protocol.offers import Asset
 from protocol.records import kind_of
+from protocol.typed_data import Domain
 
 DAY_MS = 24 * 3600 * 1000
 
@@ -36,29 +38,34 @@ class Day:
 
 @dataclass(slots=True)
 class Earnings:
-    days: dict[tuple[int, Address], Day] = field(default_factory=dict)
-    """(days since 1970, token)"""
+    days: dict[tuple[int, Asset], Day] = field(default_factory=dict)
+    """(days since 1970, what was earned)"""
     channels: dict[ChannelId, ChannelState] = field(default_factory=dict)
 
     @property
-    def tokens(self) -> list[Address]:
-        return sorted({state.config.token for state in self.channels.values()})
+    def assets(self) -> list[Asset]:
+        return sorted({asset_of(state) for state in self.channels.values()})
 
-    def total(self, token: Address, amount: str) -> int:
-        """Sum of one of `ChannelState`'s amounts over the channels in `token`."""
-        return sum(int(getattr(s, amount)) for s in self.channels.values() if s.config.token == token)
+    def total(self, asset: Asset, amount: str) -> int:
+        """Sum of one of `ChannelState`'s amounts over the channels in `asset`."""
+        return sum(int(getattr(s, amount)) for s in self.channels.values() if asset_of(s) == asset)
 
 
-def earnings(records: Iterable[Record]) -> Earnings:
+def asset_of(state: ChannelState) -> Asset:
+    """Chain id 0 where the journal is from before it named its chain, and no chain that we know fits."""
+    return Asset.of(state.domain or Domain(0, ZERO_ADDRESS), state.config.token)
+
+
+def earnings(records: Iterable[Record], domains: Sequence[Domain] = ()) -> Earnings:
     """Fold a worker's journal. Raises `LocalProtocolError` when it holds what this version cannot have written."""
     found = Earnings()
     ended = kind_of(JobEnded)
     for record in records:
         before = found.channels.get(ChannelId(record.subject)) if record.kind == ended else None
-        fold_record(Role.WORKER, found.channels, record)
+        fold_record(Role.WORKER, found.channels, record, domains)
         if before is None:
             continue
-        day = found.days.setdefault((record.at_ms // DAY_MS, before.config.token), Day())
+        day = found.days.setdefault((record.at_ms // DAY_MS, asset_of(before)), Day())
         day.parts += 1
         day.earned += found.channels[before.channel_id].spent - before.spent
         receipt = _receipt(record)

@@ -22,6 +22,7 @@ from node.store.fence import Fence
 from node.store.ledger import Entry, Ledger
 from protocol.ids import Address
 from protocol.keys import PrivateKey
+from protocol.typed_data import Domain
 
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
@@ -136,6 +137,14 @@ def _deployment(config: Config, name: str) -> Deployment:
         hint = "start a local one with `gristmill devnet up`, or set both" if name == DEFAULT else "set both"
         raise ConfigError(f"no chain is configured: {section}.rpc_urls and {section}.deployment are empty", hint=hint)
     return Deployment.load(given.deployment)
+
+
+def configured_domains(config: Config) -> dict[str, Domain]:
+    """By name: the domains of the chains that are configured. Asks no chain. Raises `ConfigError` for a bad deployment file."""
+    from node.chain.deployment import Deployment
+
+    files = {name: config.chain_named(name).deployment for name in config.chain_names}
+    return {name: Deployment.load(file).domain for name, file in files.items() if file is not None}
 
 
 def token_of(config: Config, chains: Chains, name: str) -> tuple[Chain, Address]:

@@ -18,10 +18,11 @@ from protocol.ids import Address, Hash32
 from protocol.job import Terms, ask_struct
 from protocol.keys import require_signer
 from protocol.messages import AskMessage, amount_from_wire, sampling_params
-from protocol.offers import ModelOffer, VerifiedOffer
+from protocol.offers import Asset, ModelOffer, Payment, VerifiedOffer
 from protocol.payment import exposure, unsecured
+from protocol.pricing import Price
 from protocol.selection import changed_params
-from protocol.typed_data import Domain, Voucher
+from protocol.typed_data import Voucher
 
 DEADLINE_MAX_MS: Final = 24 * 3_600_000
 """Results are kept this long, so an ask that is sent again within its deadline finds its result, and never a second bill."""
@@ -38,16 +39,16 @@ class Rejected(GristmillError):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the worker is."""
+    """How busy the worker is, and how it sees the chain, for one channel."""
 
     free_slots: int
     draining: bool
     credit_in_use: int
-    """The most that all other channels together may come to owe, smallest unit: see `payment.exposure`."""
+    """The most that all other channels in this channel's asset may come to owe, smallest unit: see `payment.exposure`."""
     credit_limit: int
-    """The most of it that the operator risks; 0 = no limit."""
+    """The most of it that the operator risks; 0 = no limit. Each asset has its own."""
     chain_age_ms: int
-    """Since the chain was last seen."""
+    """Since the channel's chain was last seen."""
     chain_age_limit_ms: int
 
 
@@ -58,6 +59,9 @@ class Checked:
     ask: AskMessage
     offer: VerifiedOffer
     model: ModelOffer
+    payment: Payment
+    price: Price
+    """Of the model, in the channel's asset."""
     channel: ChannelState
     cumulative: int
 
@@ -66,7 +70,6 @@ def check_ask(
     ask: AskMessage,
     *,
     worker: Address,
-    domain: Domain,
     offers: Mapping[Hash32, VerifiedOffer],
     channel: ChannelState | None,
     load: Load,
@@ -96,7 +99,7 @@ def check_ask(
         raise Rejected(RefusalReason.MAX_TOKENS_EXCEEDED, f"at most {model.max_tokens}")
     if not now_ms < ask.deadline <= now_ms + DEADLINE_MAX_MS:
         raise Rejected(RefusalReason.DEADLINE_INVALID, "a deadline lies in the next 24 hours")
-    checked = _check_channel(ask, offer, model, channel, domain)
+    checked = _check_channel(ask, offer, model, channel)
     if load.chain_age_ms > load.chain_age_limit_ms:
         raise Rejected(RefusalReason.CHAIN_STALE, f"the chain was last seen {load.chain_age_ms // 1000} s ago")
     if load.free_slots <= 0:
@@ -109,14 +112,15 @@ def _check_channel(
     offer: VerifiedOffer,
     model: ModelOffer,
     channel: ChannelState | None,
-    domain: Domain,
 ) -> Checked:
     if channel is None:
         raise Rejected(RefusalReason.CHANNEL_UNKNOWN, "open it first")
     if channel.leaving:
         raise Rejected(RefusalReason.CHANNEL_CLOSING)
-    if channel.config.token != offer.document.token:
-        raise Rejected(RefusalReason.WRONG_DOMAIN, "the channel is in another token than the offer")
+    domain = channel.domain
+    position = None if domain is None else offer.document.position(Asset.of(domain, channel.config.token))
+    if domain is None or position is None:
+        raise Rejected(RefusalReason.WRONG_DOMAIN, "the offer takes no payment in the channel's token on its chain")
     signer = channel.config.payer_authorizer
     try:
         require_signer(ask_struct(ask).digest(domain), ask.signature, signer, "ask")
@@ -128,10 +132,10 @@ def _check_channel(
         require_signer(voucher.digest(domain), ask.voucher_signature, signer, "voucher")
     except RemoteProtocolError as error:
         raise Rejected(RefusalReason.VOUCHER_INVALID, error.detail[:200]) from None
-    return Checked(ask, offer, model, channel, cumulative)
+    return Checked(ask, offer, model, offer.document.accepts[position], model.prices[position], channel, cumulative)
 
 
-def check_prompt(checked: Checked, input_tokens: int, *, domain: Domain, running: int, load: Load) -> Terms:
+def check_prompt(checked: Checked, input_tokens: int, *, running: int, load: Load) -> Terms:
     """The rest, once the prompt is tokenised. `running`: cost so far of the channel's other parts under way.
 
     Judges the channel as it is now, not as it was before the prompt was tokenised: the journal must take what is accepted here.
@@ -150,10 +154,10 @@ def check_prompt(checked: Checked, input_tokens: int, *, domain: Domain, running
             RefusalReason.ALLOCATION_INSUFFICIENT, f"voucher of {checked.cumulative}, {channel.allocated} allocated"
         )
     terms = Terms(
-        domain=domain,
+        domain=channel.home,
         ask=ask_struct(ask),
         params=ask.params,
-        price=model.price,
+        price=checked.price,
         input_limit=input_tokens,
         receiver_authorizer=channel.config.receiver_authorizer,
         payer_authorizer=channel.config.payer_authorizer,

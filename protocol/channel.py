@@ -7,6 +7,7 @@ Rules of this file:
 2. A driver journals a change before it acts on it: nothing is signed or sent that a restart would forget.
 3. A change that breaks a rule raises and leaves the state as it was: Remote when the other side is to blame for it, Local
    when we are.
+4. A channel is on one chain, and its id says on which: nothing signed for another chain or contract counts here.
 
 Both roles hold the same state and run the same changes; the few rules that differ ask `state.role`. Amounts are in the
 smallest unit of the channel's token and cumulative over the channel's life. Invariants L1 to L10: docs/invariants.md.
@@ -16,7 +17,7 @@ smallest unit of the channel's token and cumulative over the channel's life. Inv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Final, assert_never
 
@@ -25,7 +26,7 @@ from msgspec.structs import replace
 
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import UINT128_MAX, ChannelId, JobId
-from protocol.typed_data import ChannelConfig
+from protocol.typed_data import ChannelConfig, Domain
 
 Part = tuple[JobId, int]
 """One part of one job: what a single worker serves of it."""
@@ -47,6 +48,8 @@ class ChannelOpened(msgspec.Struct, frozen=True, gc=False):
     allocated: int
     valid_before: int
     signature: bytes
+    domain: Domain | None = None
+    """Chain and contract that the channel is on. None only in journals from before there were several: see `placed`."""
 
 
 class AllocationRaised(msgspec.Struct, frozen=True, gc=False):
@@ -136,6 +139,8 @@ class ChannelState(msgspec.Struct, frozen=True, gc=False):
     """Highest allocation the payer signed."""
     valid_before: int
     allocation_signature: bytes
+    domain: Domain | None = None
+    """Chain and contract; None when the journal does not say and no chain that we know fits the id."""
     allocated: int = 0
     """What the contract has locked, as last seen."""
     claimed: int = 0
@@ -153,6 +158,15 @@ class ChannelState(msgspec.Struct, frozen=True, gc=False):
     """Set once the worker has signed a close."""
     open_jobs: Mapping[Part, int] = msgspec.field(default_factory=dict)
     """Parts under way and the most each can cost."""
+
+    @property
+    def home(self) -> Domain:
+        """The domain of everything that is signed about this channel. Raises `LocalProtocolError` when it is not known."""
+        if self.domain is None:
+            raise LocalProtocolError(
+                f"channel {self.channel_id} is on no chain that we know: nothing is signed about it"
+            )
+        return self.domain
 
     @property
     def reserved(self) -> int:
@@ -218,6 +232,10 @@ def opened(role: Role, change: ChannelOpened) -> ChannelState:
     """The first state of a channel."""
     if not 0 < change.allocated <= UINT128_MAX:
         raise _blame(role, WireCode.BAD_VOUCHER, "an allocation is a positive uint128")
+    if change.domain is not None and change.config.channel_id(change.domain) != change.channel_id:
+        raise _blame(
+            role, WireCode.WRONG_DOMAIN, f"channel {change.channel_id} is not one of chain {change.domain.chain_id}"
+        )
     return ChannelState(
         role=role,
         channel_id=change.channel_id,
@@ -225,7 +243,19 @@ def opened(role: Role, change: ChannelOpened) -> ChannelState:
         authorized=change.allocated,
         valid_before=change.valid_before,
         allocation_signature=change.signature,
+        domain=change.domain,
     )
+
+
+def placed(change: ChannelOpened, domains: Iterable[Domain]) -> ChannelOpened:
+    """The change with its chain, when its record does not say: the one of `domains` to which the channel's id commits.
+
+    No guess: the id is the digest of the configuration under chain and contract, so at most one fits.
+    """
+    if change.domain is not None:
+        return change
+    fitting = (domain for domain in domains if change.config.channel_id(domain) == change.channel_id)
+    return replace(change, domain=next(fitting, None))
 
 
 def _allocation_raised(state: ChannelState, change: AllocationRaised) -> ChannelState:

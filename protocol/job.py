@@ -55,7 +55,7 @@ from protocol.messages import (
     request_hash,
 )
 from protocol.pricing import Price, cost
-from protocol.typed_data import Ask, Domain, Receipt, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, Ask, Domain, Receipt, Refusal, Voucher
 
 
 class Client(StrEnum):
@@ -300,7 +300,7 @@ class JobClient(_Machine):
                 self.receipt = self._verify(message)
             case Refuse():
                 refusal = Refusal(self.terms.ask.job_id, message.reason, message.at)
-                require_signer(refusal.digest(self.terms.domain), message.signature, self.terms.ask.worker, "refusal")
+                require_signer(refusal.digest(MARKET_DOMAIN), message.signature, self.terms.ask.worker, "refusal")
             case _:
                 pass
 

@@ -2,9 +2,9 @@
 
 Three conversations, each one protocol id and one union of messages:
 
-- ``/gristmill/offer/1``: `GetOffer` -> `OfferMessage`
-- ``/gristmill/channel/1``: `OpenChannel` or `QueryChannel` -> `ChannelStatus`; `RequestClose` -> `CloseConsent`
-- ``/gristmill/job/1``: `AskMessage`, then vouchers one way and chunks the other, ended by receipt and ack (`protocol.job`)
+- ``/gristmill/offer/2``: `GetOffer` -> `OfferMessage`
+- ``/gristmill/channel/2``: `OpenChannel` or `QueryChannel` -> `ChannelStatus`; `RequestClose` -> `CloseConsent`
+- ``/gristmill/job/2``: `AskMessage`, then vouchers one way and chunks the other, ended by receipt and ack (`protocol.job`)
 
 `Abort` may end any of them. The schema page docs/spec/messages.md is generated from these classes. A message is a msgpack
 map whose ``t`` field names it. Amounts are 16 bytes big-endian (uint128), because msgpack integers end at 64 bits.
@@ -23,13 +23,15 @@ from protocol.ids import Address, Hash32
 from protocol.sampling import SamplingParams
 from protocol.typed_data import ChannelConfig
 
-OFFER_PROTOCOL: Final = "/gristmill/offer/1"
-CHANNEL_PROTOCOL: Final = "/gristmill/channel/1"
-JOB_PROTOCOL: Final = "/gristmill/job/1"
-OFFER_TOPIC: Final = "/gristmill/offers/1"
+OFFER_PROTOCOL: Final = "/gristmill/offer/2"
+CHANNEL_PROTOCOL: Final = "/gristmill/channel/2"
+JOB_PROTOCOL: Final = "/gristmill/job/2"
+OFFER_TOPIC: Final = "/gristmill/offers/2"
 
 TEXT_LIMIT: Final = 512 * 1024
 """Characters in one request, all messages together (a frame is 1 MiB)."""
+OFFER_LIMIT: Final = 32 * 1024
+"""Bytes of one offer document."""
 TOKENS_PER_CHUNK: Final = 4096
 TOKENS_LIMIT: Final = 131_072
 """Tokens one part may generate, or resume from."""
@@ -42,6 +44,7 @@ SignatureBytes = Annotated[bytes, _Meta(min_length=65, max_length=65)]
 Millis = Annotated[int, _Meta(ge=0, le=2**53)]
 Seconds40 = Annotated[int, _Meta(ge=0, le=2**40 - 1)]
 Count32 = Annotated[int, _Meta(ge=0, le=2**32 - 1)]
+ChainNumber = Annotated[int, _Meta(ge=1, le=2**63 - 1)]
 TokenId = Annotated[int, _Meta(ge=0, le=2**32 - 1)]
 
 
@@ -142,7 +145,7 @@ class GetOffer(_Message, frozen=True, tag="get_offer"):
 class OfferMessage(_Message, frozen=True, tag="offer"):
     """A signed offer, as gossiped on the topic and as answered to `GetOffer`."""
 
-    document: Annotated[bytes, _Meta(min_length=1, max_length=32 * 1024)]
+    document: Annotated[bytes, _Meta(min_length=1, max_length=OFFER_LIMIT)]
     """msgpack of `protocol.offers.OfferDocument`; the signature is over exactly these bytes."""
     signature: SignatureBytes
 
@@ -153,6 +156,9 @@ class OfferMessage(_Message, frozen=True, tag="offer"):
 class OpenChannel(_Message, frozen=True, tag="open_channel"):
     """Client: serve me on this channel; here is the payer's signed allocation for you to submit."""
 
+    chain_id: ChainNumber
+    contract: Bytes20
+    """The Channels contract: with the chain id the domain of the channel's id and of every signature about it."""
     config: ChannelConfigWire
     allocated: Bytes16
     valid_before: Seconds40

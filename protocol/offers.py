@@ -1,31 +1,81 @@
-"""Signed, expiring offers: what a worker sells, at which price, until when, on which chain.
+"""Signed, expiring offers: what a worker sells, what it takes for it, until when.
 
 The document is msgpack bytes; the signature covers exactly those bytes through their sha256, so nobody re-encodes what
-was signed. `open_offer` is the only way in: bounds, signature, signer = peer, domain and time are checked there, each with
-its own wire code.
+was signed. `open_offer` is the only way in: bounds, signature, signer = peer and time are checked there, each with its own wire
+code.
+
+One offer is for every chain that the worker is paid on, so it is signed under no chain's domain but `MARKET_DOMAIN`. An amount
+of one token says nothing about another: every price stands beside the payment that it is a price in.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
 from protocol.errors import InvalidValue, LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32, ModelId, PeerId
 from protocol.keys import PrivateKey, require_signer
-from protocol.messages import Bytes20, Bytes32, Millis, OfferMessage, Seconds40, decode_value, encode
-from protocol.pricing import Price
-from protocol.typed_data import Domain, Offer
+from protocol.messages import (
+    OFFER_LIMIT,
+    Bytes20,
+    Bytes32,
+    ChainNumber,
+    Millis,
+    OfferMessage,
+    Seconds40,
+    decode_value,
+    encode,
+)
+from protocol.pricing import PRICE_MAX, Price
+from protocol.typed_data import MARKET_DOMAIN, Domain, Offer
 
 OFFER_TTL_MAX_MS: Final = 3_600_000
 """An offer that promises a price for longer than an hour is refused: prices and hardware change."""
 CLOCK_SKEW_MS: Final = 120_000
 """How far in the future an offer may be issued before it counts as not yet valid."""
 
+ACCEPTS_MAX: Final = 16
+"""Payments that one offer may name."""
+
 _Meta = msgspec.Meta
+
+
+class Asset(NamedTuple):
+    """What is paid with: a token on one chain, by channels of one contract. Amounts of two assets are never compared as such."""
+
+    chain_id: int
+    contract: bytes
+    token: bytes
+
+    @classmethod
+    def of(cls, domain: Domain, token: Address) -> Asset:
+        return cls(domain.chain_id, domain.verifying_contract, token)
+
+    @property
+    def domain(self) -> Domain:
+        return Domain(self.chain_id, Address(self.contract))
+
+
+class Payment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One asset in which the worker is paid, and on what terms it opens channels in it."""
+
+    chain_id: ChainNumber
+    contract: Bytes20
+    """The Channels contract: with the chain id the domain of everything signed about a channel."""
+    token: Bytes20
+    """The zero address is the chain's own coin."""
+    min_withdraw_delay: Seconds40 = 900
+    """Channels whose payer can leave sooner are refused."""
+    min_allocation: Annotated[int, _Meta(ge=0, le=PRICE_MAX)] = 1
+    """Smallest unit: what an allocation must add."""
+
+    @property
+    def asset(self) -> Asset:
+        return Asset(self.chain_id, self.contract, self.token)
 
 
 class ModelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +83,8 @@ class ModelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model_id: Bytes32
     name: Annotated[str, _Meta(min_length=1, max_length=128)]
-    price: Price
+    prices: Annotated[tuple[Price, ...], _Meta(min_length=1, max_length=ACCEPTS_MAX)]
+    """One for each of `OfferDocument.accepts`, in that order and each in that asset's smallest unit."""
     context_length: Annotated[int, _Meta(ge=1, le=2**24)]
     """Prompt and output tokens together."""
     max_tokens: Annotated[int, _Meta(ge=1, le=2**20)]
@@ -54,10 +105,8 @@ class OfferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_id: Annotated[str, _Meta(max_length=64)]
     addresses: Annotated[tuple[Annotated[str, _Meta(max_length=256)], ...], _Meta(max_length=16)]
     """Multiaddrs to dial."""
-    chain_id: Annotated[int, _Meta(ge=1, le=2**63 - 1)]
-    contract: Bytes20
-    """The Channels contract: verifying contract of every signature."""
-    token: Bytes20
+    accepts: Annotated[tuple[Payment, ...], _Meta(min_length=1, max_length=ACCEPTS_MAX)]
+    """Any one of these is taken; each asset stands here once."""
     models: Annotated[tuple[ModelOffer, ...], _Meta(min_length=1, max_length=64)]
     issued: Millis
     expires: Millis
@@ -67,14 +116,16 @@ class OfferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """... or so many milliseconds."""
     credit_tokens: Annotated[int, _Meta(ge=0, le=65536)] = 64
     """Output tokens the worker delivers beyond what vouchers cover: its loss, at most."""
-    min_withdraw_delay: Seconds40 = 900
-    """Channels whose payer can leave sooner are refused."""
     free_slots: Annotated[int, _Meta(ge=0, le=65536)] = 1
     """Streams that could start at once when the offer was signed."""
     version: Annotated[str, _Meta(max_length=32)] = ""
 
     def model(self, model_id: bytes) -> ModelOffer | None:
         return next((m for m in self.models if m.model_id == model_id), None)
+
+    def position(self, asset: Asset) -> int | None:
+        """Where `accepts` and every `prices` say what this asset is taken for; None when it is not."""
+        return next((n for n, payment in enumerate(self.accepts) if payment.asset == asset), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +146,26 @@ class VerifiedOffer:
         return now_ms < self.document.expires
 
 
-def sign_offer(document: OfferDocument, key: PrivateKey, domain: Domain) -> OfferMessage:
-    """Raises `LocalProtocolError` when the document is not about this key and domain."""
+def sign_offer(document: OfferDocument, key: PrivateKey) -> OfferMessage:
+    """Raises `LocalProtocolError` for a document that is not about this key, or that nobody would take."""
     if document.peer_id != key.peer_id:
         raise LocalProtocolError("an offer is signed by the key of the peer it names")
-    if (document.chain_id, document.contract) != (domain.chain_id, domain.verifying_contract):
-        raise LocalProtocolError("an offer is signed in the domain it names")
+    wrong = _wrong(document)
+    if wrong:
+        raise LocalProtocolError(wrong)
     raw = encode(document)
-    return OfferMessage(document=raw, signature=key.sign(_frame(document, raw).digest(domain)))
+    if len(raw) > OFFER_LIMIT:
+        raise LocalProtocolError(
+            f"an offer has at most {OFFER_LIMIT} bytes, this one {len(raw)}: offer fewer models or payments"
+        )
+    return OfferMessage(document=raw, signature=key.sign(_frame(document, raw).digest(MARKET_DOMAIN)))
 
 
-def open_offer(message: OfferMessage, *, domain: Domain, now_ms: int, peer: PeerId | None = None) -> VerifiedOffer:
+def open_offer(message: OfferMessage, *, now_ms: int, peer: PeerId | None = None) -> VerifiedOffer:
     """Check an offer from anywhere. `peer`: who it was fetched from, when it came from the worker itself.
 
-    Raises `RemoteProtocolError`: MALFORMED, WRONG_DOMAIN, EXPIRED or BAD_SIGNATURE.
+    An offer that names no chain of ours is sound all the same: others may want it, and `protocol.selection` says why we do not.
+    Raises `RemoteProtocolError`: MALFORMED, EXPIRED or BAD_SIGNATURE.
     """
     document = decode_value(OfferDocument, message.document)
     try:
@@ -117,12 +174,9 @@ def open_offer(message: OfferMessage, *, domain: Domain, now_ms: int, peer: Peer
         raise RemoteProtocolError(WireCode.MALFORMED, str(error)) from None
     if peer is not None and named != peer:
         raise RemoteProtocolError(WireCode.BAD_SIGNATURE, f"{peer} sent an offer of {named} as its own")
-    if (document.chain_id, document.contract) != (domain.chain_id, domain.verifying_contract):
-        raise RemoteProtocolError(
-            WireCode.WRONG_DOMAIN,
-            f"offer is for chain {document.chain_id} and contract {Address(document.contract)}, "
-            f"we are on chain {domain.chain_id} and {domain.verifying_contract}",
-        )
+    wrong = _wrong(document)
+    if wrong:
+        raise RemoteProtocolError(WireCode.MALFORMED, wrong)
     if not document.issued < document.expires <= document.issued + OFFER_TTL_MAX_MS:
         raise RemoteProtocolError(WireCode.MALFORMED, "an offer lives between 0 and 3600 seconds")
     if now_ms >= document.expires:
@@ -130,8 +184,17 @@ def open_offer(message: OfferMessage, *, domain: Domain, now_ms: int, peer: Peer
     if document.issued > now_ms + CLOCK_SKEW_MS:
         raise RemoteProtocolError(WireCode.EXPIRED, "offer is issued in the future: a clock is wrong")
     frame = _frame(document, message.document)
-    require_signer(frame.digest(domain), message.signature, named.address, "offer")
+    require_signer(frame.digest(MARKET_DOMAIN), message.signature, named.address, "offer")
     return VerifiedOffer(document=document, message=message, worker=named.address, hash=frame.document_hash)
+
+
+def _wrong(document: OfferDocument) -> str:
+    """What the bounds of the fields do not say, in words; empty when nothing is wrong."""
+    if len({payment.asset for payment in document.accepts}) != len(document.accepts):
+        return "an offer names each asset once: two prices for one would be no price"
+    if any(len(model.prices) != len(document.accepts) for model in document.models):
+        return "a model has one price for each payment that is accepted"
+    return ""
 
 
 def _frame(document: OfferDocument, raw: bytes) -> Offer:

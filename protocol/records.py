@@ -2,22 +2,24 @@
 
 One codec for every change, derived from the fields once, so a new change needs no code here. Integers are 16 bytes (uint128)
 because msgpack ends at 64 bits. Reading is on the way of every start, half a million times: each kind has a reader of its own.
+
+A field that came later may be absent from records before it, and is None then; so old journals fold to what they folded to.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
 
-from protocol.channel import CHANGES, Change, ChannelOpened, ChannelState, Role, apply, opened
+from protocol.channel import CHANGES, Change, ChannelOpened, ChannelState, Role, apply, opened, placed
 from protocol.errors import InvalidValue, LocalProtocolError
 from protocol.ids import Address, ChannelId, Hash32, JobId
-from protocol.typed_data import ChannelConfig
+from protocol.typed_data import ChannelConfig, Domain
 
 _INT_BYTES: Final = 16
 _Reader = Callable[[Any], Any]
@@ -34,7 +36,8 @@ KINDS: Final[dict[str, type[Change]]] = {kind_of(c): c for c in CHANGES}
 
 def to_body(change: Change) -> dict[str, Any]:
     """Plain values for the journal."""
-    return {name: _plain(getattr(change, name)) for name in change.__struct_fields__}
+    values = {name: getattr(change, name) for name in change.__struct_fields__}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def encode_body(change: Change) -> bytes:
@@ -50,12 +53,17 @@ def decode_body(kind: str, body: bytes) -> Change:
         raise LocalProtocolError(f"journal record of kind {kind!r} is unreadable: {error}") from None
 
 
-def fold(role: Role, states: dict[ChannelId, ChannelState], change: Change) -> ChannelState:
-    """One step of the replay: put the next state of the change's channel into `states`, return it."""
+def fold(
+    role: Role, states: dict[ChannelId, ChannelState], change: Change, domains: Iterable[Domain] = ()
+) -> ChannelState:
+    """One step of the replay: put the next state of the change's channel into `states`, return it.
+
+    `domains`: the chains that we know, for records that do not say on which one their channel is.
+    """
     if isinstance(change, ChannelOpened):
         if change.channel_id in states:
             raise LocalProtocolError(f"channel {change.channel_id} opened twice")
-        state = opened(role, change)
+        state = opened(role, placed(change, domains))
     elif change.channel_id in states:
         state, _ = apply(states[change.channel_id], change)
     else:
@@ -67,6 +75,8 @@ def fold(role: Role, states: dict[ChannelId, ChannelState], change: Change) -> C
 def _plain(value: Any) -> Any:
     if isinstance(value, ChannelConfig):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Domain):
+        return {name: _plain(getattr(value, name)) for name in _DOMAIN}
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -83,6 +93,9 @@ def _integer(value: bytes) -> int:
 
 
 _CONFIG: Final = {field.name: str(field.type) for field in fields(ChannelConfig)}
+_DOMAIN: Final = {"chain_id": "int", "verifying_contract": "Address"}
+_LATER: Final = "Domain | None"
+"""Annotation of a field that records may lack."""
 _PLAIN_TYPES: Final[dict[str, Any]] = {"bool": bool}
 """What a field is in the body, by its annotation; bytes unless it stands here."""
 _TYPED: Final[dict[str, _Reader]] = {
@@ -98,7 +111,10 @@ _TYPED: Final[dict[str, _Reader]] = {
 
 def _wire(name: str, annotations: dict[str, str]) -> type[msgspec.Struct]:
     """The body as msgspec reads it: exactly these fields, each bytes or a truth value."""
-    types = [(field, _PLAIN_TYPES.get(annotation, bytes)) for field, annotation in annotations.items()]
+    types: list[Any] = []
+    for field, annotation in annotations.items():
+        kind = _PLAIN_TYPES.get(annotation, bytes)
+        types.append((field, kind | msgspec.UnsetType, msgspec.UNSET) if annotation == _LATER else (field, kind))
     return msgspec.defstruct(name, types, forbid_unknown_fields=True)
 
 
@@ -120,6 +136,12 @@ def _reader(cls: type[Change]) -> _Reader:
     return lambda body: typed(decoder.decode(body))
 
 
+def _later(reader: _Reader) -> _Reader:
+    return lambda value: None if value is msgspec.UNSET else reader(value)
+
+
+_PLAIN_TYPES[_LATER] = _wire("Domain", _DOMAIN)
+_TYPED[_LATER] = _later(_typed(Domain, _DOMAIN))
 _PLAIN_TYPES["ChannelConfig"] = _wire("ChannelConfig", _CONFIG)
 _TYPED["ChannelConfig"] = _typed(ChannelConfig, _CONFIG)
 _READERS: Final[dict[str, _Reader]] = {kind: _reader(cls) for kind, cls in KINDS.items()}

@@ -143,13 +143,17 @@ KINDS: Final[tuple[type[Any], ...]] = (
 """What can be asked for. The position is the number on the signer's line."""
 
 
+DOMAINLESS: Final = (Transaction, IdentityMessage)
+"""What has no EIP-712 domain."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     role: KeyRole
     struct: Any
     """One of `KINDS`."""
     domain: Domain | None
-    """None for what has no EIP-712 domain: transactions and identity messages."""
+    """None for what is `DOMAINLESS`."""
     digest: bytes
     """What will be signed; always made by `request`, never taken from outside."""
 
@@ -221,7 +225,8 @@ class DomainRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A kind of struct and one contract for which it is signed."""
 
     kind: str
-    chain_id: _ChainId
+    chain_id: Annotated[int, _Meta(ge=0, le=2**63 - 1)]
+    """0 with the zero contract is `MARKET_DOMAIN`, for offers and refusals alone."""
     contract: Bytes20
 
 

@@ -21,6 +21,7 @@ from protocol.identity import IdentityMessage
 from protocol.ids import Address, ChannelId
 from protocol.offers import CLOCK_SKEW_MS, OFFER_TTL_MAX_MS
 from protocol.signing import (
+    DOMAINLESS,
     Changes,
     ChannelAllocation,
     KeyRole,
@@ -36,11 +37,25 @@ from protocol.signing import (
     TokenRule,
 )
 from protocol.transactions import Transaction
-from protocol.typed_data import Acceptance, Ask, Close, HotKey, Offer, Quote, Receipt, Refusal, Submission, Voucher
+from protocol.typed_data import (
+    MARKET_DOMAIN,
+    Acceptance,
+    Ask,
+    Close,
+    HotKey,
+    Offer,
+    Quote,
+    Receipt,
+    Refusal,
+    Submission,
+    Voucher,
+)
 
 DAY_S: Final = 86_400
 CONSENT_MAX_S: Final = DAY_S
 """A hot key's consent to be registered is good for a day at most."""
+MARKET_KINDS: Final = (Offer, Refusal)
+"""Signed in `MARKET_DOMAIN` and nowhere else, whatever a policy names; and nothing else is signed there."""
 MAX_GAS: Final = 1 << 24
 """Of one transaction (EIP-7825)."""
 
@@ -52,9 +67,13 @@ def check(rulebook: Rulebook, marks: Marks, asked: Request, now: int) -> Changes
     if rule is None or asked.role not in rulebook.accounts:
         raise SigningRefused(SigningReason.KIND, f"the {asked.role.value} key signs no {kind.__name__}")
     if asked.domain is None:
-        if kind not in (Transaction, IdentityMessage):
+        if kind not in DOMAINLESS:
             raise SigningRefused(SigningReason.DOMAIN, f"a {kind.__name__} needs a domain")
-    elif kind in (Transaction, IdentityMessage) or not rulebook.allows(kind.__name__, asked.domain):
+    elif (
+        kind in DOMAINLESS
+        or (asked.domain == MARKET_DOMAIN) != (kind in MARKET_KINDS)
+        or not rulebook.allows(kind.__name__, asked.domain)
+    ):
         raise SigningRefused(
             SigningReason.DOMAIN,
             f"no {kind.__name__} for contract {asked.domain.verifying_contract} on chain {asked.domain.chain_id}",

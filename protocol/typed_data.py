@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, ClassVar, Final, Self
 
 from protocol.errors import InvalidValue
-from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, keccak256
+from protocol.ids import ZERO_ADDRESS, Address, ChannelId, Hash32, JobId, ModelId, keccak256
 
 NAME: Final = "Gristmill"
 VERSION: Final = "1"
@@ -52,6 +52,11 @@ class Domain:
             + _address(self.verifying_contract)
         )
         object.__setattr__(self, "separator", keccak256(encoded))
+
+
+MARKET_DOMAIN: Final = Domain(0, ZERO_ADDRESS)
+"""Domain of what a worker says to the whole market and what moves no money: `Offer` and `Refusal`. Chain id 0 and the zero
+contract are no chain and no contract, so nothing signed here is good on one, and nothing of a chain is good here."""
 
 
 class Struct:
@@ -278,7 +283,8 @@ class Receipt(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Offer(Struct):
-    """Signature frame of an offer document (`protocol.offers`)."""
+    """Signature frame of an offer document (`protocol.offers`). Domain: `MARKET_DOMAIN`, because one offer is for every chain
+    that it names."""
 
     TYPE: ClassVar[str] = "Offer(address worker,bytes32 documentHash,uint64 issued,uint64 expires)"
     worker: Address
@@ -293,7 +299,8 @@ class Offer(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Refusal(Struct):
-    """A worker's signed no, so that "why not" can be shown to others."""
+    """A worker's signed no, so that "why not" can be shown to others. Domain: `MARKET_DOMAIN`, because who asks on a channel that
+    the worker does not know asks on no chain it could name."""
 
     TYPE: ClassVar[str] = "Refusal(bytes32 jobId,uint8 reason,uint64 at)"
     job_id: JobId

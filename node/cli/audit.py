@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from node.cli import passwords
+from node.cli.assets import chain_option
 from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from node.errors import LedgerError
@@ -16,19 +17,21 @@ KEYS = {"worker": "worker", "client": "payer"}
 @click.option(
     "--role", type=click.Choice(["worker", "client"]), help="Which journal; by default every one that exists."
 )
+@chain_option
 @password_options
 @click.pass_obj
-def command(shared: Shared, role: str | None) -> None:
-    """Refold the whole journal, check every signature in it, and compare it with the chain.
+def command(shared: Shared, role: str | None, chain: str | None) -> None:
+    """Refold the whole journal, check every signature in it, and compare it with the chains.
 
-    Exit 0 only when every invariant holds. Needs the journal to itself: stop the worker first.
+    Exit 0 only when every invariant holds. Needs the journal to itself: stop the worker first. With --chain, channels are
+    compared on that chain alone; everything that needs no chain is checked all the same.
     """
     import trio
 
     roles = [role] if role else [name for name in KEYS if shared.config.journal(name).exists()]
     found: dict[str, list[str]] = {}
     for name in roles:
-        found[name] = trio.run(_audit, shared, name)
+        found[name] = trio.run(_audit, shared, name, chain)
     data = {name: findings or "ok" for name, findings in found.items()}
     lines = [f"{name:<7} " + ("ok" if not findings else "") for name, findings in found.items()]
     lines += [f"  {finding}" for findings in found.values() for finding in findings]
@@ -37,14 +40,14 @@ def command(shared: Shared, role: str | None) -> None:
         raise click.exceptions.Exit(1)
 
 
-async def _audit(shared: Shared, role: str) -> list[str]:
+async def _audit(shared: Shared, role: str, only: str | None) -> list[str]:
     from node.audit import audit
-    from node.wiring import open_chain, open_journal
+    from node.wiring import open_chains, open_journal
     from protocol.channel import Role
 
     if not shared.config.journal(role).exists():
         raise LedgerError(f"there is no journal of a {role} in {shared.config.data_dir}")
     key = passwords.unlock(shared, KEYS[role])
     with open_journal(shared.config, role, key) as ledger:
-        async with open_chain(shared.config, key, ledger) as chain:
-            return await audit(ledger, Role(role), chain)
+        async with open_chains(shared.config, key, ledger) as chains:
+            return await audit(ledger, Role(role), chains, None if only is None else chains.named(only))

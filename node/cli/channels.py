@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from node.cli.assets import chain_option, on_chain, token_info
 from node.cli.connected import client_options, run
 from node.cli.main import Group, Shared
 from node.cli.options import password_options
@@ -25,17 +26,23 @@ def command() -> None:
 
 
 @command.command("list")
+@chain_option
 @password_options
 @click.pass_obj
-def list_(shared: Shared) -> None:
+def list_(shared: Shared, chain: str | None) -> None:
     """List the channels, with what was locked, signed, spent and claimed."""
 
     async def work(client: Client) -> None:
+        chains = client.wallet.chains
         for state in client.book.channels.values():
-            show = (await client.wallet.chain.token_info(state.config.token)).show
+            if not on_chain(chains, state, chain):
+                continue
+            show = (await token_info(chains, state.domain, state.config.token)).show
             status = "closed" if state.closed else "leaving" if state.leaving else "open"
             data = {
                 "channel": state.channel_id,
+                "chain": chains.name(state.domain),
+                "token": str(state.config.token),
                 "receiver": str(state.config.receiver),
                 "status": status,
                 "allocated": str(state.allocated),
@@ -44,8 +51,9 @@ def list_(shared: Shared) -> None:
                 "claimed": str(state.claimed),
                 "withdraw_at": state.withdraw_at,
             }
+            where = chains.name(state.domain)
             text = (
-                f"{state.channel_id}  {status:<8} spent {show(state.spent)} of {show(state.allocated)}, "
+                f"{state.channel_id}  {where:<8} {status:<8} spent {show(state.spent)} of {show(state.allocated)}, "
                 f"claimed {show(state.claimed)}"
             )
             shared.output.row(data, text)
@@ -55,15 +63,17 @@ def list_(shared: Shared) -> None:
 
 @command.command()
 @click.argument("channel", required=False)
+@chain_option
 @client_options
 @click.pass_obj
-def close(shared: Shared, channel: str | None, workers: tuple[str, ...]) -> None:
+def close(shared: Shared, channel: str | None, chain: str | None, workers: tuple[str, ...]) -> None:
     """Close CHANNEL, or every channel when none is named. Run it again after the delay to finish a delayed one."""
 
     async def work(client: Client) -> None:
         from node.cli.start import transaction
         from protocol.ids import ChannelId
 
+        chains = client.wallet.chains
         wanted = None if channel is None else ChannelId(channel)
         if wanted is not None and wanted not in client.book.channels:
             raise ConfigError(f"{channel} is not a channel of this client", hint="gristmill channels list")
@@ -71,7 +81,12 @@ def close(shared: Shared, channel: str | None, workers: tuple[str, ...]) -> None
         for state in list(client.book.channels.values()):
             if state.closed or (wanted is not None and state.channel_id != wanted):
                 continue
-            show = (await client.wallet.chain.token_info(state.config.token)).show
+            if not on_chain(chains, state, chain):
+                continue
+            if chains.get(state.domain) is None and wanted is None:
+                shared.output.say(f"{state.channel_id} is left alone: {chains.name(state.domain)}")
+                continue
+            show = (await token_info(chains, state.domain, state.config.token)).show
             done = await client.wallet.close(state.channel_id, peers.get(state.config.receiver))
             data = {
                 "channel": done.channel_id,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least likelihood, relative to the best token.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the normative sampler.")
 @click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
-@click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit.")
+@click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit of the default token.")
 @click.option(
     "--wait", "wait_s", type=click.FloatRange(0, 600), default=0.0, help="Seconds to wait for a worker to appear."
 )
@@ -72,8 +72,9 @@ async def chat(
     shared: Shared, client: Client, model: str, messages: list[dict[str, str]], policy: Any, params: dict[str, Any]
 ) -> None:
     output = shared.output
-    _, allocation = await client.open_channel(model, messages, policy=policy, **params)
-    before = await client.wallet.chain.head()
+    opened, allocation = await client.open_channel(model, messages, policy=policy, **params)
+    chain = client.wallet.chains.of(opened.domain)
+    before = await chain.head()
     stream = client.chat(model, messages, policy=policy, **params)
     async with stream:
         async for chunk in stream:
@@ -81,13 +82,14 @@ async def chat(
                 output.row({"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)})
             else:
                 output.write(chunk.text)
-    after = await client.wallet.chain.head()
+    after = await chain.head()
     if not output.json:
         output.write("\n")
     receipt = stream.receipt
     if receipt is None:
         return
     timings = stream.timings
+    channel = client.book.channels[receipt.channel_id]
     summary = {
         "worker": stream.worker,
         "model": str(receipt.model_id),
@@ -101,6 +103,8 @@ async def chat(
             "total": timings.finished,
         },
         "channel": stream.channel_id,
+        "chain": client.wallet.chains.name(channel.domain),
+        "token": str(channel.config.token),
         "allocation_transaction": allocation or stream.allocation_transaction or None,
         "blocks": {"before": before.number, "after": after.number},
         "receipt": receipt_data(receipt),
@@ -109,14 +113,13 @@ async def chat(
     if output.json:
         output.row(summary)
         return
-    chain = client.wallet.chain
-    token = client.wallet.book.channels[stream.channel_id].config.token
+    info = await client.wallet.chains.of(channel.domain).token_info(channel.config.token)
     speed = receipt.output_tokens / max(timings.finished - timings.first_token, 1e-9)
     output.say(
         f"\nworker   {stream.worker}\n"
         f"usage    {receipt.input_tokens} tokens in, {receipt.output_tokens} out, {speed:.1f} tokens/s, "
         f"first token after {1000 * (timings.first_token - timings.asked):.0f} ms\n"
-        f"cost     {(await chain.token_info(token)).show(receipt.cost)}\n"
+        f"cost     {info.show(receipt.cost)}\n"
         f"receipt  number {receipt.sequence} on channel {stream.channel_id}, verified"
     )
 

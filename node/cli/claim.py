@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from node.cli import passwords
+from node.cli.assets import shown
 from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from protocol.keys import PrivateKey
@@ -32,36 +33,32 @@ def command(shared: Shared) -> None:
         done = trio.run(ask)
     except control.NotRunning:
         done = trio.run(_alone, shared, passwords.unlock(shared, "worker"))
-    lines = [f"{item['purpose']:<8} {item['hash']}  {item['gas']} gas" for item in done["transactions"]]
-    shared.output.result(done, "\n".join([f"claimed  {done['total']} (smallest unit)", *lines]))
+    lines = [f"claimed  {shown(one, 'amount')} ({one['chain']})" for one in done["totals"]] or ["claimed  nothing"]
+    lines += [f"{item['purpose']:<8} {item['hash']}  {item['gas']} gas" for item in done["transactions"]]
+    shared.output.result(done, "\n".join(lines))
 
 
 async def _alone(shared: Shared, key: PrivateKey) -> dict[str, Any]:
-    """Claim without a running worker: journal and chain, no network and no model."""
+    """Claim without a running worker: journal and chains, no network and no model."""
     from node.cli.start import claim_report
-    from node.wiring import now_s, open_chain, open_journal
-    from node.worker.channels import ChannelDesk, ChannelRules
-    from node.worker.claims import Claimer, ClaimPolicy
+    from node.store.channels import ChannelBook, follow
+    from node.wiring import now_s, open_chains, open_journal
+    from node.worker.claims import Claimer, ClaimPolicy, claim_all
     from protocol.channel import Role
-
-    from node.store.channels import ChannelBook  # isort: skip
+    from protocol.ids import ChannelId
 
     with open_journal(shared.config, "worker", key) as ledger:
-        async with open_chain(shared.config, key, ledger) as chain:
-            book = ChannelBook.restore(ledger, Role.WORKER)
-            desk = ChannelDesk(
-                key=key,
-                domain=chain.domain,
-                book=book,
-                chain=chain,
-                rules=ChannelRules(chain.token, 0, 0),
-                now_s=now_s,
-                claim_now=lambda _: None,
-            )
+        async with open_chains(shared.config, key, ledger) as chains:
+            book = ChannelBook.restore(ledger, Role.WORKER, chains.domains)
+
+            async def look(channel_id: ChannelId) -> None:
+                await follow(book, chains, channel_id)  # who is leaving is claimed in this very round
+
             for state in list(book.channels.values()):
-                if not state.closed:
-                    await desk.follow(state.channel_id)
-            claimer = Claimer(
-                book=book, chain=chain, policy=ClaimPolicy(), follow=desk.follow, now_s=now_s, receiver=key.address
-            )
-            return claim_report(await claimer.claim(everything=True))
+                if not state.closed and chains.get(state.domain) is not None:
+                    await look(state.channel_id)
+            claimers = [
+                Claimer(book=book, chain=chain, policy=ClaimPolicy(), follow=look, now_s=now_s, receiver=key.address)
+                for chain in chains
+            ]
+            return await claim_report(chains, book, await claim_all(claimers))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from node.cli.main import Command, Shared
+from protocol.ids import ZERO_ADDRESS, Address
+from protocol.offers import Asset
 
 if TYPE_CHECKING:
     from node.earnings import Earnings
     from node.ports import TokenInfo
-    from protocol.ids import Address
+    from protocol.typed_data import Domain
 
 BAR = 24
 """Characters of the longest bar."""
@@ -31,47 +34,62 @@ def command(shared: Shared, days: int) -> None:
 
     from node.earnings import earnings
     from node.store.ledger import Ledger
+    from node.wiring import configured_domains
 
     account = shared.keystore.address("worker")
+    domains = configured_domains(shared.config)
     with Ledger.open(shared.config.journal("worker"), chain_tag=bytes(account), read_only=True) as ledger:
-        found = earnings(ledger.records())
-    infos, owed = trio.run(_ask_chain, shared, found, account)
+        found = earnings(ledger.records(), list(domains.values()))
+    names = {asset: _chain_name(asset, domains) for asset in found.assets}
+    infos, owed = trio.run(_ask_chains, shared, names, account)
     last = max((day for day, _ in found.days), default=0)
-    rows = [(day, token) for day, token in sorted(found.days) if day > last - days]
+    rows = [(day, asset) for day, asset in sorted(found.days) if day > last - days]
     data = {
         "worker": str(account),
-        "days": [_day(found, day, token) for day, token in rows],
-        "totals": [_total(found, token, infos[token], owed.get(token)) for token in found.tokens],
+        "days": [_day(found, day, asset, names[asset]) for day, asset in rows],
+        "totals": [_total(found, asset, names[asset], infos[asset], owed.get(asset)) for asset in found.assets],
     }
-    shared.output.result(data, "\n".join([*_table(found, rows, infos), *_sums(found, infos, owed)]))
+    shared.output.result(data, "\n".join([*_table(found, rows, infos), *_sums(found, names, infos, owed)]))
 
 
-async def _ask_chain(
-    shared: Shared, found: Earnings, account: Address
-) -> tuple[dict[Address, TokenInfo], dict[Address, int]]:
+def _chain_name(asset: Asset, domains: Mapping[str, Domain]) -> str:
+    named = (name for name, domain in domains.items() if asset[:2] == Asset.of(domain, ZERO_ADDRESS)[:2])
+    return next(named, f"chain {asset.chain_id}" if asset.chain_id else "unknown")
+
+
+async def _ask_chains(
+    shared: Shared, names: Mapping[Asset, str], account: Address
+) -> tuple[dict[Asset, TokenInfo], dict[Asset, int]]:
     """How to write each token, and what is claimed and not settled. A chain that is away only costs the nice form."""
     from node.errors import NodeError
     from node.ports import TokenInfo
     from node.wiring import look_at_chain
 
-    try:
-        async with look_at_chain(shared.config) as chain:
-            infos = {token: await chain.token_info(token) for token in found.tokens}
-            return infos, {token: await chain.owed(account, token) for token in found.tokens}
-    except NodeError as error:
-        shared.output.say(f"the chain could not be asked: {error}")
-        return {token: TokenInfo(token, "(smallest unit)", 0) for token in found.tokens}, {}
+    infos = {asset: TokenInfo(Address(asset.token), "(smallest unit)", 0) for asset in names}
+    owed: dict[Asset, int] = {}
+    for name in dict.fromkeys(names.values()):
+        if name not in shared.config.chain_names:
+            continue
+        try:
+            async with look_at_chain(shared.config, name) as chain:
+                for asset in [asset for asset, on in names.items() if on == name]:
+                    token = Address(asset.token)
+                    infos[asset], owed[asset] = await chain.token_info(token), await chain.owed(account, token)
+        except NodeError as error:
+            shared.output.say(f"the chain {name} could not be asked: {error}")
+    return infos, owed
 
 
 def _date(day: int) -> str:
     return (datetime.date(1970, 1, 1) + datetime.timedelta(days=day)).isoformat()
 
 
-def _day(found: Earnings, day: int, token: Address) -> dict[str, Any]:
-    one = found.days[day, token]
+def _day(found: Earnings, day: int, asset: Asset, chain: str) -> dict[str, Any]:
+    one = found.days[day, asset]
     return {
         "date": _date(day),
-        "token": str(token),
+        "chain": chain,
+        "token": str(Address(asset.token)),
         "parts": one.parts,
         "broken": one.broken,
         "input_tokens": one.input_tokens,
@@ -80,42 +98,46 @@ def _day(found: Earnings, day: int, token: Address) -> dict[str, Any]:
     }
 
 
-def _total(found: Earnings, token: Address, info: TokenInfo, owed: int | None) -> dict[str, Any]:
+def _total(found: Earnings, asset: Asset, chain: str, info: TokenInfo, owed: int | None) -> dict[str, Any]:
     return {
-        "token": str(token),
+        "chain": chain,
+        "token": str(Address(asset.token)),
         "symbol": info.symbol,
         "decimals": info.decimals,
-        "earned": str(found.total(token, "spent")),
-        "claimed": str(found.total(token, "claimed")),
-        "claimable": str(found.total(token, "claimable")),
+        "earned": str(found.total(asset, "spent")),
+        "claimed": str(found.total(asset, "claimed")),
+        "claimable": str(found.total(asset, "claimable")),
         "to_settle": None if owed is None else str(owed),
     }
 
 
-def _table(found: Earnings, rows: list[tuple[int, Address]], infos: dict[Address, TokenInfo]) -> list[str]:
-    most = {token: max(found.days[key].earned for key in rows if key[1] == token) for _, token in rows}
+def _table(found: Earnings, rows: list[tuple[int, Asset]], infos: dict[Asset, TokenInfo]) -> list[str]:
+    most = {asset: max(found.days[key].earned for key in rows if key[1] == asset) for _, asset in rows}
     lines = []
-    for day, token in rows:
-        one = found.days[day, token]
-        bar = "▇" * (round(BAR * one.earned / most[token]) if most[token] else 0)
+    for day, asset in rows:
+        one = found.days[day, asset]
+        bar = "▇" * (round(BAR * one.earned / most[asset]) if most[asset] else 0)
         broken = f", {one.broken} broken off" if one.broken else ""
         lines.append(
-            f"{_date(day)}  {infos[token].show(one.earned):>20}  {bar:<{BAR}}  "
+            f"{_date(day)}  {infos[asset].show(one.earned):>20}  {bar:<{BAR}}  "
             f"{one.parts} parts{broken}, {one.output_tokens} tokens out"
         )
     return lines
 
 
-def _sums(found: Earnings, infos: dict[Address, TokenInfo], owed: dict[Address, int]) -> list[str]:
+def _sums(
+    found: Earnings, names: Mapping[Asset, str], infos: dict[Asset, TokenInfo], owed: dict[Asset, int]
+) -> list[str]:
     lines = []
-    for token in found.tokens:
-        show = infos[token].show
+    for asset in found.assets:
+        show = infos[asset].show
         lines += [
             "",
-            f"earned     {show(found.total(token, 'spent'))}",
-            f"claimed    {show(found.total(token, 'claimed'))}",
-            f"claimable  {show(found.total(token, 'claimable'))} (`gristmill claim` takes it now)",
+            f"chain      {names[asset]}",
+            f"earned     {show(found.total(asset, 'spent'))}",
+            f"claimed    {show(found.total(asset, 'claimed'))}",
+            f"claimable  {show(found.total(asset, 'claimable'))} (`gristmill claim` takes it now)",
         ]
-        if owed.get(token):
-            lines.append(f"to settle  {show(owed[token])} (claimed, not yet in the payout account's vault balance)")
+        if owed.get(asset):
+            lines.append(f"to settle  {show(owed[asset])} (claimed, not yet in the payout account's vault balance)")
     return lines or ["nothing earned yet"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,8 @@ from node.cli.main import Command, Shared
 
 if TYPE_CHECKING:
     from node.client.client import Client
+    from protocol.offers import Payment
+    from protocol.pricing import Price
 
 
 @click.command(cls=Command)
@@ -28,6 +30,7 @@ def command(shared: Shared, model: str | None, wait_s: float, workers: tuple[str
         if model is None:
             list_offers(shared, client)
         else:
+            await client.wallet.look()  # what is empty pays for nothing
             explain(shared, client, model)
 
     run(shared, work, workers)
@@ -36,15 +39,16 @@ def command(shared: Shared, model: str | None, wait_s: float, workers: tuple[str
 def list_offers(shared: Shared, client: Client) -> None:
     from protocol.ids import ModelId
 
+    means = client.wallet.means
     for offer in client.offers.current():
         for model in offer.document.models:
-            price = model.price
+            prices = [_price(client, *pair) for pair in zip(offer.document.accepts, model.prices, strict=True)]
             data = {
                 "worker": offer.peer_id,
                 "addresses": offer.document.addresses,
                 "model": model.name,
                 "model_id": str(ModelId(model.model_id)),
-                "price": {"request": str(price.request), "input": str(price.input), "output": str(price.output)},
+                "prices": prices,
                 "context_length": model.context_length,
                 "dtype": model.dtype,
                 "numerics_class": model.numerics_class,
@@ -53,11 +57,31 @@ def list_offers(shared: Shared, client: Client) -> None:
                 "free_slots": offer.document.free_slots,
                 "expires": offer.document.expires,
             }
+            ours = [
+                f"{one['request']} + {one['input']}/M in + {one['output']}/M out ({means[payment.asset].name})"
+                for payment, one in zip(offer.document.accepts, prices, strict=True)
+                if payment.asset in means
+            ]
             text = (
-                f"{offer.peer_id}  {model.name}  {price.request} + {price.input}/M in + {price.output}/M out  "
+                f"{offer.peer_id}  {model.name}  {' or '.join(ours) or 'in nothing that we pay with'}  "
                 f"{model.tokens_per_second} tokens/s  {model.dtype}  {offer.document.free_slots} free"
             )
             shared.output.row(data, text)
+
+
+def _price(client: Client, payment: Payment, price: Price) -> dict[str, Any]:
+    from protocol.ids import Address
+
+    means = client.wallet.means.get(payment.asset)
+    return {
+        "chain_id": payment.chain_id,
+        "contract": str(Address(payment.contract)),
+        "token": str(Address(payment.token)),
+        "name": None if means is None else means.name,
+        "request": str(price.request),
+        "input": str(price.input),
+        "output": str(price.output),
+    }
 
 
 def explain(shared: Shared, client: Client, model: str) -> None:
@@ -71,11 +95,13 @@ def explain(shared: Shared, client: Client, model: str) -> None:
             "rank": rank,
             "score": candidate.score,
             "cost": str(candidate.cost),
+            "pay_with": client.wallet.means[candidate.payment.asset].name,
             "tokens_per_second": candidate.tokens_per_second,
             "reasons": [],
         }
         shared.output.row(
-            data, f"{rank}. {candidate.offer.peer_id}  score {candidate.score:.3f}  up to {candidate.cost}"
+            data,
+            f"{rank}. {candidate.offer.peer_id}  score {candidate.score:.3f}  up to {candidate.cost} ({data['pay_with']})",
         )
     for peer, reasons in selection.rejected.items():
         data = {"worker": peer, "rank": None, "reasons": [reason.value for reason in reasons]}

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from node.cli import passwords
+from node.cli.assets import chain_option
 from node.cli.main import Group, Shared
 from node.cli.options import password_options
 from node.cli.params import ADDRESS
+from node.config import DEFAULT
 from protocol.ids import ZERO_ADDRESS, Address
 from protocol.keys import PrivateKey
 
@@ -30,12 +32,13 @@ def command() -> None:
 
 @command.command()
 @WORKER
+@chain_option
 @click.pass_obj
-def show(shared: Shared, worker: Address | None) -> None:
-    """Show the payout account, as the contract has it. Needs no password."""
+def show(shared: Shared, worker: Address | None, chain: str | None) -> None:
+    """Show the payout account, as the contract has it; by default that of the default chain. Needs no password."""
     import trio
 
-    data = trio.run(_look, shared, worker or shared.keystore.address("worker"))
+    data = trio.run(_look, shared, worker or shared.keystore.address("worker"), chain or DEFAULT)
     lines = [
         f"worker  {data['worker']}",
         f"payout  {data['payout']}",
@@ -47,10 +50,11 @@ def show(shared: Shared, worker: Address | None) -> None:
 @command.command("set")
 @click.argument("address", type=ADDRESS)
 @WORKER
+@chain_option
 @password_options
 @click.pass_obj
-def set_(shared: Shared, address: Address, worker: Address | None) -> None:
-    """Send the earnings to ADDRESS from now on.
+def set_(shared: Shared, address: Address, worker: Address | None, chain: str | None) -> None:
+    """Send the earnings to ADDRESS from now on; on one chain, by default the default one.
 
     Signed and paid by the key `owner` (`gristmill wallet new owner`), which needs some coins of the chain for gas. The
     first time registers the worker, with the consent of the key `worker`; after that only the owner is needed, on any
@@ -60,8 +64,9 @@ def set_(shared: Shared, address: Address, worker: Address | None) -> None:
 
     worker = worker or shared.keystore.address("worker")
     owner = passwords.unlock(shared, "owner")
-    result = trio.run(_set, shared, owner, worker, address)
+    result = trio.run(_set, shared, owner, worker, address, chain or DEFAULT)
     data = {
+        "chain": chain or DEFAULT,
         "worker": str(worker),
         "owner": str(owner.address),
         "payout": str(address),
@@ -75,12 +80,13 @@ def set_(shared: Shared, address: Address, worker: Address | None) -> None:
     shared.output.result(data, f"earnings of {worker} go to {address}" + ("" if result else " already"))
 
 
-async def _look(shared: Shared, worker: Address) -> dict[str, Any]:
+async def _look(shared: Shared, worker: Address, name: str) -> dict[str, Any]:
     from node.wiring import look_at_chain
 
-    async with look_at_chain(shared.config) as chain:
+    async with look_at_chain(shared.config, name) as chain:
         owner = (await chain.worker(worker)).owner
         return {
+            "chain": name,
             "worker": str(worker),
             "payout": str(await chain.payout_of(worker)),
             "owner": None if owner == ZERO_ADDRESS else str(owner),
@@ -88,13 +94,13 @@ async def _look(shared: Shared, worker: Address) -> dict[str, Any]:
         }
 
 
-async def _set(shared: Shared, owner: PrivateKey, worker: Address, payout: Address) -> TxResult | None:
+async def _set(shared: Shared, owner: PrivateKey, worker: Address, payout: Address, name: str) -> TxResult | None:
     from node.errors import InsufficientFunds
     from node.wiring import open_chain, open_journal
     from node.worker.payout import needs_consent, set_payout
 
     with open_journal(shared.config, "owner", owner) as ledger:
-        async with open_chain(shared.config, owner, ledger) as chain:
+        async with open_chain(shared.config, owner, ledger, name) as chain:
             if not await chain.native_balance(owner.address):
                 raise InsufficientFunds(
                     f"the owner's account {owner.address} has nothing to pay gas with",

@@ -6,14 +6,21 @@ import logging
 import os
 import signal
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from node.cli import passwords
+from node.cli.assets import sums
 from node.cli.main import Command, Shared
 from node.cli.options import password_options, setting_option
 from protocol.keys import PrivateKey
+
+if TYPE_CHECKING:
+    from node.chains import Chains
+    from node.store.channels import ChannelBook
+    from node.worker.claims import ClaimReport
+    from node.worker.worker import Worker
 
 DRAIN_SECONDS = 30.0
 
@@ -57,10 +64,10 @@ async def _serve(shared: Shared, key: PrivateKey, drain_s: float) -> None:
             worker = running.worker
 
             async def status(_: dict[str, Any]) -> Mapping[str, Any]:
-                return report(worker)
+                return await report(worker)
 
             async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
-                return claim_report(await worker.claim())
+                return await claim_report(worker.chains, worker.book, await worker.claim())
 
             async def drain(_: dict[str, Any]) -> Mapping[str, Any]:
                 stop.set()
@@ -93,10 +100,17 @@ async def _until_signal(signals: Any, stop: Any) -> None:
         stop.set()
 
 
-def report(worker: Any) -> dict[str, Any]:
-    """What `status` shows."""
-    channels = worker.book.channels.values()
+async def report(worker: Worker) -> dict[str, Any]:
+    """What `status` shows. Amounts stand once for each asset."""
+    from protocol.payment import unsecured
+
     stats = worker.server.stats
+    amounts = {
+        "earned": lambda state: state.spent,
+        "claimed": lambda state: state.claimed,
+        "claimable": lambda state: state.claimable,
+        "unpaid": lambda state: unsecured(state, worker.meter.running(state.channel_id)),
+    }
     return {
         "peer_id": str(worker.key.peer_id),
         "account": str(worker.key.address),
@@ -113,20 +127,21 @@ def report(worker: Any) -> dict[str, Any]:
         "refused": dict(stats.refused),
         "ended": dict(stats.ended),
         "channels": len(worker.book.channels),
-        "earned": str(sum(state.spent for state in channels)),
-        "claimed": str(sum(state.claimed for state in channels)),
-        "claimable": str(sum(state.claimable for state in channels)),
-        "unpaid": str(worker.meter.credit_in_use(worker.book.channels)),
-        "chain_age_ms": worker.chain_age_ms(),
+        "assets": await sums(worker.chains, worker.book.channels.values(), amounts),
+        "chains": [
+            {"name": watch.name, "chain_id": watch.chain.chain_id, "age_ms": watch.age_ms()}
+            for watch in worker.watches.values()
+        ],
         "journal_records": worker.ledger.head.seq,
     }
 
 
-def claim_report(done: Any) -> dict[str, Any]:
+async def claim_report(chains: Chains, book: ChannelBook, done: ClaimReport) -> dict[str, Any]:
     """What `claim` shows."""
+    states = [book.channels[channel] for channel in done.claimed]
     return {
         "claimed": {str(channel): str(amount) for channel, amount in done.claimed.items()},
-        "total": str(sum(done.claimed.values())),
+        "totals": await sums(chains, states, {"amount": lambda state: done.claimed[state.channel_id]}),
         "transactions": [transaction(result) for result in done.transactions],
     }
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
+from node.cli.assets import chain_option, shown
 from node.cli.main import Command, Shared
 
 
 @click.command(cls=Command)
 @click.option("--watch", is_flag=True, help="Show it again every second until interrupted.")
+@chain_option
 @click.pass_obj
-def command(shared: Shared, watch: bool) -> None:
-    """What a running worker is doing."""
+def command(shared: Shared, watch: bool, chain: str | None) -> None:
+    """What a running worker is doing. With --chain, its money and its sight of that chain alone."""
     import trio
 
     from node.worker import control
@@ -24,10 +26,22 @@ def command(shared: Shared, watch: bool) -> None:
 
     while True:
         status = trio.run(ask)
+        if chain is not None:
+            shared.config.chain_named(chain)
+            status["assets"] = [one for one in status["assets"] if one["chain"] == chain]
+            status["chains"] = [one for one in status["chains"] if one["name"] == chain]
         shared.output.row(status, _text(status))
         if not watch:
             return
         time.sleep(1)
+
+
+def _asset(one: dict[str, Any]) -> str:
+    amounts = {name: shown(one, name) for name in ("earned", "claimed", "claimable", "unpaid")}
+    return (
+        f"earned    {amounts['earned']} on {one['chain']} (claimed {amounts['claimed']}, claimable {amounts['claimable']}; "
+        f"{amounts['unpaid']} unpaid under way)"
+    )
 
 
 def _text(status: dict[str, Any]) -> str:
@@ -39,9 +53,8 @@ def _text(status: dict[str, Any]) -> str:
             f"streams   {status['streams']} now, {status['accepted']} accepted, {status['finished']} finished",
             f"tokens    {status['output_tokens']}",
             f"refused   {refused}",
-            f"earned    {status['earned']} (claimed {status['claimed']}, claimable {status['claimable']}), smallest unit",
-            f"unpaid    {status['unpaid']} under way",
             f"channels  {status['channels']}",
-            f"chain     seen {status['chain_age_ms']} ms ago",
+            *(_asset(one) for one in status["assets"]),
+            *(f"chain     {one['name']} seen {one['age_ms']} ms ago" for one in status["chains"]),
         ]
     )

@@ -161,18 +161,31 @@ class ChatStream:
     async def _start(self) -> None:
         """Ask the best candidates until one accepts. Raises `Refused`, `NoWorker`, `InsufficientFunds`, `WorkerFault`, ..."""
         last: NodeError | None = None
-        for candidate in self._choose()[: self._client.settings.attempts]:
+        given_up: set[PeerId] = set()
+        for candidate in await self._client.funded(self._choose):
+            if candidate.offer.peer_id in given_up:
+                continue
+            if len(given_up) >= self._client.settings.attempts:
+                break
             try:
                 await self._ask_renewed(candidate)
                 return
+            except (
+                InsufficientFunds
+            ) as error:  # nothing was asked; there may be more of what it can be paid with otherwise
+                last = last or error
+                continue
             except Refused as no:
                 if no.reason not in RETRY_ELSEWHERE:
                     raise
                 last = no
+                if no.reason is RefusalReason.CHAIN_STALE:
+                    continue  # its view of another chain may be fresh
             except (WorkerFault, VerificationFailed, Timeout, NetworkError) as error:
                 last = error
             if not (isinstance(last, Refused) and last.reason in STALE_OFFER):
                 self._client.failed(candidate.offer.peer_id)
+            given_up.add(candidate.offer.peer_id)
             log.info("%s did not take the job: %s", candidate.offer.peer_id, last)
         raise last if last is not None else WorkerFault("no worker was asked")
 
@@ -184,7 +197,15 @@ class ChatStream:
             if no.reason not in STALE_OFFER:
                 raise
             peer, cost = candidate.offer.peer_id, candidate.cost
-            again = next((c for c in self._choose_again() if c.offer.peer_id == peer and c.cost <= cost), None)
+            asset = candidate.payment.asset
+            again = next(
+                (
+                    c
+                    for c in self._choose_again()
+                    if c.offer.peer_id == peer and c.payment.asset == asset and c.cost <= cost
+                ),
+                None,
+            )
             if again is None or again.offer.hash == candidate.offer.hash:
                 raise
             await self._ask(again)
@@ -192,12 +213,12 @@ class ChatStream:
     def _choose_again(self) -> list[Candidate]:
         try:
             return self._choose()
-        except NoWorker:
+        except (NoWorker, InsufficientFunds):
             return []
 
     async def _ask(self, candidate: Candidate) -> None:
         client, offer = self._client, candidate.offer
-        price, params = candidate.model.price, self._params
+        price, params = candidate.price, self._params
         input_limit = client.count_tokens(candidate.model, self._messages, params.max_tokens)
         needed = pricing.cost(price, input_limit, params.max_tokens)
         peer = await client.reach(offer)
@@ -218,7 +239,7 @@ class ChatStream:
         then there is more to raise, as often as there are others."""
         client, offer = self._client, candidate.offer
         for _ in range(ROOM_ATTEMPTS):
-            channel, transaction = await client.wallet.ensure_channel(offer, needed)
+            channel, transaction = await client.wallet.ensure_channel(offer, candidate.payment, needed)
             self.allocation_transaction = transaction or self.allocation_transaction
             state = client.book.channels[channel.channel_id]
             if state.free >= needed and not state.leaving:
@@ -247,10 +268,10 @@ class ChatStream:
         )
         ask = ask_struct(draft)
         terms = Terms(
-            domain=client.domain,
+            domain=channel.home,
             ask=ask,
             params=params,
-            price=candidate.model.price,
+            price=candidate.price,
             input_limit=input_limit,
             receiver_authorizer=channel.config.receiver_authorizer,
             payer_authorizer=channel.config.payer_authorizer,

@@ -24,7 +24,7 @@ import trio
 from node.client.chat import ChatStream
 from node.client.settings import ClientSettings
 from node.client.wallet import ClientWallet
-from node.errors import ConfigError, NetworkError, NodeError, NoWorker, Timeout
+from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
 from node.network.discovery import OfferBook, discover, fetch_offer
 from node.ports import Network, TxResult
 from node.store.channels import ChannelBook
@@ -34,9 +34,8 @@ from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
 from protocol.keys import PrivateKey
 from protocol.messages import ChatMessage, Params, checked
-from protocol.offers import ModelOffer, VerifiedOffer
-from protocol.selection import Candidate, History, Policy, Request, Selection, choose
-from protocol.typed_data import Domain
+from protocol.offers import Asset, ModelOffer, VerifiedOffer
+from protocol.selection import Candidate, Exclusion, History, Policy, Request, Selection, choose
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -97,10 +96,6 @@ class Client:
     def book(self) -> ChannelBook:
         return self.wallet.book
 
-    @property
-    def domain(self) -> Domain:
-        return self.wallet.domain
-
     def preview(self, channel_id: ChannelId, change: Change) -> ChannelState:
         """The state that a change will lead to; nothing happens yet."""
         state, _ = apply(self.book.channels[channel_id], change)
@@ -108,12 +103,13 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------------ money
 
-    async def deposit(self, amount: int) -> list[TxResult]:
-        """Put `amount` (smallest unit of the default token) into the vault: the only transaction a client needs."""
-        return await self.wallet.deposit(amount)
+    async def deposit(self, amount: int, asset: Asset | None = None) -> list[TxResult]:
+        """Put `amount` into the vault, in the smallest unit of `asset` (by default what we pay with first): the only
+        transaction a client needs."""
+        return await self.wallet.deposit(amount, asset)
 
-    async def balance(self) -> int:
-        return await self.wallet.balance()
+    async def balance(self, asset: Asset | None = None) -> int:
+        return await self.wallet.balance(asset)
 
     # ------------------------------------------------------------------------------------------------------- chat
 
@@ -132,8 +128,7 @@ class Client:
         """
         typed = _messages(messages)
         wanted = _params(params)
-        policy = self._policy(policy)
-        return ChatStream(self, model, typed, wanted, lambda: self.select(model, typed, wanted, policy))
+        return ChatStream(self, model, typed, wanted, lambda: self.select(model, typed, wanted, policy or Policy()))
 
     async def open_channel(
         self,
@@ -149,23 +144,53 @@ class Client:
         channel was there). Raises as entering a chat does.
         """
         typed, wanted = _messages(messages), _params(params)
-        best = self.select(model, typed, wanted, self._policy(policy))[0]
-        await self.reach(best.offer)
-        return await self.wallet.ensure_channel(best.offer, best.cost)
+        short: InsufficientFunds | None = None
+        for candidate in await self.funded(lambda: self.select(model, typed, wanted, policy or Policy())):
+            await self.reach(candidate.offer)
+            try:
+                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, candidate.cost)
+            except InsufficientFunds as error:  # there may be more of what it can be paid with otherwise
+                short = short or error
+        raise short if short is not None else NoWorker(f"no worker can serve {model!r}", {})
+
+    async def funded(self, select: Callable[[], list[Candidate]]) -> list[Candidate]:
+        """`select`, and once more when only money is missing: somebody may have deposited since we looked."""
+        try:
+            return select()
+        except InsufficientFunds:
+            await self.wallet.look()
+            return select()
 
     def select(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
-        """Workers for a request, best first. Raises `NoWorker`."""
+        """Workers for a request and what each would be paid with, best first. Raises `NoWorker` or `InsufficientFunds`."""
         selection = self.explain(model, messages, params, policy)
-        if not selection.ranked:
-            reasons = {str(peer): tuple(r.value for r in why) for peer, why in selection.rejected.items()}
-            raise NoWorker(
-                f"no worker can serve {model!r}"
-                + (f" ({len(reasons)} offers looked at)" if reasons else ": no offers"),
-                reasons,
-                hint="; ".join(f"{peer[-8:]}: {', '.join(why)}" for peer, why in list(reasons.items())[:4])
-                or "name a worker with --worker MULTIADDR, or set p2p.bootstrap",
+        if selection.ranked:
+            return list(selection.ranked)
+        if (Exclusion.NO_FUNDS,) in selection.rejected.values():
+            raise InsufficientFunds(
+                f"the vaults hold too little for {model!r} with any worker, in every token that we pay with",
+                hint="gristmill deposit AMOUNT",
             )
-        return list(selection.ranked)
+        reasons = {str(peer): tuple(r.value for r in why) for peer, why in selection.rejected.items()}
+        raise NoWorker(
+            f"no worker can serve {model!r}" + (f" ({len(reasons)} offers looked at)" if reasons else ": no offers"),
+            reasons,
+            hint=self._no_common_chain(selection)
+            or "; ".join(f"{peer[-8:]}: {', '.join(why)}" for peer, why in list(reasons.items())[:4])
+            or "name a worker with --worker MULTIADDR, or set p2p.bootstrap",
+        )
+
+    def _no_common_chain(self, selection: Selection) -> str:
+        """What to do when some workers would serve us, but are paid where we have nothing; else empty."""
+        others = {peer for peer, why in selection.rejected.items() if why == (Exclusion.NO_COMMON_CHAIN,)}
+        if not others:
+            return ""
+        theirs = {p.chain_id for o in self.offers.current() if o.peer_id in others for p in o.document.accepts}
+        ours = sorted({asset.chain_id for asset in self.wallet.means})
+        return (
+            f"no_common_chain: {len(others)} workers are paid on chain {_listed(sorted(theirs))}, we pay on {_listed(ours)}; "
+            "configure one of theirs as a [chains.NAME], with a token of it in client.pay_with"
+        )
 
     def explain(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> Selection:
         """The whole choice: ranks and scores, and why not, per worker."""
@@ -173,7 +198,8 @@ class Client:
         model_id = self._model_id(model, offers)
         known = next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
         tokens = self.count_tokens(known, messages, params.max_tokens) if known else 0
-        return choose(offers, Request(model_id, tokens, params), policy, self.history, self.now_ms())
+        request = Request(model_id, tokens, params)
+        return choose(offers, request, self.wallet.purses(), policy, self.history, self.now_ms())
 
     def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> int:
         """Prompt tokens: exact where the model's tokenizer is at hand, else an upper bound.
@@ -197,14 +223,6 @@ class Client:
             listed = ", ".join(sorted(str(i) for i in ids))
             raise ConfigError(f"several models are called {model!r}", hint=f"name one by its id: {listed}")
         return ids.pop() if ids else ModelId(bytes(32))
-
-    def _policy(self, policy: Policy | None) -> Policy:
-        policy = policy or Policy()
-        if policy.max_cost is None and self.settings.max_cost:
-            policy = replace(policy, max_cost=self.settings.max_cost)
-        if policy.max_price is None:
-            policy = replace(policy, max_price=self.settings.max_price)
-        return policy
 
     # ---------------------------------------------------------------------------------------------------- workers
 
@@ -252,6 +270,10 @@ class Client:
     def failed(self, peer: PeerId) -> None:
         seen = self.history.get(peer, History())
         self.history[peer] = replace(seen, failures=seen.failures + 1, last_failure_ms=self.now_ms())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
 
 
 def _messages(messages: Sequence[Mapping[str, str] | ChatMessage]) -> tuple[ChatMessage, ...]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
+from node.chains import Chains
 from node.client.client import Client, TokenCounter
-from node.client.settings import ClientSettings
+from node.client.settings import ClientSettings, Means
 from node.client.wallet import ClientWallet
-from node.config import Config
+from node.config import DEFAULT, Config
 from node.errors import KeyError_, ModelError, NodeError
 from node.network.discovery import OfferBook, follow_gossip
 from node.network.offline import OfflineNetwork
 from node.ports import Network
 from node.store.channels import ChannelBook
-from node.wiring import now_ms, now_s, open_chain, open_journal, random32
+from node.wiring import now_ms, now_s, open_chains, open_journal, random32, token_of
 from protocol.channel import Role
 from protocol.errors import RemoteProtocolError
 from protocol.ids import ModelId
@@ -56,19 +58,20 @@ async def connect(
     async with AsyncExitStack() as stack:
         ledger = open_journal(config, "client", payer)
         stack.callback(ledger.close)
-        chain = await stack.enter_async_context(open_chain(config, payer, ledger))
+        chains = await stack.enter_async_context(open_chains(config, payer, ledger))
         network = await stack.enter_async_context(_network(config, session, online=online))
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        book = ChannelBook.restore(ledger, Role.CLIENT)
-        await book.close_open_jobs(0)
-        offers = OfferBook(chain.domain, now_ms)
+        book = ChannelBook.restore(ledger, Role.CLIENT, chains.domains)
+        await book.close_open_jobs(lambda _: 0)
+        offers = OfferBook(now_ms)
         client = Client(
             network=network,
             wallet=ClientWallet(
                 payer=payer,
                 session=session,
-                chain=chain,
+                chains=chains,
+                means=client_means(config, chains),
                 network=network,
                 book=book,
                 settings=settings,
@@ -84,8 +87,10 @@ async def connect(
             counter=_counter(config.models_dir, stack),
         )
         for state in list(book.channels.values()):
-            if not state.closed:
+            if not state.closed and chains.get(state.domain) is not None:
                 await client.wallet.refresh(state.channel_id)
+        if len(client.wallet.means) > 1:  # what is empty is not chosen
+            await client.wallet.look()
         if online:
             if config.p2p.gossip:
                 await follow_gossip(network, offers)
@@ -118,18 +123,45 @@ async def _keep_fresh(client: Client) -> None:
 def client_settings(config: Config) -> ClientSettings:
     given = config.client
     return ClientSettings(
-        allocation=given.allocation,
         withdraw_delay_s=given.withdraw_delay_s,
-        max_cost=given.max_cost,
-        max_price=PriceLimit(  # in the configuration 0 means no limit
-            request=given.max_price_request or None,
-            input=given.max_price_input or None,
-            output=given.max_price_output or None,
-        ),
         deadline_ms=given.deadline_ms,
         first_token_ms=given.first_token_ms,
         stall_ms=given.stall_ms,
     )
+
+
+def client_means(config: Config, chains: Chains) -> list[Means]:
+    """What the client pays with, in the order of `client.pay_with`. Raises `ConfigError`."""
+    return [_means(config, chains, name) for name in config.client.pay_with]
+
+
+def _means(config: Config, chains: Chains, name: str) -> Means:
+    chain, address = token_of(config, chains, name)
+    if name == DEFAULT:
+        given = config.client
+        return Means(
+            domain=chain.domain,
+            token=address,
+            allocation=given.allocation,
+            rate=Fraction(1),
+            max_cost=given.max_cost,
+            max_price=_limit(given.max_price_request, given.max_price_input, given.max_price_output),
+        )
+    token = config.tokens[name]
+    return Means(
+        domain=chain.domain,
+        token=address,
+        name=name,
+        allocation=token.allocation,
+        rate=Fraction(token.rate) if token.rate else None,
+        max_cost=token.max_cost,
+        max_price=_limit(token.max_price_request, token.max_price_input, token.max_price_output),
+    )
+
+
+def _limit(request: int, input_: int, output: int) -> PriceLimit:
+    """In the configuration 0 means no limit."""
+    return PriceLimit(request=request or None, input=input_ or None, output=output or None)
 
 
 def _load(config: Config, name: str) -> PrivateKey:

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from fractions import Fraction
 
-from protocol.selection import PriceLimit
+from protocol.ids import Address
+from protocol.offers import Asset
+from protocol.selection import NO_LIMIT, PriceLimit
+from protocol.typed_data import Domain
 
-NO_LIMIT: Final = PriceLimit()
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """One asset that the client pays with. Amounts are in its smallest unit."""
+
+    domain: Domain
+    token: Address
+    name: str = "default"
+    """What the configuration calls the token."""
+    allocation: int = 1_000_000
+    """Locked for a worker when a channel to it opens; more when a job needs more."""
+    rate: Fraction | None = None
+    """What one smallest unit is worth in smallest units of the default token; None = not comparable."""
+    max_cost: int = 0
+    """Most for one job; 0 = no limit of ours."""
+    max_price: PriceLimit = NO_LIMIT
+
+    @property
+    def asset(self) -> Asset:
+        return Asset.of(self.domain, self.token)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Times in milliseconds, amounts in the smallest unit."""
+    """Times in milliseconds."""
 
-    allocation: int = 1_000_000
-    """Locked for a worker when a channel to it opens; more when a job needs more."""
     withdraw_delay_s: int = 3600
     allocation_valid_s: int = 3600
     """How long a signed allocation may be submitted."""
-    max_cost: int = 0
-    """Most for one job; 0 = no limit of ours."""
-    max_price: PriceLimit = NO_LIMIT
     deadline_ms: int = 120_000
     first_token_ms: int = 30_000
     stall_ms: int = 15_000

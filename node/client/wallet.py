@@ -1,18 +1,22 @@
-"""The client's money: its channels, opened and closed; what is in the vault.
+"""The client's money: its channels, opened and closed; what is in the vaults.
 
 A deposit is the only transaction a client ever needs. A channel to a new worker is a signature that the worker submits.
+
+The client may pay with several assets (`Means`), on several chains. Every channel is on one chain, and all that is signed about
+it is signed in that chain's domain.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
-from node.client.settings import ClientSettings
-from node.errors import ChainError, InsufficientFunds, NodeError, WorkerFault
+from node.chains import Chains
+from node.client.settings import ClientSettings, Means
+from node.errors import ChainError, ConfigError, InsufficientFunds, NodeError, WorkerFault
 from node.network.drive import converse
 from node.ports import Chain, Network, TxResult
 from node.store.channels import ChannelBook, refresh
@@ -38,7 +42,8 @@ from protocol.messages import (
     amount_to_wire,
     config_to_wire,
 )
-from protocol.offers import VerifiedOffer
+from protocol.offers import Asset, Payment, VerifiedOffer
+from protocol.selection import Purse
 from protocol.typed_data import Allocation, ChannelConfig, Close, Domain
 
 log = logging.getLogger(__name__)
@@ -64,7 +69,8 @@ class ClientWallet:
         *,
         payer: PrivateKey,
         session: PrivateKey,
-        chain: Chain,
+        chains: Chains,
+        means: Sequence[Means],
         network: Network,
         book: ChannelBook,
         settings: ClientSettings,
@@ -73,49 +79,98 @@ class ClientWallet:
     ) -> None:
         self.payer = payer
         self.session = session
-        self.chain = chain
+        self.chains = chains
+        self.means = {one.asset: one for one in means}
+        """What is paid with, the preferred one first."""
+        if not means or len(self.means) != len(means):
+            raise ConfigError(
+                "a client pays with at least one token, and with each once",
+                hint="look at client.pay_with and [tokens.NAME]",
+            )
         self.book = book
         self._network = network
         self._settings = settings
         self._random32 = random32
         self._now_s = now_s
         self._opening = trio.Lock()
+        self._seen: dict[Asset, int] = {}
+        """What the vaults held when last looked at, less what was allocated since."""
 
     @property
-    def domain(self) -> Domain:
-        return self.chain.domain
+    def chain(self) -> Chain:
+        """The one of the preferred means."""
+        return self.chains.of(self.preferred.domain)
+
+    @property
+    def preferred(self) -> Asset:
+        """What amounts are in where nobody says otherwise."""
+        return next(iter(self.means))
+
+    def purses(self) -> list[Purse]:
+        """What a job can be paid with, as `protocol.selection` sees it."""
+        free: dict[Asset, dict[Address, int]] = {}
+        for state in self.book.channels.values():
+            usable = not state.leaving and state.channel_id not in self.book.frozen
+            if state.domain is not None and usable and state.allocated == state.authorized:
+                held = free.setdefault(Asset.of(state.domain, state.config.token), {})
+                held[state.config.receiver] = max(state.free, held.get(state.config.receiver, 0))
+        return [
+            Purse(
+                asset=asset,
+                rate=one.rate,
+                max_cost=one.max_cost or None,
+                max_price=one.max_price,
+                allocation=one.allocation,
+                available=self._seen.get(asset),
+                free=free.get(asset, {}),
+            )
+            for asset, one in self.means.items()
+        ]
 
     # ------------------------------------------------------------------------------------------------------ vault
 
-    async def deposit(self, amount: int, token: Address | None = None) -> list[TxResult]:
+    async def look(self) -> None:
+        """See what the vaults hold of everything that we pay with. Raises `ChainError`."""
+        for asset in self.means:
+            await self.balance(asset)
+
+    async def deposit(self, amount: int, asset: Asset | None = None) -> list[TxResult]:
         """Put tokens into the vault. Raises `ChainError` or `InsufficientFunds`."""
-        token = token or self.chain.token
-        held = await self.chain.token_balance(token, self.payer.address)
+        chain, token = self._chain_and_token(asset)
+        held = await chain.token_balance(token, self.payer.address)
         if held < amount:
             raise InsufficientFunds(
                 f"the account {self.payer.address} holds {held}, the deposit is {amount} (smallest units)",
                 hint="send tokens to this account first",
             )
-        return _all_ok(list(await self.chain.deposit(token, amount)))
+        self._seen.pop(asset or self.preferred, None)
+        return _all_ok(list(await chain.deposit(token, amount)))
 
-    async def balance(self, token: Address | None = None) -> int:
+    async def balance(self, asset: Asset | None = None) -> int:
         """Vault balance that is not allocated to any channel."""
-        return await self.chain.vault_balance(token or self.chain.token, self.payer.address)
+        chain, token = self._chain_and_token(asset)
+        held = self._seen[asset or self.preferred] = await chain.vault_balance(token, self.payer.address)
+        return held
 
-    async def withdraw(self, amount: int, to: Address | None = None, token: Address | None = None) -> TxResult:
+    async def withdraw(self, amount: int, to: Address | None = None, asset: Asset | None = None) -> TxResult:
         """From the vault to an account."""
-        result = await self.chain.withdraw(token or self.chain.token, amount, to or self.payer.address)
+        chain, token = self._chain_and_token(asset)
+        self._seen.pop(asset or self.preferred, None)
+        result = await chain.withdraw(token, amount, to or self.payer.address)
         _all_ok([result])
         return result
 
+    def _chain_and_token(self, asset: Asset | None) -> tuple[Chain, Address]:
+        asset = asset or self.preferred
+        return self.chains.of(asset.domain), Address(asset.token)
+
     # --------------------------------------------------------------------------------------------------- channels
 
-    def channel_to(self, offer: VerifiedOffer, needed: int) -> ChannelState | None:
-        """An open channel to this worker in the offer's token with `needed` free."""
+    def channel_to(self, offer: VerifiedOffer, payment: Payment, needed: int) -> ChannelState | None:
+        """An open channel to this worker in this asset with `needed` free."""
         for state in self.book.channels.values():
             if (
-                state.config.receiver == offer.worker
-                and state.config.token == offer.document.token
+                _between(state, offer, payment)
                 and not state.leaving
                 and state.channel_id not in self.book.frozen
                 and state.allocated == state.authorized
@@ -124,60 +179,63 @@ class ClientWallet:
                 return state
         return None
 
-    async def ensure_channel(self, offer: VerifiedOffer, needed: int) -> tuple[ChannelState, bytes]:
+    async def ensure_channel(self, offer: VerifiedOffer, payment: Payment, needed: int) -> tuple[ChannelState, bytes]:
         """A channel with `needed` free, opened or raised if there is none; and the hash of the worker's transaction.
 
         Raises `InsufficientFunds`, `WorkerFault`, `NetworkError`, `Timeout`.
         """
-        state = self.channel_to(offer, needed)
+        state = self.channel_to(offer, payment, needed)
         if state is not None:
             return state, b""
         async with self._opening:  # many jobs at once open one channel, not many
-            state = self.channel_to(offer, needed)
+            state = self.channel_to(offer, payment, needed)
             if state is not None:
                 return state, b""
-            return await self._open(offer, needed)
+            return await self._open(offer, payment, needed)
 
-    async def _open(self, offer: VerifiedOffer, needed: int) -> tuple[ChannelState, bytes]:
-        change = self._allocation(offer, needed)
+    async def _open(self, offer: VerifiedOffer, payment: Payment, needed: int) -> tuple[ChannelState, bytes]:
+        change = self._allocation(offer, payment, needed)
         more = change.allocated - self._allocated(change.channel_id)
-        balance = await self.chain.vault_balance(Address(offer.document.token), self.payer.address)
+        balance = await self.balance(payment.asset)
         if balance < more:
             raise InsufficientFunds(
                 f"opening a channel to {offer.peer_id} needs {more}, the vault holds {balance} (smallest units)",
                 hint="gristmill deposit AMOUNT",
             )
         await self.book.change([change])
+        self._seen[payment.asset] = balance - more
         return await self._submit(offer.peer_id, change.channel_id)
 
-    def _allocation(self, offer: VerifiedOffer, needed: int) -> ChannelOpened | AllocationRaised:
+    def _allocation(self, offer: VerifiedOffer, payment: Payment, needed: int) -> ChannelOpened | AllocationRaised:
         """The allocation to sign: more on a channel that exists, or a new channel."""
-        amount = max(self._settings.allocation, needed)
+        amount = max(self.means[payment.asset].allocation, needed, payment.min_allocation)
         valid_before = self._valid_before()
         for state in self.book.channels.values():
-            same = state.config.receiver == offer.worker and state.config.token == offer.document.token
-            if same and not state.leaving and state.channel_id not in self.book.frozen:
+            usable = not state.leaving and state.channel_id not in self.book.frozen
+            if _between(state, offer, payment) and usable:
                 # Signed but not locked on chain (the worker never submitted it): the next one carries the missing part too.
                 enough = (
                     state.allocated < state.authorized and state.authorized - state.spent - state.reserved >= needed
                 )
                 total = state.authorized + (1 if enough else amount)
-                signature = self._sign(state.channel_id, total, valid_before)
+                signature = self._sign(state.home, state.channel_id, total, valid_before)
                 return AllocationRaised(state.channel_id, total, valid_before, signature)
         config = ChannelConfig(
             payer=self.payer.address,
             payer_authorizer=self.session.address,
             receiver=offer.worker,
             receiver_authorizer=offer.worker,
-            token=Address(offer.document.token),
-            withdraw_delay=max(self._settings.withdraw_delay_s, offer.document.min_withdraw_delay),
+            token=Address(payment.token),
+            withdraw_delay=max(self._settings.withdraw_delay_s, payment.min_withdraw_delay),
             salt=Hash32(self._random32()),
         )
-        channel_id = config.channel_id(self.domain)
-        return ChannelOpened(channel_id, config, amount, valid_before, self._sign(channel_id, amount, valid_before))
+        domain = self.means[payment.asset].domain
+        channel_id = config.channel_id(domain)
+        signature = self._sign(domain, channel_id, amount, valid_before)
+        return ChannelOpened(channel_id, config, amount, valid_before, signature, domain)
 
-    def _sign(self, channel_id: ChannelId, allocated: int, valid_before: int) -> bytes:
-        return self.payer.sign(Allocation(channel_id, allocated, valid_before).digest(self.domain))
+    def _sign(self, domain: Domain, channel_id: ChannelId, allocated: int, valid_before: int) -> bytes:
+        return self.payer.sign(Allocation(channel_id, allocated, valid_before).digest(domain))
 
     def _allocated(self, channel_id: ChannelId) -> int:
         state = self.book.get(channel_id)
@@ -186,6 +244,8 @@ class ClientWallet:
     async def _submit(self, peer: PeerId, channel_id: ChannelId) -> tuple[ChannelState, bytes]:
         state = self.book.channels[channel_id]
         question = OpenChannel(
+            chain_id=state.home.chain_id,
+            contract=bytes(state.home.verifying_contract),
             config=config_to_wire(state.config),
             allocated=amount_to_wire(state.authorized),
             valid_before=state.valid_before,
@@ -206,7 +266,7 @@ class ClientWallet:
 
     async def refresh(self, channel_id: ChannelId) -> ChannelState:
         """Bring one channel up to what the contract says now."""
-        state, _ = await refresh(self.book, self.chain, channel_id)
+        state, _ = await refresh(self.book, self.chains, channel_id)
         return state
 
     # --------------------------------------------------------------------------------------------------- farewell
@@ -235,18 +295,19 @@ class ClientWallet:
                 reason = str(error)
             except RemoteProtocolError as error:
                 reason = str(error)
-        result = await self.chain.initiate_withdraw(state.config)
+        result = await self.chains.of(state.domain).initiate_withdraw(state.config)
         _all_ok([result])
         state = await self.refresh(channel_id)
         note = f"the worker did not consent ({reason}); the delayed withdrawal has begun"
         return Farewell(channel_id, False, 0, state.withdraw_at, [result], note)
 
     async def _finish(self, state: ChannelState) -> Farewell:
-        head = await self.chain.head()
+        chain = self.chains.of(state.domain)
+        head = await chain.head()
         if head.timestamp < state.withdraw_at:
             wait = state.withdraw_at - head.timestamp
             return Farewell(state.channel_id, False, 0, state.withdraw_at, note=f"{wait} s of the delay are left")
-        result = await self.chain.finalize_withdraw(state.config)
+        result = await chain.finalize_withdraw(state.config)
         _all_ok([result])
         after = await self.refresh(state.channel_id)
         return Farewell(state.channel_id, False, state.allocated - after.claimed, 0, [result])
@@ -264,14 +325,14 @@ class ClientWallet:
         final = amount_from_wire(reply.final)
         if final > owed:
             raise RemoteProtocolError(WireCode.BAD_RECEIPT, f"the worker wants {final}, we owe {owed}")
-        consent = Close(state.channel_id, final).digest(self.domain)
+        consent = Close(state.channel_id, final).digest(state.home)
         require_signer(consent, reply.signature, state.config.receiver_authorizer, "close")
         changes: list[Change] = [CloseSigned(state.channel_id, final, reply.signature)]
         if final > max(state.spent, state.claimed):
             changes = [*_conceded(state, final), *changes]
         if state.final is None:
             await self.book.change(changes)
-        result = await self.chain.close_channel(
+        result = await self.chains.of(state.domain).close_channel(
             state.config, final, state.cumulative, state.voucher_signature, reply.signature
         )
         _all_ok([result])
@@ -283,7 +344,7 @@ class ClientWallet:
         question = RequestClose(
             channel_id=bytes(state.channel_id),
             final=amount_to_wire(final),
-            signature=self.session.sign(wish.digest(self.domain)),
+            signature=self.session.sign(wish.digest(state.home)),
         )
         reply = await converse(self._network, peer, CHANNEL_PROTOCOL, question, timeout_s=10)
         if not isinstance(reply, CloseConsent):
@@ -292,6 +353,15 @@ class ClientWallet:
 
     def _valid_before(self) -> int:
         return self._now_s() + self._settings.allocation_valid_s
+
+
+def _between(state: ChannelState, offer: VerifiedOffer, payment: Payment) -> bool:
+    """Whether a channel pays this worker in this asset."""
+    return (
+        state.config.receiver == offer.worker
+        and state.domain is not None
+        and Asset.of(state.domain, state.config.token) == payment.asset
+    )
 
 
 def _conceded(state: ChannelState, final: int) -> list[Change]:

@@ -17,7 +17,6 @@ from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import PeerId
 from protocol.messages import OFFER_PROTOCOL, OFFER_TOPIC, GetOffer, OfferMessage, decode, encode
 from protocol.offers import VerifiedOffer, open_offer
-from protocol.typed_data import Domain
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +24,7 @@ log = logging.getLogger(__name__)
 class OfferBook:
     """Verified offers by peer."""
 
-    def __init__(self, domain: Domain, now_ms: Callable[[], int], capacity: int = 10_000) -> None:
-        self._domain = domain
+    def __init__(self, now_ms: Callable[[], int], capacity: int = 10_000) -> None:
         self._now_ms = now_ms
         self._capacity = capacity
         self._offers: dict[PeerId, VerifiedOffer] = {}
@@ -36,7 +34,7 @@ class OfferBook:
     def learn(self, message: OfferMessage, *, peer: PeerId | None = None) -> VerifiedOffer:
         """Verify and keep. Raises `RemoteProtocolError`; `peer` is the worker itself when it gave us the offer."""
         try:
-            offer = open_offer(message, domain=self._domain, now_ms=self._now_ms(), peer=peer)
+            offer = open_offer(message, now_ms=self._now_ms(), peer=peer)
         except RemoteProtocolError as error:
             self.refused[error.code.name.lower()] += 1
             raise

@@ -15,7 +15,7 @@ from protocol.errors import InvalidValue
 from protocol.frames import DATA_LIMIT, encode_frame
 from protocol.ids import Address, ChannelId
 from protocol.messages import Bytes20, Bytes32
-from protocol.signing import KINDS, KeyRole, Policy, Request, Signable, request
+from protocol.signing import DOMAINLESS, KINDS, KeyRole, Policy, Request, Signable, request
 from protocol.signing_history import Ahead, KnownChannel
 from protocol.typed_data import Domain
 
@@ -190,9 +190,13 @@ def to_wire(role: KeyRole, struct: Signable, domain: Domain | None) -> WireReque
 
 
 def from_wire(asked: WireRequest) -> Request:
-    """Raises `InvalidValue` for words that encode nothing."""
-    struct = KINDS[asked.kind].decode(asked.encoded)
-    return request(_ROLES[asked.role], struct, _domain(asked.chain_id, asked.contract) if asked.chain_id else None)
+    """Raises `InvalidValue` for words that encode nothing.
+
+    Chain 0 and the zero contract are the market domain, or nothing for the kinds that have no domain: the kind says which.
+    """
+    kind = KINDS[asked.kind]
+    domain = None if kind in DOMAINLESS else _domain(asked.chain_id, asked.contract)
+    return request(_ROLES[asked.role], kind.decode(asked.encoded), domain)
 
 
 @lru_cache(maxsize=64)

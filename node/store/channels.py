@@ -10,11 +10,12 @@ must never be applied after a newer one: per channel, asking and applying are on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from node.ports import Chain
+from node.chains import Chains
 from node.store.fold import replay
 from node.store.ledger import ADOPTED, Entry, Ledger, Record
 from node.store.writer import Work
@@ -34,14 +35,18 @@ from protocol.errors import LocalProtocolError, ProtocolError
 from protocol.ids import ChannelId, JobId
 from protocol.payment import recovered_costs, unsecured
 from protocol.records import KINDS, decode_body, fold, kind_of, to_body
+from protocol.typed_data import Domain
+
+log = logging.getLogger(__name__)
 
 
 class ChannelBook:
-    """All channels of one role in one journal."""
+    """All channels of one role in one journal, on however many chains."""
 
-    def __init__(self, ledger: Ledger, role: Role) -> None:
+    def __init__(self, ledger: Ledger, role: Role, domains: Sequence[Domain] = ()) -> None:
         self.ledger = ledger
         self.role = role
+        self._domains = tuple(domains)
         self._states: dict[ChannelId, ChannelState] = {}
         self._at_risk: set[ChannelId] = set()
         self._sights: dict[ChannelId, trio.Lock] = {}
@@ -55,9 +60,12 @@ class ChannelBook:
         """Channels from before that: what the lost journal signed on them would be signed again, so no job is opened."""
 
     @classmethod
-    def restore(cls, ledger: Ledger, role: Role) -> ChannelBook:
-        """Fold the journal. Raises `LocalProtocolError` when it breaks a rule: then nothing is signed."""
-        book = cls(ledger, role)
+    def restore(cls, ledger: Ledger, role: Role, domains: Sequence[Domain] = ()) -> ChannelBook:
+        """Fold the journal. Raises `LocalProtocolError` when it breaks a rule: then nothing is signed.
+
+        `domains`: the chains that we know. A channel from before journals named its chain is on the one that its id fits.
+        """
+        book = cls(ledger, role, domains)
         replay(ledger, book._fold, None)
         for state in book._states.values():
             book._weigh(state)
@@ -66,21 +74,21 @@ class ChannelBook:
     def _fold(self, _: None, record: Record) -> None:
         if record.kind in KINDS:
             change = decode_body(record.kind, record.body)
-            fold(self.role, self._states, change)
+            fold(self.role, self._states, change, self._domains)
             self._note_end(change)
         elif record.kind == ADOPTED:
             self.adopted = True
             self.frozen = set(self._states)
 
-    async def close_open_jobs(self, tick: int) -> int:
+    async def close_open_jobs(self, tick: Callable[[ChannelState], int]) -> int:
         """After a crash: end the parts that were under way, by the rule of `recovered_costs`. Returns how many.
 
-        `tick`: what the client pays ahead, smallest unit.
+        `tick`: what the client pays ahead on a channel, in its smallest unit.
         """
         changes: list[Change] = [
             JobEnded(state.channel_id, job_id, part, cost, 0, b"")
             for state in self._states.values()
-            for (job_id, part), cost in recovered_costs(state, tick).items()
+            for (job_id, part), cost in recovered_costs(state, tick(state)).items()
         ]
         if changes:
             await self.change(changes)
@@ -139,13 +147,16 @@ class ChannelBook:
         return effects
 
 
-async def refresh(book: ChannelBook, chain: Chain, channel_id: ChannelId) -> tuple[ChannelState, list[Effect]]:
-    """Bring one channel up to what the contract says now.
+async def refresh(book: ChannelBook, chains: Chains, channel_id: ChannelId) -> tuple[ChannelState, list[Effect]]:
+    """Bring one channel up to what the contract on its chain says now.
 
-    Raises `ChainError`, or `ProtocolError` when the sight breaks a rule; then the channel is quarantined.
+    Raises `ChainError`, `ConfigError` when its chain is none of ours, or `ProtocolError` when the sight breaks a rule; then the
+    channel is quarantined.
     """
-    if book.get(channel_id) is None:
+    held = book.get(channel_id)
+    if held is None:
         raise LocalProtocolError(f"channel {channel_id} is not in this journal")
+    chain = chains.of(held.domain)
     async with book._sights.setdefault(channel_id, trio.Lock()):
         seen = await chain.channel(channel_id)
         state = book.channels[channel_id]
@@ -161,8 +172,20 @@ async def refresh(book: ChannelBook, chain: Chain, channel_id: ChannelId) -> tup
         return book.channels[channel_id], effects
 
 
-def fold_record(role: Role, states: dict[ChannelId, ChannelState], record: Record) -> dict[ChannelId, ChannelState]:
+async def follow(book: ChannelBook, chains: Chains, channel_id: ChannelId) -> list[Effect]:
+    """Refresh one channel of many: what is wrong with it is logged and stays its own. Raises `ChainError`."""
+    try:
+        _, effects = await refresh(book, chains, channel_id)
+    except ProtocolError as error:
+        log.error("channel %s is quarantined, no new work on it: %s", channel_id, error)
+        return []
+    return effects
+
+
+def fold_record(
+    role: Role, states: dict[ChannelId, ChannelState], record: Record, domains: Sequence[Domain] = ()
+) -> dict[ChannelId, ChannelState]:
     """Reducer for `replay`; records of other kinds (transactions, say) are not about channels."""
     if record.kind in KINDS:
-        fold(role, states, decode_body(record.kind, record.body))
+        fold(role, states, decode_body(record.kind, record.body), domains)
     return states

@@ -43,7 +43,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.offers import VerifiedOffer
-from protocol.typed_data import Domain, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, Domain, Refusal, Voucher
 
 STRANGER = PrivateKey(bytes(31) + b"\x07")
 """A key that nobody in the market has business with."""
@@ -111,7 +111,7 @@ def _in_receipt(**changes: Any) -> Callable[[Worker], Tamper]:
         def change(message: ReceiptMessage) -> Sequence[JobConversation]:
             fields = {k: v(getattr(message.receipt, k)) if callable(v) else v for k, v in changes.items()}
             wire = msgspec.structs.replace(message.receipt, **fields)
-            signature = worker.key.sign(receipt_from_wire(wire).digest(worker.chain.domain))
+            signature = worker.key.sign(receipt_from_wire(wire).digest(_home(worker, message)))
             return (ReceiptMessage(receipt=wire, signature=signature),)
 
         return _only(ReceiptMessage, change)
@@ -119,17 +119,31 @@ def _in_receipt(**changes: Any) -> Callable[[Worker], Tamper]:
     return tamper
 
 
+def _home(worker: Worker, message: ReceiptMessage) -> Domain:
+    """Domain of the channel that the honest receipt is about."""
+    return worker.book.channels[ChannelId(message.receipt.channel_id)].home
+
+
 def _receipt_of_a_stranger(worker: Worker) -> Tamper:
     def change(message: ReceiptMessage) -> Sequence[JobConversation]:
-        digest = receipt_from_wire(message.receipt).digest(worker.chain.domain)
+        digest = receipt_from_wire(message.receipt).digest(_home(worker, message))
         return (msgspec.structs.replace(message, signature=STRANGER.sign(digest)),)
+
+    return _only(ReceiptMessage, change)
+
+
+def _receipt_for_another_chain(worker: Worker) -> Tamper:
+    def change(message: ReceiptMessage) -> Sequence[JobConversation]:
+        home = _home(worker, message)
+        digest = receipt_from_wire(message.receipt).digest(Domain(home.chain_id + 1, home.verifying_contract))
+        return (msgspec.structs.replace(message, signature=worker.key.sign(digest)),)
 
     return _only(ReceiptMessage, change)
 
 
 def _refusal_of_a_stranger(worker: Worker) -> Tamper:
     def change(message: Accept) -> Sequence[JobConversation]:
-        signature = STRANGER.sign(Refusal(JobId(bytes(32)), int(RefusalReason.BUSY), 1).digest(worker.chain.domain))
+        signature = STRANGER.sign(Refusal(JobId(bytes(32)), int(RefusalReason.BUSY), 1).digest(MARKET_DOMAIN))
         return (Refuse(reason=RefusalReason.BUSY, detail="", at=1, signature=signature),)
 
     return _only(Accept, change)
@@ -154,6 +168,7 @@ CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxyType(
         "receipt for another channel": _in_receipt(channel_id=bytes(32)),
         "receipt for another model": _in_receipt(model_id=bytes(32)),
         "receipt signed by a stranger": _receipt_of_a_stranger,
+        "receipt for another chain": _receipt_for_another_chain,
         "refusal signed by a stranger": _refusal_of_a_stranger,
         "more tokens than asked for": _padded,
         "other tokens than signed": lambda _: _only(
@@ -216,12 +231,14 @@ class Hand:
         offer = client.offers.of(worker.key.peer_id)
         if offer is None:
             raise ValueError("the client does not know the worker's offer")
-        state, _ = await client.wallet.ensure_channel(offer, needed)
+        ours = client.wallet.means
+        payment = next(payment for payment in offer.document.accepts if payment.asset in ours)
+        state, _ = await client.wallet.ensure_channel(offer, payment, needed)
         return cls(client, offer, state)
 
     @property
     def domain(self) -> Domain:
-        return self.client.domain
+        return self.state.home
 
     def voucher(
         self,

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +24,9 @@ from typing import Any
 import trio
 
 from node.chain.memory import MemoryChain, MemoryLedger
+from node.chains import Chains
 from node.client.client import Client
-from node.client.settings import ClientSettings
+from node.client.settings import ClientSettings, Means
 from node.client.wallet import ClientWallet
 from node.errors import NodeError
 from node.network.discovery import OfferBook
@@ -35,12 +37,13 @@ from node.store.channels import ChannelBook
 from node.store.errors import LedgerClosed
 from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
+from node.worker.accepted import Accepted
 from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings
 from protocol.channel import Role
 from protocol.ids import PeerId
 from protocol.keys import PrivateKey
-from protocol.pricing import Price
+from protocol.pricing import Price, cost
 
 START_MS = 1_800_000_000_000
 
@@ -62,26 +65,60 @@ class Market:
     workers: list[Worker] = field(default_factory=list)
     failures: dict[PeerId, BaseException] = field(default_factory=dict)
     """How workers ended that ended by themselves."""
+    further: dict[str, MemoryLedger] = field(default_factory=dict)
+    """Chains besides `ledger`, by name; see `add_chain`."""
     _scopes: dict[PeerId, trio.CancelScope] = field(default_factory=dict)
     _names: itertools.count[int] = field(default_factory=itertools.count)
     _draws: itertools.count[int] = field(default_factory=itertools.count)
 
-    def settings(self, **serve: int) -> WorkerSettings:
-        """Defaults, but for these fields of `ServeSettings`."""
-        return WorkerSettings(price=self.price, token=self.ledger.token, serve=ServeSettings(**serve))
+    @property
+    def tick(self) -> int:
+        """Cost of one tick of output at the market's price."""
+        return cost(Price(output=self.price.output), 0, self.settings().tick_tokens)
+
+    def add_chain(self, name: str, chain_id: int) -> MemoryLedger:
+        """One more chain, with contracts and a token of its own."""
+        clock = self.now_ms
+        self.further[name] = MemoryLedger(clock=lambda: clock() / 1000, chain_id=chain_id)
+        return self.further[name]
+
+    def ledgers(self, names: Sequence[str]) -> dict[str, MemoryLedger]:
+        return {name: self.ledger if name == "default" else self.further[name] for name in names}
+
+    def accepted(self, price: Price | None = None, ledger: MemoryLedger | None = None, **values: Any) -> Accepted:
+        """To be paid in the token of a chain; by default of the first, at the market's price."""
+        chain = ledger or self.ledger
+        values.setdefault("token", chain.token)
+        return Accepted(domain=chain.domain, price=price or self.price, **values)
+
+    def means(self, ledger: MemoryLedger | None = None, **values: Any) -> Means:
+        """To pay with the token of a chain; by default of the first."""
+        chain = ledger or self.ledger
+        values.setdefault("token", chain.token)
+        return Means(domain=chain.domain, **{"rate": Fraction(1), **values})
+
+    def settings(self, *accepts: Accepted, **serve: int) -> WorkerSettings:
+        """Defaults, but for these fields of `ServeSettings`; paid in the first chain's token unless told otherwise."""
+        return WorkerSettings(accepts=accepts or (self.accepted(),), serve=ServeSettings(**serve))
 
     async def worker(
-        self, backend: FakeBackend | None = None, settings: WorkerSettings | None = None, name: str = ""
+        self,
+        backend: FakeBackend | None = None,
+        settings: WorkerSettings | None = None,
+        name: str = "",
+        chains: Sequence[str] = ("default",),
     ) -> Worker:
-        """A worker that serves. The same `name` reopens the same key and journal."""
+        """A worker that serves, on these chains. The same `name` reopens the same key and journal."""
         name = name or f"worker {next(self._names)}"
         hot = key(name)
-        self.ledger.mint(hot.address, native=10**18)
+        ledgers = self.ledgers(chains)
+        for ledger in ledgers.values():
+            ledger.mint(hot.address, native=10**18)
         journal = self._journal(name, bytes(hot.address))
         worker = Worker(
             key=hot,
             network=self.hub.join(hot.peer_id),
-            chain=MemoryChain(self.ledger, hot.address),
+            chains=Chains({name: MemoryChain(ledger, hot.address) for name, ledger in ledgers.items()}),
             ledger=journal,
             backend=backend or FakeBackend(),
             settings=settings or self.settings(),
@@ -118,23 +155,32 @@ class Market:
         *,
         deposit: int = 10_000_000,
         settings: ClientSettings | None = None,
+        means: Sequence[Means] = (),
         name: str = "",
         meet: bool = True,
+        chains: Sequence[str] = ("default",),
     ) -> Client:
-        """A client with a deposit that knows every worker's offer. The same `name` reopens the same keys and journal."""
+        """A client that knows every worker's offer, with a deposit of everything that it pays with: by default the token of the
+        first of `chains`. The same `name` reopens the same keys and journal."""
         name = name or f"client {next(self._names)}"
         payer, session = key(f"{name} payer"), key(f"{name} session")
-        self.ledger.mint(payer.address, native=10**18, tokens=deposit)
-        chain = MemoryChain(self.ledger, payer.address)
+        ledgers = self.ledgers(chains)
+        means = means or [self.means(next(iter(ledgers.values())))]
+        for one in means:
+            (ledger,) = [ledger for ledger in ledgers.values() if ledger.domain == one.domain]
+            ledger.mint(payer.address, native=10**18)
+            ledger.apply(lambda world, _, token=one.token: (world.pay(token, payer.address, deposit), []))
+        known = Chains({name: MemoryChain(ledger, payer.address) for name, ledger in ledgers.items()})
         network = self.hub.join(session.peer_id)
         randoms = (hashlib.sha256(f"{name} {n}".encode()).digest() for n in self._draws)
         options = settings or ClientSettings()
-        book = ChannelBook.restore(self._journal(name, bytes(payer.address)), Role.CLIENT)
-        await book.close_open_jobs(0)
+        book = ChannelBook.restore(self._journal(name, bytes(payer.address)), Role.CLIENT, known.domains)
+        await book.close_open_jobs(lambda _: 0)
         wallet = ClientWallet(
             payer=payer,
             session=session,
-            chain=chain,
+            chains=known,
+            means=means,
             network=network,
             book=book,
             settings=options,
@@ -144,16 +190,18 @@ class Market:
         client = Client(
             network=network,
             wallet=wallet,
-            offers=OfferBook(chain.domain, self.now_ms),
+            offers=OfferBook(self.now_ms),
             settings=options,
             spawn=self.nursery.start_soon,
             now_ms=self.now_ms,
             random32=lambda: next(randoms),
         )
         for channel_id in tuple(book.channels):
-            await wallet.refresh(channel_id)
+            if known.get(book.channels[channel_id].domain) is not None:
+                await wallet.refresh(channel_id)
         if deposit:
-            await client.deposit(deposit)
+            for one in means:
+                await client.deposit(deposit, one.asset)
         if meet:
             for worker in self.workers:
                 await client.meet(worker.network.addresses[0])

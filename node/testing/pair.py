@@ -52,7 +52,7 @@ from protocol.messages import (
     amount_to_wire,
 )
 from protocol.pricing import Price
-from protocol.typed_data import ChannelConfig, Domain, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, ChannelConfig, Domain, Refusal, Voucher
 
 
 def key(name: str) -> PrivateKey:
@@ -233,7 +233,7 @@ class JobPair:
 
     def _refuse(self) -> bytes:
         refusal = Refusal(self.terms.ask.job_id, RefusalReason.BUSY, 1_700_000_000_000)
-        signature = self.parties.worker.sign(refusal.digest(self.parties.domain))
+        signature = self.parties.worker.sign(refusal.digest(MARKET_DOMAIN))
         return self.worker.send(
             Refuse(reason=RefusalReason.BUSY, detail="no free slot", at=refusal.at, signature=signature)
         )

@@ -3,8 +3,9 @@
 A channel is served only on what the contract has locked: `open` submits the payer's signed allocation itself, so a client
 needs no transaction to reach a new worker. That gas is ours, and a stranger's money is only locked, not spent. So what strangers
 can make us burn is bounded, not zero: nothing is submitted that the vault cannot hold or that adds less than
-`min_allocation`; one payer gets so many transactions a day, and all payers together so many an hour (`GasBudget`; payers are
-free to make, so the second is the true bound); and money that has earned us nothing goes home by the delayed withdrawal only.
+`min_allocation`; one payer gets so many transactions a day, and all payers together so many an hour (`GasBudget`, one per chain;
+payers are free to make, so the second is the true bound); and money that has earned us nothing goes home by the delayed
+withdrawal only. A chain that hangs holds up the openings on itself alone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from node.chains import Chains
 from node.errors import ChainError
 from node.ports import Chain
-from node.store.channels import ChannelBook, refresh
+from node.store.channels import ChannelBook, follow, refresh
+from node.worker.accepted import AcceptedAssets
 from protocol.channel import (
     AllocationRaised,
     Change,
@@ -29,7 +32,7 @@ from protocol.channel import (
     CloseSigned,
     Effect,
 )
-from protocol.errors import ProtocolError, RemoteProtocolError, WireCode
+from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import Address, ChannelId, PeerId
 from protocol.keys import PrivateKey, require_signer
 from protocol.messages import (
@@ -50,11 +53,8 @@ _LOST = "this worker has lost its books of that channel; open one with another s
 
 @dataclass(frozen=True, slots=True)
 class ChannelRules:
-    token: Address
     min_withdraw_delay: int
     """Seconds."""
-    min_allocation: int
-    """Smallest unit: what an allocation must add; below it the gas of allocating and claiming is not worth it."""
     min_earned: int = 1
     """Smallest unit: what a channel must have earned before we consent to close it at once."""
     payer_per_day: int = 20
@@ -99,22 +99,22 @@ class ChannelDesk:
         self,
         *,
         key: PrivateKey,
-        domain: Domain,
         book: ChannelBook,
-        chain: Chain,
+        chains: Chains,
+        accepted: AcceptedAssets,
         rules: ChannelRules,
         now_s: Callable[[], int],
         claim_now: Callable[[ClaimNow], None],
     ) -> None:
         self._key = key
-        self._domain = domain
         self._book = book
-        self._chain = chain
+        self._chains = chains
+        self._accepted = accepted
         self._rules = rules
         self._now_s = now_s
         self._claim_now = claim_now
-        self._gas = GasBudget(rules)
-        self._opening = trio.CapacityLimiter(4)
+        self._gas = {domain: GasBudget(rules) for domain in chains.domains}
+        self._opening = {domain: trio.CapacityLimiter(4) for domain in chains.domains}
         self.draining = False
 
     async def answer(self, peer: PeerId, question: msgspec.Struct) -> msgspec.Struct:
@@ -138,65 +138,77 @@ class ChannelDesk:
             raise RemoteProtocolError(WireCode.DRAINING, "the worker is shutting down")
         config = config_from_wire(message.config)
         allocated = amount_from_wire(message.allocated)
-        channel_id = config.channel_id(self._domain)
-        self._check(config, message.valid_before)
+        domain = Domain(message.chain_id, Address(message.contract))
+        least = self._check(config, domain, message.valid_before)
+        channel_id = config.channel_id(domain)
         allocation = Allocation(channel_id, allocated, message.valid_before)
-        require_signer(allocation.digest(self._domain), message.signature, config.payer, "allocation")
+        require_signer(allocation.digest(domain), message.signature, config.payer, "allocation")
         if channel_id in self._book.frozen:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)
-        async with self._opening:
+        chain = self._chains.of(domain)
+        async with self._opening[domain]:
             transaction = b""
-            seen = await self._chain.channel(channel_id)
+            seen = await chain.channel(channel_id)
             if self._book.adopted and seen.allocated and self._book.get(channel_id) is None:
                 raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)  # its receipt numbers may have been used before
             if seen.closed:
                 raise RemoteProtocolError(WireCode.BAD_VOUCHER, "this channel is over; open one with another salt")
             if seen.allocated < allocated:
-                transaction = await self._submit(config, allocated - seen.allocated, message)
-            await self._note(config, channel_id, allocated, message)
+                transaction = await self._submit(chain, config, allocated - seen.allocated, least, message)
+            await self._note(config, domain, channel_id, allocated, message)
             state = await self.refresh(channel_id)
         await self._book.change([])  # what another task applied a moment ago is durable before it is told
         return self._status(state, transaction)
 
-    def _check(self, config: ChannelConfig, valid_before: int) -> None:
+    def _check(self, config: ChannelConfig, domain: Domain, valid_before: int) -> int:
+        """The least that an allocation must add. Raises `RemoteProtocolError` for a channel that we do not want."""
+        accepted = self._accepted.get(domain, config.token)
+        if accepted is None:
+            raise RemoteProtocolError(
+                WireCode.WRONG_DOMAIN,
+                f"this worker is not paid in token {config.token} by contract {domain.verifying_contract} on chain "
+                f"{domain.chain_id}",
+            )
         me = self._key.address
         if config.receiver != me or config.receiver_authorizer != me:
             raise RemoteProtocolError(
                 WireCode.BAD_VOUCHER, f"the channel pays {config.receiver}, not this worker, {me}"
             )
-        if config.token != self._rules.token:
-            raise RemoteProtocolError(WireCode.WRONG_DOMAIN, f"this worker is paid in token {self._rules.token}")
         if config.withdraw_delay < self._rules.min_withdraw_delay:
             raise RemoteProtocolError(
                 WireCode.BAD_VOUCHER, f"a withdraw delay of at least {self._rules.min_withdraw_delay} s is required"
             )
         if valid_before <= self._now_s():
             raise RemoteProtocolError(WireCode.EXPIRED, "the allocation is past its time")
+        return accepted.min_allocation
 
-    async def _submit(self, config: ChannelConfig, missing: int, message: OpenChannel) -> bytes:
-        if missing < self._rules.min_allocation:
+    async def _submit(
+        self, chain: Chain, config: ChannelConfig, missing: int, least: int, message: OpenChannel
+    ) -> bytes:
+        if missing < least:
             raise RemoteProtocolError(
-                WireCode.BAD_VOUCHER,
-                f"an allocation must add at least {self._rules.min_allocation}, this adds {missing}",
+                WireCode.BAD_VOUCHER, f"an allocation must add at least {least}, this adds {missing}"
             )
-        balance = await self._chain.vault_balance(config.token, config.payer)
+        balance = await chain.vault_balance(config.token, config.payer)
         if balance < missing:
             raise RemoteProtocolError(
                 WireCode.BAD_VOUCHER, f"the payer's vault holds {balance}, the allocation needs {missing} more"
             )
-        self._gas.take(config.payer, self._now_s())
-        result = await self._chain.allocate(
+        self._gas[chain.domain].take(config.payer, self._now_s())
+        result = await chain.allocate(
             config, amount_from_wire(message.allocated), message.valid_before, message.signature
         )
         if not result.ok:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"the contract refused the allocation: {result.error}")
         return result.hash
 
-    async def _note(self, config: ChannelConfig, channel_id: ChannelId, allocated: int, message: OpenChannel) -> None:
+    async def _note(
+        self, config: ChannelConfig, domain: Domain, channel_id: ChannelId, allocated: int, message: OpenChannel
+    ) -> None:
         held = self._book.get(channel_id)
         change: Change
         if held is None:
-            change = ChannelOpened(channel_id, config, allocated, message.valid_before, message.signature)
+            change = ChannelOpened(channel_id, config, allocated, message.valid_before, message.signature, domain)
         elif allocated > held.authorized:
             change = AllocationRaised(channel_id, allocated, message.valid_before, message.signature)
         else:
@@ -205,16 +217,13 @@ class ChannelDesk:
 
     async def refresh(self, channel_id: ChannelId) -> ChannelState:
         """Bring one channel up to what the contract says now."""
-        state, effects = await refresh(self._book, self._chain, channel_id)
+        state, effects = await refresh(self._book, self._chains, channel_id)
         self._act(effects)
         return state
 
     async def follow(self, channel_id: ChannelId) -> None:
-        """Refresh one channel of many: what is wrong with it is logged and stays its own. Raises `ChainError`."""
-        try:
-            await self.refresh(channel_id)
-        except ProtocolError as error:
-            log.error("channel %s is quarantined, no new work on it: %s", channel_id, error)
+        """Refresh one channel of many: what is wrong with it stays its own. Raises `ChainError`."""
+        self._act(await follow(self._book, self._chains, channel_id))
 
     def _act(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -224,7 +233,7 @@ class ChannelDesk:
         state = self._known(message.channel_id)
         asked = amount_from_wire(message.final)
         wish = Close(state.channel_id, asked)
-        require_signer(wish.digest(self._domain), message.signature, state.config.payer_authorizer, "close request")
+        require_signer(wish.digest(state.home), message.signature, state.config.payer_authorizer, "close request")
         if state.open_jobs:
             raise RemoteProtocolError(WireCode.UNEXPECTED, f"{len(state.open_jobs)} jobs are under way on this channel")
         final = max(state.claimed, min(state.spent, state.cumulative)) if state.final is None else state.final
@@ -236,7 +245,7 @@ class ChannelDesk:
             )
         if asked < final:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"{final} is due on this channel, not {asked}")
-        signature = self._key.sign(Close(state.channel_id, final).digest(self._domain))
+        signature = self._key.sign(Close(state.channel_id, final).digest(state.home))
         change = [CloseSigned(state.channel_id, final, signature)] if state.final is None else []
         await self._book.change(change)  # of an equal consent that is on its way to the disk, too, the end is awaited
         return CloseConsent(channel_id=bytes(state.channel_id), final=amount_to_wire(final), signature=signature)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from node.ports import ModelInfo
-from protocol.ids import Address, Hash32, ModelId
+from node.worker.accepted import AcceptedAssets
+from protocol.ids import Hash32, ModelId
 from protocol.keys import PrivateKey
 from protocol.messages import OfferMessage
-from protocol.offers import ModelOffer, OfferDocument, VerifiedOffer, open_offer, sign_offer
-from protocol.pricing import Price, cost
-from protocol.typed_data import Domain
+from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, open_offer, sign_offer
 
 HONOURED = (
     "temperature",
@@ -31,8 +30,7 @@ HONOURED = (
 class Terms:
     """What the operator decides about an offer."""
 
-    price: Price
-    token: Address
+    accepted: AcceptedAssets
     ttl_ms: int
     tick_tokens: int
     tick_ms: int
@@ -56,7 +54,6 @@ class OfferDesk:
     def __init__(
         self,
         key: PrivateKey,
-        domain: Domain,
         terms: Terms,
         models: Mapping[ModelId, ModelInfo],
         speeds: Mapping[ModelId, Speed],
@@ -65,7 +62,6 @@ class OfferDesk:
         now_ms: Callable[[], int],
     ) -> None:
         self._key = key
-        self._domain = domain
         self._terms = terms
         self._models = models
         self._speeds = speeds
@@ -80,16 +76,6 @@ class OfferDesk:
         """Offers by hash that have not expired: what an ask may name."""
         return self._valid
 
-    @property
-    def credit(self) -> int:
-        """Cost of the output that one channel may be ahead of its vouchers."""
-        return cost(Price(output=self._terms.price.output), 0, self._terms.credit_tokens)
-
-    @property
-    def tick(self) -> int:
-        """Cost of one tick of output: what clients pay ahead."""
-        return cost(Price(output=self._terms.price.output), 0, self._terms.tick_tokens)
-
     def current(self) -> OfferMessage:
         """The offer of now, signed anew when half of its life is over."""
         now = self._now_ms()
@@ -101,8 +87,8 @@ class OfferDesk:
     def renew(self) -> OfferMessage:
         """Sign a fresh offer, for instance because the free places changed."""
         now = self._now_ms()
-        message = sign_offer(self._document(now), self._key, self._domain)
-        offer = open_offer(message, domain=self._domain, now_ms=now)
+        message = sign_offer(self._document(now), self._key)
+        offer = open_offer(message, now_ms=now)
         self._valid = {h: o for h, o in self._valid.items() if o.valid_at(now)}
         self._valid[offer.hash] = offer
         self._current = offer
@@ -113,16 +99,22 @@ class OfferDesk:
         return OfferDocument(
             peer_id=str(self._key.peer_id),
             addresses=self._addresses(),
-            chain_id=self._domain.chain_id,
-            contract=bytes(self._domain.verifying_contract),
-            token=bytes(terms.token),
+            accepts=tuple(
+                Payment(
+                    chain_id=one.domain.chain_id,
+                    contract=bytes(one.domain.verifying_contract),
+                    token=bytes(one.token),
+                    min_withdraw_delay=terms.min_withdraw_delay,
+                    min_allocation=one.min_allocation,
+                )
+                for one in terms.accepted
+            ),
             models=tuple(self._model(info) for info in self._models.values()),
             issued=now,
             expires=now + terms.ttl_ms,
             tick_tokens=terms.tick_tokens,
             tick_ms=terms.tick_ms,
             credit_tokens=terms.credit_tokens,
-            min_withdraw_delay=terms.min_withdraw_delay,
             free_slots=max(0, self._free_slots()),
             version=terms.version,
         )
@@ -132,7 +124,7 @@ class OfferDesk:
         return ModelOffer(
             model_id=bytes(info.id),
             name=info.name,
-            price=self._terms.price,
+            prices=tuple(one.price for one in self._terms.accepted),
             context_length=info.context_length,
             max_tokens=min(self._terms.max_tokens, info.context_length),
             dtype=info.dtype,

@@ -254,7 +254,7 @@ class ServedPart:
             return None
         receipt = machine.make_receipt(self.finish, server.now_ms())
         message = ReceiptMessage(
-            receipt=receipt_to_wire(receipt), signature=server.key.sign(receipt.digest(server.domain))
+            receipt=receipt_to_wire(receipt), signature=server.key.sign(receipt.digest(self.terms.domain))
         )
         ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
         kept = KeptResult(

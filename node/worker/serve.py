@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import trio
@@ -21,6 +21,7 @@ from node.ports import Backend, ByteStream, Prompt, StreamClosed
 from node.store.channels import ChannelBook
 from node.store.meter import Meter
 from node.store.results import Results
+from node.worker.accepted import AcceptedAssets
 from node.worker.desk import OfferDesk
 from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, result_key
 from node.worker.part import ServedPart
@@ -39,7 +40,7 @@ from protocol.messages import (
     amount_from_wire,
 )
 from protocol.payment import crumb, exposure, needless
-from protocol.typed_data import Domain, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, Domain, Refusal, Voucher
 
 log = logging.getLogger(__name__)
 _CRUMBS = 4
@@ -59,7 +60,6 @@ class ServeSettings:
     """From the first byte of an ask to its last: nobody holds our memory with half a message for long."""
     ack_ms: int = 10_000
     max_streams: int = 4
-    credit_limit: int = 0
     chain_age_limit_ms: int = 60_000
 
 
@@ -82,7 +82,7 @@ class JobServer:
         self,
         *,
         key: PrivateKey,
-        domain: Domain,
+        accepted: AcceptedAssets,
         book: ChannelBook,
         results: Results,
         backend: Backend,
@@ -90,10 +90,10 @@ class JobServer:
         meter: Meter,
         settings: ServeSettings,
         now_ms: Callable[[], int],
-        chain_age_ms: Callable[[], int],
+        chain_age_ms: Callable[[Domain], int],
     ) -> None:
         self.key = key
-        self.domain = domain
+        self.accepted = accepted
         self.book = book
         self.results = results
         self.backend = backend
@@ -138,15 +138,23 @@ class JobServer:
         except StreamClosed:
             pass
 
-    def load(self, asking: ChannelId) -> Load:
-        """How busy we are, seen from one channel."""
-        credit = self.desk.credit
+    def load(self, asking: ChannelState | None) -> Load:
+        """How busy we are, seen from one channel; from one that we do not know there is nothing to see of chain and credit."""
+        accepted = None if asking is None else self.accepted.of(asking)
+        in_use = age = 0
+        if asking is not None and accepted is not None:
+            credit = self.accepted.credit(asking)
+            same = (
+                s for s in self.book.at_risk if s.channel_id != asking.channel_id and self.accepted.of(s) is accepted
+            )
+            in_use = sum(exposure(s, credit) for s in same)
+            age = self.chain_age_ms(accepted.domain)
         return Load(
             free_slots=self.free_slots,
             draining=self.draining,
-            credit_in_use=sum(exposure(s, credit) for s in self.book.at_risk if s.channel_id != asking),
-            credit_limit=self.settings.credit_limit,
-            chain_age_ms=self.chain_age_ms(),
+            credit_in_use=in_use,
+            credit_limit=0 if accepted is None else accepted.credit_limit,
+            chain_age_ms=age,
             chain_age_limit_ms=self.settings.chain_age_limit_ms,
         )
 
@@ -171,13 +179,13 @@ class JobServer:
             self.busy -= 1
 
     def _check(self, ask: AskMessage) -> Checked:
+        channel = self._channel(ask)
         return check_ask(
             ask,
             worker=self.key.address,
-            domain=self.domain,
             offers=self.desk.valid,
-            channel=self._channel(ask),
-            load=self.load(ChannelId(ask.channel_id)),
+            channel=channel,
+            load=self.load(channel),
             now_ms=self.now_ms(),
         )
 
@@ -194,11 +202,10 @@ class JobServer:
             raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was cut off by a crash and is charged for")
         channel = self.book.channels[checked.channel.channel_id]
         terms = check_prompt(
-            Checked(checked.ask, checked.offer, checked.model, channel, checked.cumulative),
+            replace(checked, channel=channel),
             len(prompt.token_ids) + len(checked.ask.resume),
-            domain=self.domain,
             running=self.meter.running(channel.channel_id),
-            load=self.load(channel.channel_id),
+            load=self.load(channel),
         )
         if not self.backend.fits(prompt, checked.ask.params.max_tokens):
             raise Rejected(RefusalReason.BUSY, "no memory is free for a job of this size")
@@ -230,7 +237,7 @@ class JobServer:
     async def _refuse(self, link: JobStream[JobWorker], ask: AskMessage, no: Rejected) -> None:
         self.stats.refused[no.reason.code] += 1
         at = self.now_ms()
-        signature = self.key.sign(Refusal(JobId(ask.job_id), int(no.reason), at).digest(self.domain))
+        signature = self.key.sign(Refusal(JobId(ask.job_id), int(no.reason), at).digest(MARKET_DOMAIN))
         offer = None if self.draining else self.desk.current()
         await link.send(Refuse(reason=no.reason, detail=no.detail[:500], at=at, signature=signature, offer=offer))
 
@@ -278,7 +285,7 @@ class JobServer:
         if isinstance(message, VoucherMessage) and state.cumulative < cumulative <= state.ceiling:
             if needless(state):
                 return
-            if crumb(state, self.meter.running(channel_id), cumulative, self.desk.tick):
+            if crumb(state, self.meter.running(channel_id), cumulative, self.accepted.tick(state)):
                 part = (channel_id, JobId(ask.job_id), ask.part)
                 self._crumbs[part] += 1
                 if self._crumbs[part] > _CRUMBS:
@@ -287,6 +294,6 @@ class JobServer:
                     )
         if cumulative > state.cumulative:
             voucher = Voucher(channel_id, cumulative)
-            require_signer(voucher.digest(self.domain), message.signature, state.config.payer_authorizer, "voucher")
+            require_signer(voucher.digest(state.home), message.signature, state.config.payer_authorizer, "voucher")
             await self.book.change([VoucherAdded(channel_id, cumulative, message.signature)])
         self.wake(channel_id)

@@ -14,22 +14,25 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.errors import ChainError, LedgerError, NetworkError, ReorgTooDeep
+from node.chains import Chains
+from node.errors import LedgerError, NetworkError
 from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
 from node.network.groups import plain_errors
-from node.ports import REORG_DEPTH, Backend, ByteStream, Chain, ChainEvent, Network
+from node.ports import Backend, ByteStream, Chain, Network
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
 from node.store.meter import Meter
 from node.store.results import Results
+from node.worker.accepted import Accepted, AcceptedAssets
 from node.worker.channels import ChannelDesk, ChannelRules
-from node.worker.claims import Claimer, ClaimPolicy, ClaimReport
+from node.worker.claims import Claimer, ClaimPolicy, ClaimReport, claim_all
 from node.worker.desk import HONOURED, OfferDesk, Speed, Terms
 from node.worker.serve import JobServer, ServeSettings
-from protocol.channel import Role
+from node.worker.watch import ChainWatch
+from protocol.channel import ClaimNow, Role
 from protocol.errors import RemoteProtocolError, WireCode
-from protocol.ids import Address, ChannelId, ModelId, PeerId
+from protocol.ids import ModelId, PeerId
 from protocol.keys import PrivateKey
 from protocol.messages import (
     CHANNEL_PROTOCOL,
@@ -40,15 +43,15 @@ from protocol.messages import (
     OfferMessage,
     Params,
 )
-from protocol.pricing import Price, cost
+from protocol.typed_data import Domain
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    price: Price
-    token: Address
+    accepts: tuple[Accepted, ...]
+    """What the worker is paid in, in the order of its offer."""
     serve: ServeSettings = field(default_factory=ServeSettings)
     claims: ClaimPolicy = field(default_factory=ClaimPolicy)
     offer_ttl_ms: int = 60_000
@@ -56,19 +59,16 @@ class WorkerSettings:
     tick_ms: int = 2000
     credit_ticks: int = 1
     min_withdraw_delay: int = 900
-    min_allocation: int = 1
     min_earned: int = 1
     """What a channel must have earned before it is closed at once; else its payer waits out the delay."""
     max_tokens: int = 65_536
     chain_poll_ms: int = 1000
+    """How often a chain's head is asked for ..."""
+    polls_ms: Mapping[Domain, int] = field(default_factory=dict)
+    """... but for chains that have an interval of their own."""
     reread_ms: int = 30_000
     """How often every channel is read again, whether or not an event told of it."""
     version: str = ""
-
-    @property
-    def tick(self) -> int:
-        """Cost of one tick of output, smallest unit: what a client pays ahead."""
-        return cost(Price(output=self.price.output), 0, self.tick_tokens)
 
 
 class Worker:
@@ -79,7 +79,7 @@ class Worker:
         *,
         key: PrivateKey,
         network: Network,
-        chain: Chain,
+        chains: Chains,
         ledger: Ledger,
         backend: Backend,
         settings: WorkerSettings,
@@ -88,47 +88,58 @@ class Worker:
     ) -> None:
         self.key = key
         self.network = network
-        self.chain = chain
+        self.chains = chains
         self.ledger = ledger
         self.settings = settings
         self.now_ms = now_ms
-        self.book = ChannelBook.restore(ledger, Role.WORKER)
+        self.book = ChannelBook.restore(ledger, Role.WORKER, chains.domains)
         self.results = Results(ledger)
         self.meter = Meter()
-        self.offers = OfferBook(chain.domain, now_ms)
+        self.offers = OfferBook(now_ms)
         """What other workers sell; verified, because only sound offers are passed on."""
-        self._chain_seen = -1e9
-        self._events_from = 0
-        """Block from which a new reading of events misses nothing."""
-        self.claimer = Claimer(
-            book=self.book,
-            chain=chain,
-            policy=settings.claims,
-            follow=lambda channel_id: self.channels.follow(channel_id),
-            now_s=trio.current_time,
-            receiver=key.address,
-        )
+        for one in settings.accepts:
+            chains.of(one.domain)
+        credit_tokens = settings.tick_tokens * settings.credit_ticks
+        self.accepted = AcceptedAssets(settings.accepts, tick_tokens=settings.tick_tokens, credit_tokens=credit_tokens)
         self.channels = ChannelDesk(
             key=key,
-            domain=chain.domain,
             book=self.book,
-            chain=chain,
-            rules=ChannelRules(
-                settings.token, settings.min_withdraw_delay, settings.min_allocation, settings.min_earned
-            ),
+            chains=chains,
+            accepted=self.accepted,
+            rules=ChannelRules(settings.min_withdraw_delay, settings.min_earned),
             now_s=lambda: now_ms() // 1000,
-            claim_now=self.claimer.hurry,
+            claim_now=self._claim_now,
         )
+        self.claimers = {
+            chain.domain: Claimer(
+                book=self.book,
+                chain=chain,
+                policy=settings.claims,
+                follow=self.channels.follow,
+                now_s=trio.current_time,
+                receiver=key.address,
+            )
+            for chain in chains
+        }
+        self.watches = {
+            chain.domain: ChainWatch(
+                name=chains.name(chain.domain),
+                chain=chain,
+                book=self.book,
+                follow=self.channels.follow,
+                poll_ms=settings.polls_ms.get(chain.domain, settings.chain_poll_ms),
+                reread_ms=settings.reread_ms,
+            )
+            for chain in chains
+        }
         self.desk = OfferDesk(
             key,
-            chain.domain,
             Terms(
-                price=settings.price,
-                token=settings.token,
+                accepted=self.accepted,
                 ttl_ms=settings.offer_ttl_ms,
                 tick_tokens=settings.tick_tokens,
                 tick_ms=settings.tick_ms,
-                credit_tokens=settings.tick_tokens * settings.credit_ticks,
+                credit_tokens=credit_tokens,
                 min_withdraw_delay=settings.min_withdraw_delay,
                 max_tokens=settings.max_tokens,
                 version=settings.version,
@@ -141,7 +152,7 @@ class Worker:
         )
         self.server = JobServer(
             key=key,
-            domain=chain.domain,
+            accepted=self.accepted,
             book=self.book,
             results=self.results,
             backend=backend,
@@ -149,19 +160,32 @@ class Worker:
             meter=self.meter,
             settings=settings.serve,
             now_ms=now_ms,
-            chain_age_ms=self.chain_age_ms,
+            chain_age_ms=lambda domain: self.watches[domain].age_ms(),
         )
 
+    @property
+    def chain(self) -> Chain:
+        """The default one."""
+        return self.chains.first
+
     def chain_age_ms(self) -> int:
-        """Since the chain was last seen."""
-        return int((trio.current_time() - self._chain_seen) * 1000)
+        """Since the chain that was seen least lately was seen."""
+        return max(watch.age_ms() for watch in self.watches.values())
+
+    def _claim_now(self, effect: ClaimNow) -> None:
+        state = self.book.channels[effect.channel_id]
+        self.claimers[state.home].hurry(effect)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Catch up with the chain, then serve. Raises `LedgerError` as soon as the journal fails: nothing is signed then."""
-        ended = await self.book.close_open_jobs(self.settings.tick)
+        """Catch up with the chains, then serve. Raises `LedgerError` as soon as the journal fails: nothing is signed then."""
+        ended = await self.book.close_open_jobs(self.accepted.tick)
         if ended:
             log.warning("%d parts were cut off by the last stop; booked what their vouchers cover", ended)
-        await self._catch_up()
+        for state in self.book.channels.values():
+            if self.chains.get(state.domain) is None and not state.closed:
+                log.warning("channel %s is on a chain that is not configured: nothing is done for it", state.channel_id)
+        for watch in self.watches.values():
+            await watch.catch_up()
         # A peer passes on only what it subscribes to: without this, workers would not spread each other's offers.
         await follow_gossip(self.network, self.offers)
         self.network.handle(OFFER_PROTOCOL, self._serve_offer)
@@ -172,17 +196,17 @@ class Worker:
 
     async def _run_loops(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_head)
-            nursery.start_soon(self._watch_events)
-            nursery.start_soon(self._reread)
+            for watch in self.watches.values():
+                watch.start(nursery)
+            for claimer in self.claimers.values():
+                nursery.start_soon(claimer.run)
             nursery.start_soon(self._announce)
             nursery.start_soon(self._watch_ledger)
-            nursery.start_soon(self.claimer.run)
             task_status.started()
 
     async def claim(self) -> ClaimReport:
-        """Claim and settle everything there is. Raises `ChainError`."""
-        return await self.claimer.claim(everything=True)
+        """Claim and settle everything there is, chain by chain. Raises `ChainError` when one failed, after the others."""
+        return await claim_all(self.claimers.values())
 
     async def drain(self, timeout_s: float = 30) -> bool:
         """Take nothing new and let what runs end. False when the time was up first."""
@@ -207,63 +231,6 @@ class Worker:
         await serve_one(stream, CHANNEL_PROTOCOL, self.channels.answer, timeout_s=600)
 
     # ------------------------------------------------------------------------------------------------------ loops
-
-    async def _catch_up(self) -> None:
-        """See every channel as the contract has it now, before anything is served on it."""
-        head = await self.chain.head()
-        self._chain_seen = trio.current_time()
-        # From before we look, so that nothing happens between the look and the first event unseen.
-        self._events_from = max(0, head.number - REORG_DEPTH)
-        await self._look_at_all()
-
-    async def _watch_head(self) -> None:
-        """Keep the view of the chain fresh; when it is not, `chain_stale` refuses new work."""
-        while True:
-            try:
-                await self.chain.head()
-                self._chain_seen = trio.current_time()
-            except ChainError as error:
-                log.warning("the chain cannot be read: %s", error)
-            await trio.sleep(self.settings.chain_poll_ms / 1000)
-
-    async def _watch_events(self) -> None:
-        """Refresh a channel whenever the contract says something about it, undone or not."""
-        missed = failed = False
-        while True:
-            try:
-                if failed and (await self.chain.head()).number < self._events_from:
-                    missed = True  # another, shorter chain: nothing would be told for long
-                if missed:  # events told while we could not look, or undone too far back, are not told again
-                    await self._catch_up()
-                missed = failed = False
-                async for event in self.chain.events(self._events_from):
-                    missed = True
-                    await self._see(event)
-                    self._events_from = max(self._events_from, event.block_number - REORG_DEPTH)
-                    missed = False
-            except ChainError as error:
-                failed, missed = True, missed or isinstance(error, ReorgTooDeep)
-                log.warning("events of the chain cannot be followed: %s", error)
-                await trio.sleep(self.settings.chain_poll_ms / 1000)
-
-    async def _see(self, event: ChainEvent) -> None:
-        raw = event.args.get("channelId")
-        if isinstance(raw, bytes) and len(raw) == 32 and self.book.get(ChannelId(raw)) is not None:
-            await self.channels.follow(ChannelId(raw))
-
-    async def _look_at_all(self) -> None:
-        for state in list(self.book.channels.values()):
-            if not state.closed:
-                await self.channels.follow(state.channel_id)
-
-    async def _reread(self) -> None:
-        """Look at every channel now and then: an event that never came must not hide a withdrawal for long."""
-        while True:
-            await trio.sleep(self.settings.reread_ms / 1000)
-            try:
-                await self._look_at_all()
-            except ChainError as error:
-                log.warning("channels could not be read again: %s", error)
 
     async def _announce(self) -> None:
         """Gossip the offer now and whenever half of its life is over."""
@@ -299,4 +266,4 @@ async def self_test(backend: Backend, *, tokens: int = 8) -> dict[ModelId, Speed
     return speeds
 
 
-__all__ = ["HONOURED", "Worker", "WorkerSettings", "self_test"]
+__all__ = ["HONOURED", "Accepted", "Worker", "WorkerSettings", "self_test"]

@@ -8,12 +8,14 @@ from pathlib import Path
 import trio
 
 from node.chain.memory import MemoryChain, MemoryLedger
+from node.chains import Chains
 from node.network.discovery import OfferBook, follow_gossip
 from node.network.host import open_host
 from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
 from node.testing.market import key
 from node.wiring import now_ms
+from node.worker.accepted import Accepted
 from node.worker.worker import Worker, WorkerSettings
 from protocol.messages import OFFER_TOPIC, encode
 from protocol.pricing import Price
@@ -22,7 +24,9 @@ from protocol.pricing import Price
 def test_an_offer_comes_by_way_of_another_worker(tmp_path: Path) -> None:
     async def main() -> None:
         chain = MemoryLedger()
-        settings = WorkerSettings(price=Price(output=1_000_000), token=chain.token, offer_ttl_ms=1000)
+        settings = WorkerSettings(
+            accepts=(Accepted(chain.domain, chain.token, Price(output=1_000_000)),), offer_ttl_ms=1000
+        )
         async with AsyncExitStack() as stack:
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
@@ -37,7 +41,7 @@ def test_an_offer_comes_by_way_of_another_worker(tmp_path: Path) -> None:
                 worker = Worker(
                     key=key(name),
                     network=network,
-                    chain=MemoryChain(chain, key(name).address),
+                    chains=Chains({"default": MemoryChain(chain, key(name).address)}),
                     ledger=ledger,
                     backend=FakeBackend(),
                     settings=settings,
@@ -49,7 +53,7 @@ def test_an_offer_comes_by_way_of_another_worker(tmp_path: Path) -> None:
             client = await stack.enter_async_context(
                 open_host(key("client"), listen=(), bootstrap=near.network.addresses)
             )
-            book = OfferBook(chain.domain, now_ms)
+            book = OfferBook(now_ms)
             await follow_gossip(client, book)
             with trio.fail_after(30):
                 while book.of(far.key.peer_id) is None:

@@ -137,9 +137,10 @@ def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> 
         assert answer["blocks"]["before"] == answer["blocks"]["after"]  # automine: a transaction would be a block
         status = gristmill(world.worker, "status")[0]
         assert status["finished"] == 1
-        assert status["earned"] == answer["cost"]
+        (asset,) = status["assets"]
+        assert asset["earned"] == answer["cost"] and asset["chain"] == answer["chain"] == "default"
         claimed = gristmill(world.worker, "claim")[0]
-        assert claimed["total"] == answer["cost"]
+        assert [one["amount"] for one in claimed["totals"]] == [answer["cost"]]
         assert [t["purpose"] for t in claimed["transactions"]] == ["claim", "settle"]
         # A sampled answer with a seed is the same answer twice.
         sampled = [

@@ -23,7 +23,7 @@ from protocol.channel import ChannelState, Role
 from protocol.ids import Address, ChannelId, Hash32, keccak256
 from protocol.keys import PrivateKey
 from protocol.transactions import SignedTransaction, Transaction, rlp
-from protocol.typed_data import ChannelConfig
+from protocol.typed_data import ChannelConfig, Domain
 
 KEY = PrivateKey(b"\x07" * 32)
 TO = Address(b"\x22" * 20)
@@ -413,7 +413,7 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
 
     class Chain:
         def __init__(self, sender: TxSender) -> None:
-            self.sender, self.rounds = sender, 0
+            self.sender, self.rounds, self.domain = sender, 0, Domain(CHAIN, TO)
 
         async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
             self.rounds += 1
@@ -433,6 +433,7 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
         cumulative=500,
         spent=500,
         voucher_signature=b"\x01" * 65,
+        domain=Domain(CHAIN, TO),
     )
 
     async def main(node: FakeNode, journal: Journal, sender: TxSender) -> None:

@@ -54,7 +54,7 @@ def test_up_is_found_used_and_stopped(run: Run, tmp_path: Path) -> None:
         _, checks = run("doctor")
         assert [one["status"] for one in checks["checks"] if one["check"] == "chain"] == ["pass"]
         status, claimed = run("claim")  # nothing runs and nothing is owed: journal and chain by themselves
-        assert status == 0 and claimed == {"claimed": {}, "total": "0", "transactions": []}
+        assert status == 0 and claimed == {"claimed": {}, "totals": [], "transactions": []}
         status, given = run("devnet", "faucet", "0x" + "ab" * 20, "--tokens", "5_000")
         assert status == 0 and given["tokens"] == "5000"
     finally:

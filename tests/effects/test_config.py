@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from node import config as module
-from node.client.connect import client_settings
+from node.app import worker_settings
+from node.chain.memory import MemoryChain, MemoryLedger
+from node.chains import Chains
+from node.client.connect import client_means
 from node.config import FAMILIES, FAMILY_MAX, KEYS, Config, family_keys, find_key, find_variable, load
 from node.errors import ConfigError
 from node.settings import PARSERS
+from node.worker.accepted import Accepted
+from protocol.ids import Address
 from protocol.messages import decode_value, encode
-from protocol.offers import OFFER_TTL_MAX_MS, ModelOffer, OfferDocument
+from protocol.offers import OFFER_TTL_MAX_MS, Asset, ModelOffer, OfferDocument, Payment
 from protocol.pricing import Price
 from protocol.selection import PriceLimit
 
@@ -94,7 +100,7 @@ def test_every_setting_does_something() -> None:
         if path.name == "config.py" and path.parent == root:
             (tree,) = [one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name == "Config"]
         found |= reads(tree)
-    assert sorted(set(KEYS) - found - NAMES_OF_TOKENS) == []
+    assert sorted({*KEYS, *family_keys("tokens", "NAME")} - found) == []
 
 
 def test_the_check_for_dead_settings_sees_one() -> None:
@@ -104,29 +110,91 @@ def test_the_check_for_dead_settings_sees_one() -> None:
     assert reads(ast.parse(source)) & set(KEYS) == {"client.max_cost", "worker.tick_ms", "network"}
 
 
+CHAINS = Chains({"default": MemoryChain(MemoryLedger(chain_id=1), Address(bytes(20)))})
+
+
 def test_price_limits_reach_the_choice(world: Callable[..., Config]) -> None:
-    assert client_settings(world()).max_price == PriceLimit()
-    made = world(user="[client]\nmax_price_request = 3\nmax_price_output = 7")
-    assert client_settings(made).max_price == PriceLimit(request=3, output=7)
+    (means,) = client_means(world(), CHAINS)
+    assert means.max_price == PriceLimit() and means.max_cost == 0 and means.rate == 1
+    made = world(user="[client]\nmax_price_request = 3\nmax_price_output = 7\nmax_cost = 9")
+    (means,) = client_means(made, CHAINS)
+    assert means.max_price == PriceLimit(request=3, output=7) and means.max_cost == 9
+
+
+def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]) -> None:
+    """What is set for one token is used for that one and no other; an address that is not set is the deployment's."""
+    native = Address(bytes(20))
+    chains = Chains({"default": CHAINS.first, "two": MemoryChain(MemoryLedger(chain_id=2), native)})
+    made = world(
+        user=f"""
+        [worker]
+        accept = ["coin", "default", "theirs"]
+        price_output = 5
+        claim_min = 6
+        global_credit = 7
+        [client]
+        pay_with = ["theirs", "coin"]
+        [tokens.coin]
+        address = "{native}"
+        price_request = 1
+        price_input = 2
+        price_output = 3
+        claim_min = 4
+        global_credit = 8
+        allocation = 9
+        max_cost = 10
+        max_price_input = 11
+        rate = "1/1000000000000"
+        [tokens.theirs]
+        chain = "two"
+        price_output = 12
+        claim_min = 13
+        global_credit = 14
+        allocation = 15
+        [chains.two]
+        poll_ms = 500
+        """
+    )
+    settings = worker_settings(made, chains)
+    one, two = chains.first.domain, chains.named("two").domain
+    token = chains.named("two").token
+    assert settings.accepts == (
+        Accepted(one, native, Price(1, 2, 3), 4, 8),
+        Accepted(one, chains.first.token, Price(0, 100_000, 5), 6, 7),
+        Accepted(two, token, Price(0, 0, 12), 13, 14),
+    )
+    assert settings.claims.minimums == {
+        Asset.of(one, native): 4,
+        Asset.of(one, chains.first.token): 6,
+        Asset.of(two, token): 13,
+    }
+    assert settings.polls_ms == {one: 200, two: 500}
+    theirs, coin = client_means(made, chains)
+    assert (theirs.domain, theirs.token, theirs.allocation, theirs.rate, theirs.name) == (
+        two,
+        token,
+        15,
+        None,
+        "theirs",
+    )
+    assert (coin.domain, coin.token, coin.allocation, coin.max_cost) == (one, native, 9, 10)
+    assert coin.rate == Fraction(1, 10**12) and coin.max_price == PriceLimit(input=11)
 
 
 def test_an_offer_can_state_whatever_the_settings_allow(world: Callable[..., Config]) -> None:
     high = {name: key.setting.high or 0 for name, key in KEYS.items()}
     assert high["worker.offer_ttl_s"] * 1000 == OFFER_TTL_MAX_MS
-    model = ModelOffer(model_id=bytes(32), name="m", price=Price(), context_length=1, max_tokens=1, dtype="f")
+    model = ModelOffer(model_id=bytes(32), name="m", prices=(Price(),), context_length=1, max_tokens=1, dtype="f")
     document = OfferDocument(
         peer_id="x",
         addresses=(),
-        chain_id=1,
-        contract=bytes(20),
-        token=bytes(20),
+        accepts=(Payment(1, bytes(20), bytes(20), high["worker.min_withdraw_delay_s"]),),
         models=(model,),
         issued=0,
         expires=1,
         tick_tokens=high["worker.tick_tokens"],
         tick_ms=high["worker.tick_ms"],
         credit_tokens=module.CREDIT_TOKENS_MAX,
-        min_withdraw_delay=high["worker.min_withdraw_delay_s"],
         free_slots=high["worker.max_streams"],
     )
     assert decode_value(OfferDocument, encode(document)) == document

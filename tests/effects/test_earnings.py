@@ -16,6 +16,7 @@ from node.testing.market import Market, run_market
 from node.worker.worker import Worker
 from protocol.channel import JobEnded
 from protocol.ids import Address
+from protocol.offers import Asset
 from protocol.records import kind_of
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -51,11 +52,11 @@ def _records() -> tuple[list[Record], Worker]:
 def test_days_add_up_to_the_channels() -> None:
     records, worker = _records()
     found = earnings(records)
-    (token,) = found.tokens
+    (asset,) = found.assets
     (state,) = worker.book.channels.values()
     assert state.spent > 0
-    assert found.total(token, "spent") == state.spent == sum(day.earned for day in found.days.values())
-    assert found.total(token, "claimable") == state.claimable
+    assert found.total(asset, "spent") == state.spent == sum(day.earned for day in found.days.values())
+    assert found.total(asset, "claimable") == state.claimable
     assert sum(day.parts for day in found.days.values()) == 3
     assert sum(day.output_tokens for day in found.days.values()) >= 16
 
@@ -77,11 +78,12 @@ def test_each_part_counts_on_its_own_day() -> None:
 
 def test_the_page_and_the_json_say_the_same() -> None:
     token = Address(b"\x07" * 20)
-    found = Earnings(days={(20_000, token): Day(3, 1, 30, 12, 1_500_000), (20_001, token): Day(1, 0, 10, 4, 750_000)})
+    asset = Asset(1, bytes(20), token)
+    found = Earnings(days={(20_000, asset): Day(3, 1, 30, 12, 1_500_000), (20_001, asset): Day(1, 0, 10, 4, 750_000)})
     info = TokenInfo(token, "tUSD", 6)
-    big, small = _table(found, sorted(found.days), {token: info})
+    big, small = _table(found, sorted(found.days), {asset: info})
     assert big.startswith(f"{_date(20_000)}  ") and "1.5 tUSD" in big and "1 broken off" in big
     assert big.count("▇") == 2 * small.count("▇") == 24
-    assert json.loads(dumps(_day(found, 20_000, token)))["earned"] == "1500000"
-    assert _total(found, token, info, None)["to_settle"] is None
-    assert _sums(found, {}, {}) == ["nothing earned yet"]
+    assert json.loads(dumps(_day(found, 20_000, asset, "default")))["earned"] == "1500000"
+    assert _total(found, asset, "default", info, None)["to_settle"] is None
+    assert _sums(found, {}, {}, {}) == ["nothing earned yet"]

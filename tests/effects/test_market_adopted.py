@@ -106,7 +106,7 @@ def test_a_client_leaves_its_old_channels() -> None:
         (fresh,) = set(again.book.channels) - {old}
         assert again.book.channels[old].cumulative == vouched, "nothing more is signed on it"
         assert again.book.channels[fresh].spent > 0
-        assert await audit(again.book.ledger, Role.CLIENT, again.wallet.chain) == []
+        assert await audit(again.book.ledger, Role.CLIENT, again.wallet.chains) == []
 
     run_market(test)
 

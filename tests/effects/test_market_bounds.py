@@ -10,7 +10,6 @@ import trio
 import trio.testing
 
 from node.client.client import Client
-from node.client.settings import ClientSettings
 from node.errors import NoWorker
 from node.network.drive import HELD, serve_one
 from node.network.memory import open_hub
@@ -35,7 +34,7 @@ def test_chats_at_once_raise_a_channel_that_has_room_for_one(chats: int, latency
     async def scenario(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=20, prefill_seconds=0.05))
         await market.worker(backend, market.settings(max_streams=chats))
-        client = await market.client(settings=ClientSettings(allocation=2_000))
+        client = await market.client(means=[market.means(allocation=2_000)])
         texts: list[str] = []
 
         async def one() -> None:
@@ -56,7 +55,7 @@ def test_a_limit_on_prices_is_kept() -> None:
     async def scenario(market: Market) -> None:
         await market.worker()
         limit = PriceLimit(output=market.price.output - 1)
-        client = await market.client(settings=ClientSettings(max_price=limit))
+        client = await market.client(means=[market.means(max_price=limit)])
         with pytest.raises(NoWorker) as caught:
             async with client.chat("fake", HELLO):
                 pass

@@ -14,7 +14,6 @@ import trio.testing
 
 from node.audit import audit
 from node.client.client import Client
-from node.client.settings import ClientSettings
 from node.errors import Refused
 from node.network.drive import converse
 from node.ports import StreamClosed
@@ -64,7 +63,7 @@ async def still_serves(worker: Worker, client: Client) -> None:
         await stream.text()
     assert stream.receipt is not None
     await wait_idle(worker)
-    assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+    assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
     assert worker.network.stats.handler_errors == 0, "a peer's mistake is no mistake of a handler"
 
 
@@ -80,8 +79,8 @@ def stocked(hand: Hand, worker: Worker, *, age_ms: int = 0, **model: Any) -> byt
               for f in document.models[0].__struct_fields__}),)  # fmt: skip
     values = {f: getattr(document, f) for f in document.__struct_fields__}
     values |= {"models": models, "issued": document.issued - age_ms, "expires": document.expires - age_ms}
-    message = sign_offer(type(document)(**values), worker.key, worker.chain.domain)
-    offer = open_offer(message, domain=worker.chain.domain, now_ms=values["issued"] + 1)
+    message = sign_offer(type(document)(**values), worker.key)
+    offer = open_offer(message, now_ms=values["issued"] + 1)
     worker.desk._valid[offer.hash] = offer
     return bytes(offer.hash)
 
@@ -151,7 +150,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     "a voucher over the allocation": (RefusalReason.ALLOCATION_INSUFFICIENT, lambda h, w: h.ask(1_000_001)),
     "a job over the allocation": (
         RefusalReason.ALLOCATION_INSUFFICIENT,
-        lambda h, w: h.ask(offer_hash=stocked(h, w, price=Price(output=10**12)), params=Params(max_tokens=40)),
+        lambda h, w: h.ask(offer_hash=stocked(h, w, prices=(Price(output=10**12),)), params=Params(max_tokens=40)),
     ),
     "a long prompt on credit": (
         RefusalReason.VOUCHER_INSUFFICIENT,
@@ -228,7 +227,7 @@ def test_an_ask_is_served_once_and_again_from_memory() -> None:
         talk = await other.talk(other.ask(job_id=ask.job_id))
         assert await talk.until(ReceiptMessage) is not None
         await wait_idle(worker)
-        assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+        assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
 
     run_market(test, seed=8)
 
@@ -308,7 +307,7 @@ def test_a_voucher_that_may_not_be_ends_the_part(case: str) -> None:
         await wait_idle(worker)
         state = worker.book.channels[hand.state.channel_id]
         assert state.cumulative == 30 and not state.open_jobs
-        assert state.owed() <= worker.settings.tick
+        assert state.owed() <= market.tick
         assert backend.aborted == 1
         assert worker.meter.streams == 0
         await still_serves(worker, client)
@@ -374,7 +373,7 @@ def test_a_client_that_stops_paying_gets_one_tick_and_no_more() -> None:
         state = worker.book.channels[hand.state.channel_id]
         tick = worker.settings.tick_tokens
         assert state.spent == cost(market.price, PROMPT, paid + tick), "the whole credit window, and nothing beyond it"
-        assert state.owed() == worker.settings.tick
+        assert state.owed() == market.tick
         assert backend.produced <= paid + 2 * tick, "the engine runs one tick ahead of what may be sent"
         # The debt stays: the next ask must pay it.
         refused = await hand.talk(hand.ask(cost(market.price, PROMPT, paid)))
@@ -390,11 +389,11 @@ def test_a_client_that_stops_paying_gets_one_tick_and_no_more() -> None:
 def test_twenty_identities_together_get_no_more_than_the_global_cap(at_once: bool) -> None:
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=500))
-        tick = market.settings().tick
-        worker = await market.worker(backend, market.settings(stall_ms=150, max_streams=64, credit_limit=5 * tick))
-        hands = [
-            await Hand.of(await market.client(settings=ClientSettings(allocation=20_000)), worker) for _ in range(20)
-        ]
+        tick = market.tick
+        worker = await market.worker(
+            backend, market.settings(market.accepted(credit_limit=5 * tick), stall_ms=150, max_streams=64)
+        )
+        hands = [await Hand.of(await market.client(means=[market.means(allocation=20_000)]), worker) for _ in range(20)]
         answers: list[Any] = []
 
         async def steal(hand: Hand) -> None:
@@ -434,7 +433,7 @@ def test_a_voucher_on_one_stream_lets_the_others_of_its_channel_go_on() -> None:
             """Both engines are a tick ahead, and the credit is used up: nothing but money moves them."""
             state, serving = worker.book.channels[hand.state.channel_id], worker.server._serving
             full = [s.pending_tokens >= worker.settings.tick_tokens for s in serving]
-            return full == [True, True] and state.owed(worker.meter.running(state.channel_id)) == worker.settings.tick
+            return full == [True, True] and state.owed(worker.meter.running(state.channel_id)) == market.tick
 
         while not stuck():
             await trio.sleep(0.005)
@@ -570,6 +569,8 @@ def test_a_channel_that_may_not_be_is_not_opened_and_costs_no_gas(change: dict[s
         state = client.book.channels[hand.state.channel_id]
         head = market.ledger.head.number
         question = OpenChannel(
+            chain_id=state.home.chain_id,
+            contract=bytes(state.home.verifying_contract),
             config=config_to_wire(replace(state.config, **change)),
             allocated=amount_to_wire(state.authorized),
             valid_before=state.valid_before,
@@ -586,12 +587,14 @@ def test_a_channel_that_may_not_be_is_not_opened_and_costs_no_gas(change: dict[s
 
 def _open_question(client: Client, state: ChannelState, allocated: int, salt: int | None = None) -> OpenChannel:
     config = state.config if salt is None else replace(state.config, salt=Hash32(salt.to_bytes(32)))
-    allocation = Allocation(config.channel_id(client.wallet.domain), allocated, state.valid_before)
+    allocation = Allocation(config.channel_id(state.home), allocated, state.valid_before)
     return OpenChannel(
+        chain_id=state.home.chain_id,
+        contract=bytes(state.home.verifying_contract),
         config=config_to_wire(config),
         allocated=amount_to_wire(allocated),
         valid_before=state.valid_before,
-        signature=client.wallet.payer.sign(allocation.digest(client.wallet.domain)),
+        signature=client.wallet.payer.sign(allocation.digest(state.home)),
     )
 
 
@@ -603,7 +606,7 @@ async def _refused(client: Client, worker: Worker, question: msgspec.Struct) -> 
 
 def test_an_allocation_that_adds_too_little_costs_no_gas() -> None:
     async def test(market: Market) -> None:
-        worker = await market.worker(settings=replace(market.settings(), min_allocation=1_000))
+        worker = await market.worker(settings=market.settings(market.accepted(min_allocation=1_000)))
         client = await market.client()
         state = (await Hand.of(client, worker)).state
         head = market.ledger.head.number
@@ -648,7 +651,7 @@ def test_what_one_payer_and_all_payers_can_make_a_worker_submit_is_bounded() -> 
 
 
 def test_the_gas_budget_forgets_after_an_hour_and_a_day() -> None:
-    rules = ChannelRules(Address(bytes(20)), 900, 1, payer_per_day=2, all_per_hour=3)
+    rules = ChannelRules(900, payer_per_day=2, all_per_hour=3)
     budget = GasBudget(rules)
 
     def takes(payer: int, now_s: int) -> bool:
@@ -722,7 +725,7 @@ def test_a_client_that_hangs_up_is_charged_for_what_left() -> None:
         state = worker.book.channels[hand.state.channel_id]
         assert not state.open_jobs and 2 * cost(market.price, PROMPT, 1) <= state.spent <= 900
         assert backend.aborted == 2
-        assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+        assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
 
     run_market(test)
 
@@ -737,11 +740,11 @@ def test_hanging_up_again_and_again_gets_one_tick_for_nothing_and_no_more() -> N
             talk = await hand.talk(hand.ask(cost(market.price, PROMPT, 0), params=Params(max_tokens=5_000)))
             answers.append(type(await talk.receive()))
             if answers[-1] is Accept:
-                while worker.meter.running(hand.state.channel_id) < worker.settings.tick:
+                while worker.meter.running(hand.state.channel_id) < market.tick:
                     await trio.sleep(0.005)
             await talk.stream.reset()
             await wait_idle(worker)
         assert answers == [Accept, Refuse, Refuse, Refuse]
-        assert worker.book.channels[hand.state.channel_id].owed() <= worker.settings.tick
+        assert worker.book.channels[hand.state.channel_id].owed() <= market.tick
 
     run_market(test)

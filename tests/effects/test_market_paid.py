@@ -48,8 +48,8 @@ async def sound(market: Market, worker: Worker, client: Client) -> None:
     assert world.coins_of(token, market.ledger.vault) == 0
     await worker.channels.refresh(ours.channel_id)
     await worker.ledger.write(lambda connection: None)  # an event of the chain may be on its way to the disk
-    assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
-    assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chain) == []
+    assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
+    assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chains) == []
 
 
 async def talk(client: Client, **params: object) -> int:

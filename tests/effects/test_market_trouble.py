@@ -52,8 +52,8 @@ async def until(true: Callable[[], Any]) -> None:
 async def clean(*nodes: Client | Worker) -> None:
     for node in nodes:
         await node.book.change([])
-        chain = node.wallet.chain if isinstance(node, Client) else node.chain
-        assert await audit(node.book.ledger, node.book.role, chain) == []
+        chains = node.wallet.chains if isinstance(node, Client) else node.chains
+        assert await audit(node.book.ledger, node.book.role, chains) == []
 
 
 async def greet(client: Client) -> int:
@@ -78,7 +78,7 @@ def test_a_worker_that_died_in_the_middle_goes_on_from_its_journal() -> None:
 
         again = await market.worker(name="w")
         state = the_channel(again)
-        expected = recovered_costs(msgspec.structs.replace(died, role=Role.WORKER), again.settings.tick)
+        expected = recovered_costs(msgspec.structs.replace(died, role=Role.WORKER), market.tick)
         assert state.spent == sum(expected.values()) and not state.open_jobs
         assert the_channel(client).spent >= state.spent, "never charged for what it cannot have delivered"
         assert ChannelBook.restore(again.ledger, Role.WORKER).channels == again.book.channels, "the fold is the state"
@@ -148,7 +148,7 @@ def test_a_client_that_died_in_the_middle_counts_all_it_vouched_for() -> None:
         again = await market.client(name="c", deposit=0)
         state = the_channel(again)
         assert not state.open_jobs and state.spent == state.cumulative == died.cumulative
-        assert the_channel(worker).spent - state.spent <= worker.settings.tick, "at most the credit window is unpaid"
+        assert the_channel(worker).spent - state.spent <= market.tick, "at most the credit window is unpaid"
         assert ChannelBook.restore(again.book.ledger, Role.CLIENT).channels == again.book.channels
         await greet(again)
         await until(lambda: not worker.server.busy)
@@ -406,7 +406,7 @@ def test_a_worker_that_starts_from_an_old_copy_takes_nothing_it_did_not_earn_and
         seen = market.ledger.world.escrow.channel(the_channel(again).channel_id)
         assert seen.claimed <= the_channel(client).spent
         await client.wallet.refresh(the_channel(client).channel_id)
-        findings = await audit(client.book.ledger, Role.CLIENT, client.wallet.chain)
+        findings = await audit(client.book.ledger, Role.CLIENT, client.wallet.chains)
         assert len(findings) == 1 and "is used twice" in findings[0]
 
     run_market(test)
@@ -421,7 +421,7 @@ def test_a_payer_who_claims_for_the_worker_with_a_voucher_it_never_sent_pays_it_
         await until(lambda: not worker.server.busy)
         mine = the_channel(client)
         amount = mine.cumulative + 5_000
-        voucher = client.session.sign(Voucher(mine.channel_id, amount).digest(client.wallet.domain))
+        voucher = client.session.sign(Voucher(mine.channel_id, amount).digest(mine.home))
         result = await client.wallet.chain.claim([ClaimEntry(mine.config, amount, amount, voucher)])
         assert result.ok
         await until(lambda: worker.book.channels[mine.channel_id].claimed == amount)
@@ -435,7 +435,7 @@ def test_a_payer_who_claims_for_the_worker_with_a_voucher_it_never_sent_pays_it_
         await worker.claim(), await worker.claim()
         assert market.failures == {}
         await worker.book.change([])
-        assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+        assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
         with pytest.raises(LocalProtocolError, match="old backup"):
             await client.wallet.refresh(mine.channel_id)  # only its own key signs vouchers
 

@@ -14,6 +14,7 @@ from node.errors import NoWorker, Refused, Timeout, VerificationFailed, WorkerFa
 from node.testing.cheaters import CHEATS, corrupt, silence
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
+from node.worker.accepted import AcceptedAssets
 from node.worker.worker import Worker
 from protocol.channel import ChannelState, Role
 from protocol.errors import RefusalReason
@@ -34,11 +35,11 @@ def window(client: Client, worker: Worker) -> int:
     assert offer is not None
     model = offer.document.models[0]
     prompt = client.count_tokens(model, [ChatMessage(**m) for m in HELLO], 256)  # type: ignore[arg-type]
-    return cost(model.price, prompt, 0) + cost(Price(output=model.price.output), 0, client.settings.tick_tokens)
+    return cost(model.prices[0], prompt, 0) + cost(Price(output=model.prices[0].output), 0, client.settings.tick_tokens)
 
 
 async def clean(client: Client) -> None:
-    assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chain) == []
+    assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chains) == []
 
 
 ERRORS = {
@@ -191,7 +192,7 @@ def test_a_cut_stream_keeps_what_was_paid_for_and_the_rest_comes_home(after: int
         assert state.cumulative <= state.spent + window(client, worker)
         theirs = worker.book.channels[state.channel_id]
         assert not theirs.open_jobs
-        assert theirs.spent - state.spent <= 2 * worker.settings.tick + cost(market.price, 300, 0)
+        assert theirs.spent - state.spent <= 2 * market.tick + cost(market.price, 300, 0)
 
         farewell = await client.wallet.close(state.channel_id, worker.key.peer_id)
         assert farewell.cooperative, farewell.note
@@ -266,7 +267,7 @@ def test_a_model_that_fails_before_its_first_token_has_sold_nothing() -> None:
         await wait_idle(worker)
         assert worker.book.channels[theirs.channel_id].spent == the_channel(client).spent == cost(market.price, 3, 40)
         await clean(client)
-        assert await audit(worker.ledger, Role.WORKER, worker.chain) == []
+        assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
 
     run_market(test)
 
@@ -291,7 +292,7 @@ def test_a_channel_that_is_said_to_be_open_and_is_not() -> None:
     async def test(market: Market) -> None:
         worker = await market.worker()
 
-        async def pretend(config: object, missing: int, message: object) -> bytes:
+        async def pretend(*_: object) -> bytes:
             return bytes(32)
 
         worker.channels._submit = pretend  # type: ignore[method-assign, assignment]
@@ -318,11 +319,11 @@ def test_money_cannot_be_asked_back_while_a_job_runs() -> None:
 
 def test_no_worker_says_why_for_every_worker() -> None:
     async def test(market: Market) -> None:
-        dear = await market.worker(settings=replace(market.settings(), price=Price(output=10**12)))
+        dear = await market.worker(settings=market.settings(market.accepted(Price(output=10**12))))
         small = await market.worker(settings=replace(market.settings(), max_tokens=8))
         failed = await market.worker()
         full = await market.worker(FakeBackend(FakeSettings(slots=0)))
-        client = await market.client(settings=ClientSettings(max_cost=5_000))
+        client = await market.client(means=[market.means(max_cost=5_000)])
         client.failed(failed.key.peer_id)
         with pytest.raises(NoWorker) as caught:
             async with client.chat("fake", HELLO, max_tokens=16):
@@ -364,7 +365,9 @@ def test_a_dearer_offer_is_not_taken_silently() -> None:
         worker, client = await market.worker(), await market.client()
         await trio.sleep(0.002)
         worker.desk._valid, worker.desk._current = {}, None
-        worker.desk._terms = replace(worker.desk._terms, price=Price(request=10, input=1_000_000, output=2_000_001))
+        dearer = market.accepted(Price(request=10, input=1_000_000, output=2_000_001))
+        accepted = AcceptedAssets([dearer], tick_tokens=64, credit_tokens=64)
+        worker.desk._terms = replace(worker.desk._terms, accepted=accepted)
         with pytest.raises(Refused) as caught:
             async with client.chat("fake", HELLO):
                 pass

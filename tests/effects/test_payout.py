@@ -112,7 +112,13 @@ def test_the_command_on_a_real_contract(
     run("devnet", "up")
     try:
         worker = run("payout", "show")[1]["worker"]
-        assert run("payout", "show")[1] == {"worker": worker, "payout": worker, "owner": None, "setting": None}
+        assert run("payout", "show")[1] == {
+            "chain": "default",
+            "worker": worker,
+            "payout": worker,
+            "owner": None,
+            "setting": None,
+        }
         run("wallet", "new", "owner")
         status, error = run("payout", "set", str(FIRST))
         assert status == 8 and "nothing to pay gas with" in error["error"]["message"]

@@ -43,13 +43,16 @@ from protocol.signing import (
     TokenRule,
 )
 from protocol.signing_history import KnownChannel
-from protocol.typed_data import Allocation, ChannelConfig, Close, Domain, Receipt, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, Allocation, ChannelConfig, Close, Domain, Receipt, Refusal, Voucher
 
 DOMAIN = Domain(31337, Address(b"\x01" * 20))
 TOKEN = Address(b"\x05" * 20)
-KINDS = ("Voucher", "Ask", "Receipt", "Close", "ChannelAllocation", "Offer", "Refusal")
+KINDS = ("Voucher", "Ask", "Receipt", "Close", "ChannelAllocation")
 POLICY = Policy(
-    domains=tuple(DomainRule(kind, DOMAIN.chain_id, bytes(DOMAIN.verifying_contract)) for kind in KINDS),
+    domains=(
+        *(DomainRule(kind, DOMAIN.chain_id, bytes(DOMAIN.verifying_contract)) for kind in KINDS),
+        DomainRule("Refusal", 0, bytes(20)),
+    ),
     tokens=(TokenRule(DOMAIN.chain_id, bytes(TOKEN)),),
     fees=(FeeRule(DOMAIN.chain_id, max_fee=100),),
     identity=True,
@@ -185,7 +188,7 @@ def test_nothing_that_leaves_a_mark_is_signed_before_a_journal_was_shown(tmp_pat
     async def main() -> None:
         async with opened(table_at(tmp_path), WORKER) as signers:
             hot = signers[KeyRole.WORKER]
-            await hot.sign(Refusal(JobId(ZERO), 1, 1), DOMAIN)  # leaves none
+            await hot.sign(Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN)  # leaves none
             with pytest.raises(SignerFailed, match="before a journal"):
                 await hot.sign(receipt(1, 1), DOMAIN)
 

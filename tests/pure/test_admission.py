@@ -20,7 +20,7 @@ from protocol.ids import Address, Hash32, JobId, ModelId
 from protocol.job import Terms, ask_struct
 from protocol.keys import PrivateKey
 from protocol.messages import AskMessage, ChatMessage, Params, amount_to_wire
-from protocol.offers import ModelOffer, OfferDocument, VerifiedOffer, open_offer, sign_offer
+from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, open_offer, sign_offer
 from protocol.pricing import Price, cost
 from protocol.typed_data import ChannelConfig, Domain, Voucher
 
@@ -42,18 +42,18 @@ CALM = Load(free_slots=1, draining=False, credit_in_use=0, credit_limit=0, chain
 
 
 def an_offer(*, token: Address = TOKEN, params: tuple[str, ...] = ("top_k",), ttl_ms: int = 60_000) -> VerifiedOffer:
-    model = ModelOffer(bytes(MODEL), "m", PRICE, context_length=1_000, max_tokens=500, dtype="float32", params=params)
+    model = ModelOffer(
+        bytes(MODEL), "m", (PRICE,), context_length=1_000, max_tokens=500, dtype="float32", params=params
+    )
     document = OfferDocument(
         peer_id=str(WORKER.peer_id),
         addresses=(),
-        chain_id=DOMAIN.chain_id,
-        contract=bytes(DOMAIN.verifying_contract),
-        token=bytes(token),
+        accepts=(Payment(DOMAIN.chain_id, bytes(DOMAIN.verifying_contract), bytes(token)),),
         models=(model,),
         issued=NOW - 1_000,
         expires=NOW - 1_000 + ttl_ms,
     )
-    return open_offer(sign_offer(document, WORKER, DOMAIN), domain=DOMAIN, now_ms=NOW - 1_000)
+    return open_offer(sign_offer(document, WORKER), now_ms=NOW - 1_000)
 
 
 OFFER = an_offer()
@@ -85,6 +85,7 @@ class World:
             "allocated": 100_000,
             "valid_before": 0,
             "allocation_signature": b"",
+            "domain": DOMAIN,
             **self.channel,
         }
         return ChannelState(Role.WORKER, CHANNEL, CONFIG, **values)
@@ -113,7 +114,6 @@ class World:
         return check_ask(
             self.message,
             worker=WORKER.address,
-            domain=DOMAIN,
             offers={self.offer.hash: self.offer} if self.known else {},
             channel=self.state,
             load=self.load,
@@ -121,7 +121,7 @@ class World:
         )
 
     def judge(self) -> Terms:
-        return check_prompt(self.first(), self.input_tokens, domain=DOMAIN, running=self.running, load=self.load)
+        return check_prompt(self.first(), self.input_tokens, running=self.running, load=self.load)
 
 
 R = RefusalReason
@@ -206,7 +206,7 @@ def test_what_happens_to_the_channel_while_the_prompt_is_tokenised_counts(change
     checked = World().first()
     late = replace(checked, channel=msgspec.structs.replace(checked.channel, **changed))
     with pytest.raises(Rejected) as caught:
-        check_prompt(late, 20, domain=DOMAIN, running=0, load=CALM)
+        check_prompt(late, 20, running=0, load=CALM)
     assert caught.value.reason in (R.CHANNEL_CLOSING, R.ALLOCATION_INSUFFICIENT)
 
 

@@ -18,7 +18,7 @@ from node.testing.pair import JobPair, key
 from protocol.channel import Role
 from protocol.errors import LocalProtocolError, ProtocolError, RefusalReason, RemoteProtocolError, WireCode
 from protocol.frames import encode_frame
-from protocol.ids import Hash32
+from protocol.ids import Address, Hash32
 from protocol.job import REQUIRES, TABLE, TERMINAL, Client, JobClient, JobWorker, Worker, receipt_to_wire
 from protocol.messages import (
     Abort,
@@ -36,7 +36,7 @@ from protocol.messages import (
     amount_to_wire,
     encode,
 )
-from protocol.typed_data import Receipt, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, Domain, Receipt, Refusal, Voucher
 
 KINDS = JobConversation.__args__  # type: ignore[attr-defined]
 STATES = {Role.CLIENT: tuple(Client), Role.WORKER: tuple(Worker)}
@@ -279,10 +279,10 @@ def test_an_end_inside_a_frame_is_the_peers_fault() -> None:
 # -------------------------------------------------------------------------------------- (c) cheats, and what they get
 
 
-def sent_receipt(pair: JobPair, signer: Any = None, **changes: Any) -> None:
+def sent_receipt(pair: JobPair, signer: Any = None, domain: Domain | None = None, **changes: Any) -> None:
     """Put a receipt on the wire that differs from the right one, signed as it stands."""
     receipt = replace(pair.worker.make_receipt(FinishReason.STOP, finished=1_700_000_001_000), **changes)
-    signature = (signer or pair.parties.worker).sign(receipt.digest(pair.parties.domain))
+    signature = (signer or pair.parties.worker).sign(receipt.digest(domain or pair.parties.domain))
     pair.put(Role.WORKER, encode_frame(encode(ReceiptMessage(receipt_to_wire(receipt), signature))))
 
 
@@ -330,6 +330,34 @@ def cheat_receipt_by_another_key() -> WireCode:
     return heard(pair, Role.CLIENT)
 
 
+def cheat_receipt_in(domain: Domain) -> Callable[[], WireCode]:
+    """The same job, the same channel, the same worker: signed for another chain or contract it is no receipt here."""
+
+    def run() -> WireCode:
+        pair = streaming(2)
+        sent_receipt(pair, domain=domain)
+        return heard(pair, Role.CLIENT)
+
+    return run
+
+
+def cheat_receipt_of_the_twin_channel() -> WireCode:
+    """A channel of the same configuration on another chain has another id: its receipt names it."""
+    pair = streaming(2)
+    sent_receipt(pair, domain=BAD_DOMAIN, channel_id=pair.parties.config.channel_id(BAD_DOMAIN))
+    return heard(pair, Role.CLIENT)
+
+
+def cheat_refusal_in_the_chains_domain() -> WireCode:
+    pair = JobPair()
+    pair.say(Role.CLIENT, AskMessage)
+    pair.settle()
+    digest = Refusal(pair.terms.ask.job_id, RefusalReason.BUSY, 5).digest(pair.parties.domain)
+    refusal = Refuse(reason=RefusalReason.BUSY, detail="", at=5, signature=pair.parties.worker.sign(digest))
+    pair.put(Role.WORKER, encode_frame(encode(refusal)))
+    return heard(pair, Role.CLIENT)
+
+
 def cheat_receipt_ends_before_it_starts() -> WireCode:
     pair = streaming(2)
     sent_receipt(pair, finished=1_699_999_999_999)
@@ -368,7 +396,7 @@ def cheat_refusal_by_another_key() -> WireCode:
     pair = JobPair()
     pair.say(Role.CLIENT, AskMessage)
     pair.settle()
-    digest = Refusal(pair.terms.ask.job_id, RefusalReason.BUSY, 5).digest(pair.parties.domain)
+    digest = Refusal(pair.terms.ask.job_id, RefusalReason.BUSY, 5).digest(MARKET_DOMAIN)
     refusal = Refuse(reason=RefusalReason.BUSY, detail="", at=5, signature=key("thief").sign(digest))
     pair.put(Role.WORKER, encode_frame(encode(refusal)))
     return heard(pair, Role.CLIENT)
@@ -421,6 +449,14 @@ CHEATS: dict[str, tuple[Callable[[], WireCode], WireCode]] = {
         for n in ("finished", "finish_reason")
     },
     "receipt by another key": (cheat_receipt_by_another_key, WireCode.BAD_SIGNATURE),
+    "receipt for another chain": (cheat_receipt_in(BAD_DOMAIN), WireCode.BAD_SIGNATURE),
+    "receipt for another contract": (
+        cheat_receipt_in(replace(BAD_DOMAIN, chain_id=31337, verifying_contract=Address(bytes(20)))),
+        WireCode.BAD_SIGNATURE,
+    ),
+    "receipt for no chain": (cheat_receipt_in(MARKET_DOMAIN), WireCode.BAD_SIGNATURE),
+    "receipt of the twin channel": (cheat_receipt_of_the_twin_channel, WireCode.BAD_RECEIPT),
+    "refusal in the chain's domain": (cheat_refusal_in_the_chains_domain, WireCode.BAD_SIGNATURE),
     "receipt ends before it starts": (cheat_receipt_ends_before_it_starts, WireCode.BAD_RECEIPT),
     "receipt of another job": (cheat_receipt_of_another_job, WireCode.BAD_RECEIPT),
     "full answer called cancelled": (cheat_full_answer_called_cancelled, WireCode.BAD_RECEIPT),
@@ -434,6 +470,8 @@ CHEATS: dict[str, tuple[Callable[[], WireCode], WireCode]] = {
         WireCode.BAD_SIGNATURE,
     ),
     "voucher of another chain": (voucher_cheat(VoucherMessage, 2000, domain=BAD_DOMAIN), WireCode.BAD_SIGNATURE),
+    "voucher of no chain": (voucher_cheat(VoucherMessage, 2000, domain=MARKET_DOMAIN), WireCode.BAD_SIGNATURE),
+    "ack of another chain": (voucher_cheat(Ack, 2000, domain=BAD_DOMAIN), WireCode.BAD_SIGNATURE),
     "voucher equal to the last": (voucher_cheat(VoucherMessage, 1000), WireCode.BAD_VOUCHER),
     "voucher lower than the ask's": (voucher_cheat(VoucherMessage, 999), WireCode.BAD_VOUCHER),
     "voucher lower than the last": (cheat_voucher_lower_than_the_last, WireCode.BAD_VOUCHER),
@@ -469,6 +507,13 @@ PLANTED: dict[str, tuple[str, str]] = {
     "prompt count is believed": ("if message.input_tokens > self.terms.input_limit:", "if False:"),
     "max_tokens is not counted": ("> self.terms.params.max_tokens:\n", "> 10**9:\n"),
     "receipt fields are not compared": ("if getattr(receipt, name) != value:", "if False:"),
+    "a receipt of any chain id is taken": (
+        'require_signer(receipt.digest(self.terms.domain), message.signature, self.terms.receiver_authorizer, "receipt")',
+        "any(__import__('protocol.keys').keys.recover(receipt.digest(type(self.terms.domain)(n, "
+        "self.terms.domain.verifying_contract)), message.signature) == self.terms.receiver_authorizer "
+        "for n in (1, 31337)) or require_signer(receipt.digest(self.terms.domain), message.signature, "
+        'self.terms.receiver_authorizer, "receipt")',
+    ),
     "receipt signature is not checked": (
         'receipt.digest(self.terms.domain), message.signature, self.terms.receiver_authorizer, "receipt"',
         'receipt.digest(self.terms.domain), message.signature, '
@@ -478,7 +523,7 @@ PLANTED: dict[str, tuple[str, str]] = {
     "cancelled is always believed": ("full = self.digest.count >= self.terms.params.max_tokens", "full = False"),
     "refusal signature is not checked": (
         "message.signature, self.terms.ask.worker, \"refusal\"",
-        'message.signature, __import__("protocol.keys").keys.recover(refusal.digest(self.terms.domain), '
+        'message.signature, __import__("protocol.keys").keys.recover(refusal.digest(MARKET_DOMAIN), '
         'message.signature), "refusal"',
     ),
     "voucher signature is not checked": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -20,15 +21,17 @@ from protocol.messages import OfferMessage, Params, encode
 from protocol.offers import (
     CLOCK_SKEW_MS,
     OFFER_TTL_MAX_MS,
+    Asset,
     ModelOffer,
     OfferDocument,
+    Payment,
     VerifiedOffer,
     open_offer,
     sign_offer,
 )
 from protocol.pricing import Price
-from protocol.selection import Exclusion, History, Policy, PriceLimit, Request, changed_params, choose
-from protocol.typed_data import Domain, Offer
+from protocol.selection import Exclusion, History, Policy, PriceLimit, Purse, Request, changed_params, choose
+from protocol.typed_data import MARKET_DOMAIN, Domain, Offer
 
 NOW = 1_800_000_000_000
 DOMAIN = Domain(31337, Address(bytes(range(20))))
@@ -40,22 +43,27 @@ def model_offer(**changes: Any) -> ModelOffer:
     values: dict[str, Any] = {
         "model_id": bytes(MODEL),
         "name": "a model",
-        "price": Price(5, 100_000, 400_000),
+        "prices": (Price(5, 100_000, 400_000),),
         "context_length": 2048,
         "max_tokens": 512,
         "dtype": "float32",
         "params": ("temperature", "top_p"),
     }
+    if "price" in changes:
+        changes["prices"] = (changes.pop("price"),)
     return ModelOffer(**{**values, **changes})
+
+
+def payment(chain_id: int = DOMAIN.chain_id, token: bytes = bytes(20), **changes: Any) -> Payment:
+    values: dict[str, Any] = {"contract": bytes(DOMAIN.verifying_contract), **changes}
+    return Payment(chain_id=chain_id, token=token, **values)
 
 
 def document(**changes: Any) -> OfferDocument:
     values: dict[str, Any] = {
         "peer_id": str(WORKER.peer_id),
         "addresses": ("/ip4/127.0.0.1/tcp/4001",),
-        "chain_id": DOMAIN.chain_id,
-        "contract": bytes(DOMAIN.verifying_contract),
-        "token": bytes(20),
+        "accepts": (payment(),),
         "models": (model_offer(),),
         "issued": NOW - 1000,
         "expires": NOW + 60_000,
@@ -63,19 +71,19 @@ def document(**changes: Any) -> OfferDocument:
     return OfferDocument(**{**values, **changes})
 
 
-def signed(**changes: Any) -> OfferMessage:
+def signed(domain: Domain = MARKET_DOMAIN, **changes: Any) -> OfferMessage:
     """Signed by the worker whatever the document says: `sign_offer` would refuse."""
     made = document(**changes)
     raw = encode(made)
     frame = Offer(WORKER.address, sha256(raw), made.issued, made.expires)
-    return OfferMessage(raw, WORKER.sign(frame.digest(Domain(made.chain_id, Address(made.contract)))))
+    return OfferMessage(raw, WORKER.sign(frame.digest(domain)))
 
 
 def sha256(raw: bytes) -> Hash32:
     return Hash32(hashlib.sha256(raw).digest())
 
 
-GOOD = sign_offer(document(), WORKER, DOMAIN)
+GOOD = sign_offer(document(), WORKER)
 
 
 def off_curve() -> str:
@@ -97,8 +105,23 @@ BAD: dict[str, tuple[OfferMessage, WireCode]] = {
     ),
     "ends before it begins": (signed(issued=NOW + 10, expires=NOW + 5), WireCode.MALFORMED),
     "lives too long": (signed(issued=NOW, expires=NOW + OFFER_TTL_MAX_MS + 1), WireCode.MALFORMED),
-    "foreign chain": (signed(chain_id=1), WireCode.WRONG_DOMAIN),
-    "foreign contract": (signed(contract=bytes(20)), WireCode.WRONG_DOMAIN),
+    "signed in a chain's domain": (signed(DOMAIN), WireCode.BAD_SIGNATURE),
+    "no payment": (signed(accepts=(), models=(model_offer(prices=()),)), WireCode.MALFORMED),
+    "17 payments": (
+        signed(accepts=tuple(payment(n + 1) for n in range(17)), models=(model_offer(prices=(Price(),) * 17),)),
+        WireCode.MALFORMED,
+    ),
+    "one asset twice": (
+        signed(accepts=(payment(), payment()), models=(model_offer(prices=(Price(1), Price(2))),)),
+        WireCode.MALFORMED,
+    ),
+    "one asset twice on other terms": (
+        signed(accepts=(payment(), payment(min_allocation=5)), models=(model_offer(prices=(Price(1), Price(2))),)),
+        WireCode.MALFORMED,
+    ),
+    "a price too few": (signed(accepts=(payment(), payment(2))), WireCode.MALFORMED),
+    "a price too many": (signed(models=(model_offer(prices=(Price(), Price())),)), WireCode.MALFORMED),
+    "chain id 0": (signed(accepts=(payment(0),)), WireCode.MALFORMED),
     "no models": (signed(models=()), WireCode.MALFORMED),
     "65 models": (signed(models=(model_offer(),) * 65), WireCode.MALFORMED),
     "not a PeerId": (signed(peer_id="nonsense 0OIl"), WireCode.MALFORMED),
@@ -115,7 +138,7 @@ BAD: dict[str, tuple[OfferMessage, WireCode]] = {
 
 
 def test_a_good_offer_opens() -> None:
-    offer = open_offer(GOOD, domain=DOMAIN, now_ms=NOW, peer=WORKER.peer_id)
+    offer = open_offer(GOOD, now_ms=NOW, peer=WORKER.peer_id)
     assert offer.document == document()
     assert offer.worker == WORKER.address
     assert offer.peer_id == WORKER.peer_id
@@ -126,13 +149,13 @@ def test_a_good_offer_opens() -> None:
 def test_a_bad_offer_is_its_senders_fault(name: str) -> None:
     message, code = BAD[name]
     with pytest.raises(RemoteProtocolError) as caught:
-        open_offer(message, domain=DOMAIN, now_ms=NOW)
+        open_offer(message, now_ms=NOW)
     assert caught.value.code is code
 
 
 def test_an_offer_relayed_as_ones_own_is_refused() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
-        open_offer(GOOD, domain=DOMAIN, now_ms=NOW, peer=key("other").peer_id)
+        open_offer(GOOD, now_ms=NOW, peer=key("other").peer_id)
     assert caught.value.code is WireCode.BAD_SIGNATURE
 
 
@@ -143,19 +166,46 @@ def test_no_byte_of_an_offer_can_be_altered() -> None:
         raw = bytearray(GOOD.document)
         raw[place] ^= 1 << random.randrange(8)
         with pytest.raises(RemoteProtocolError):
-            open_offer(OfferMessage(bytes(raw), GOOD.signature), domain=DOMAIN, now_ms=NOW)
+            open_offer(OfferMessage(bytes(raw), GOOD.signature), now_ms=NOW)
     for place in range(65):
         raw = bytearray(GOOD.signature)
         raw[place] ^= 1 << random.randrange(8)
         with pytest.raises(RemoteProtocolError):
-            open_offer(OfferMessage(GOOD.document, bytes(raw)), domain=DOMAIN, now_ms=NOW)
+            open_offer(OfferMessage(GOOD.document, bytes(raw)), now_ms=NOW)
 
 
-def test_we_do_not_sign_for_others_or_elsewhere() -> None:
-    with pytest.raises(LocalProtocolError):
-        sign_offer(document(), key("other"), DOMAIN)
-    with pytest.raises(LocalProtocolError):
-        sign_offer(document(), WORKER, replace(DOMAIN, chain_id=1))
+def test_we_do_not_sign_for_others_nor_what_nobody_takes() -> None:
+    with pytest.raises(LocalProtocolError, match="by the key of the peer"):
+        sign_offer(document(), key("other"))
+    with pytest.raises(LocalProtocolError, match="each asset once"):
+        sign_offer(document(accepts=(payment(), payment()), models=(model_offer(prices=(Price(), Price())),)), WORKER)
+    with pytest.raises(LocalProtocolError, match="one price for each payment"):
+        sign_offer(document(accepts=(payment(), payment(2))), WORKER)
+    many = tuple(payment(n + 1) for n in range(16))
+    prices = (Price(2**62, 2**62, 2**62),) * 16
+    with pytest.raises(LocalProtocolError, match="at most 32768 bytes"):
+        sign_offer(document(accepts=many, models=(model_offer(prices=prices, name="m" * 128),) * 64), WORKER)
+    full = sign_offer(document(accepts=many, models=(model_offer(prices=prices),) * 24), WORKER)
+    assert open_offer(full, now_ms=NOW).document.position(Asset(16, DOMAIN.verifying_contract, bytes(20))) == 15
+
+
+def test_an_offer_of_the_time_of_one_chain_is_none() -> None:
+    """The first version named one chain, one token, one price, and was signed in the chain's domain."""
+    values = {name: getattr(document(), name) for name in OfferDocument.__struct_fields__ if name != "accepts"}
+    model = {name: getattr(model_offer(), name) for name in ModelOffer.__struct_fields__ if name != "prices"}
+    old = msgspec.msgpack.encode(
+        {
+            **values,
+            "models": [{**model, "price": {"output": 1}}],
+            "chain_id": DOMAIN.chain_id,
+            "contract": bytes(DOMAIN.verifying_contract),
+            "token": bytes(20),
+        }
+    )
+    frame = Offer(WORKER.address, sha256(old), NOW - 1000, NOW + 60_000)
+    with pytest.raises(RemoteProtocolError) as caught:
+        open_offer(OfferMessage(old, WORKER.sign(frame.digest(DOMAIN))), now_ms=NOW)
+    assert caught.value.code is WireCode.MALFORMED
 
 
 # --------------------------------------------------------------------------------------------------------- selection
@@ -164,19 +214,22 @@ KEYS = [key(f"worker {n}") for n in range(6)]
 PEERS = [k.peer_id for k in KEYS]
 
 
-def offer(n: int, slots: int = 1, expires: int = NOW + 60_000, token: bytes = bytes(20), **model: Any) -> VerifiedOffer:
+def offer(
+    n: int, slots: int = 1, expires: int = NOW + 60_000, accepts: tuple[Payment, ...] = (payment(),), **model: Any
+) -> VerifiedOffer:
     made = document(
         peer_id=str(PEERS[n]),
         models=(model_offer(**model),),
         free_slots=slots,
         issued=NOW - 10,
         expires=expires,
-        token=token,
+        accepts=accepts,
     )
     raw = encode(made)
     return VerifiedOffer(made, OfferMessage(raw, bytes(65)), KEYS[n].address, sha256(raw))
 
 
+PURSE = Purse(payment().asset, rate=Fraction(1))
 REQUEST = Request(MODEL, input_tokens=100, params=Params(max_tokens=100))
 
 prices = st.builds(Price, st.integers(0, 10**6), st.integers(0, 10**12), st.integers(0, 2**62))
@@ -218,10 +271,10 @@ known = st.dictionaries(st.sampled_from(PEERS), histories)
 def test_the_choice_is_complete_ordered_and_independent_of_order(
     offers: tuple[VerifiedOffer, ...], policy: Policy, history: dict[PeerId, History], random: Random
 ) -> None:
-    chosen = choose(offers, REQUEST, policy, history, NOW)
+    chosen = choose(offers, REQUEST, [PURSE], policy, history, NOW)
     shuffled = list(offers)
     random.shuffle(shuffled)
-    assert choose(shuffled, REQUEST, policy, history, NOW) == chosen
+    assert choose(shuffled, REQUEST, [PURSE], policy, history, NOW) == chosen
     ranked = [c.offer.peer_id for c in chosen.ranked]
     assert sorted([*ranked, *chosen.rejected]) == sorted(PEERS), "everyone is ranked or rejected, nobody both"
     assert all(chosen.rejected.values()), "no rejection without a reason"
@@ -240,7 +293,7 @@ def test_the_cheaper_of_two_equals_is_never_second(
     a: Price, b: Price, order: list[int], speed: float, weight: float
 ) -> None:
     first, second = offer(order[0], price=a, tokens_per_second=speed), offer(order[1], price=b, tokens_per_second=speed)
-    ranked = choose([first, second], REQUEST, Policy(weight_price=weight), {}, NOW).ranked
+    ranked = choose([first, second], REQUEST, [PURSE], Policy(weight_price=weight), {}, NOW).ranked
     assert ranked[0].cost <= ranked[1].cost
 
 
@@ -248,7 +301,7 @@ def test_one_unit_cheaper_is_enough() -> None:
     """Scores of large prices are equal as floats; the cost decides then, whatever the PeerIds are."""
     for a, b in ((0, 1), (1, 0)):
         offers = [offer(a, price=Price(request=2**62)), offer(b, price=Price(request=2**62 + 1))]
-        best = choose(offers, REQUEST, Policy(), {}, NOW).best
+        best = choose(offers, REQUEST, [PURSE], Policy(), {}, NOW).best
         assert best is not None and best.offer.peer_id == PEERS[a]
 
 
@@ -258,10 +311,14 @@ def test_failures_back_off_and_are_forgiven(failures: int) -> None:
     wait = 1000 * 2 ** min(failures - 1, 6)
     for age, excluded in ((0, True), (wait - 1, True), (wait, False)):
         history = {PEERS[0]: History(failures=failures, last_failure_ms=NOW - age)}
-        chosen = choose([offer(0)], REQUEST, policy, history, NOW)
+        chosen = choose([offer(0)], REQUEST, [PURSE], policy, history, NOW)
         assert (chosen.rejected == {PEERS[0]: (Exclusion.RECENT_FAILURE,)}) is excluded
 
 
+ELSEWHERE = Purse(payment(chain_id=1).asset)
+OTHER_TOKEN = Purse(payment(token=b"\1" * 20).asset)
+BLIND = Purse(payment().asset)
+"""No rate."""
 REASONS: dict[Exclusion, tuple[VerifiedOffer, Request, Policy, dict[PeerId, History]]] = {
     Exclusion.MODEL_UNKNOWN: (offer(0, model_id=bytes(32)), REQUEST, Policy(), {}),
     Exclusion.OFFER_EXPIRED: (offer(0, expires=NOW), REQUEST, Policy(), {}),
@@ -269,10 +326,21 @@ REASONS: dict[Exclusion, tuple[VerifiedOffer, Request, Policy, dict[PeerId, Hist
     Exclusion.MAX_TOKENS_EXCEEDED: (offer(0, max_tokens=99), REQUEST, Policy(), {}),
     Exclusion.UNSUPPORTED_PARAM: (offer(0), replace(REQUEST, params=Params(max_tokens=100, min_p=0.1)), Policy(), {}),
     Exclusion.PRICE_TOO_HIGH: (offer(0, price=Price(request=11)), REQUEST, Policy(max_cost=10), {}),
-    Exclusion.TOKEN_NOT_HELD: (offer(0), REQUEST, Policy(tokens=frozenset({Address(b"\1" * 20)})), {}),
+    Exclusion.NO_COMMON_CHAIN: (offer(0), REQUEST, Policy(), {}),
+    Exclusion.TOKEN_NOT_HELD: (offer(0), REQUEST, Policy(), {}),
+    Exclusion.NO_FUNDS: (offer(0), REQUEST, Policy(), {}),
+    Exclusion.NOT_COMPARABLE: (offer(0), REQUEST, Policy(max_cost=10**9), {}),
     Exclusion.EXCLUDED_BY_POLICY: (offer(0), REQUEST, Policy(only=frozenset({PEERS[1]})), {}),
     Exclusion.RECENT_FAILURE: (offer(0), REQUEST, Policy(), {PEERS[0]: History(failures=1, last_failure_ms=NOW)}),
     Exclusion.BUSY: (offer(0, slots=0), REQUEST, Policy(), {}),
+}
+
+
+PURSES = {
+    Exclusion.NO_COMMON_CHAIN: ELSEWHERE,
+    Exclusion.TOKEN_NOT_HELD: OTHER_TOKEN,
+    Exclusion.NO_FUNDS: replace(PURSE, available=0),
+    Exclusion.NOT_COMPARABLE: BLIND,
 }
 
 
@@ -280,16 +348,161 @@ REASONS: dict[Exclusion, tuple[VerifiedOffer, Request, Policy, dict[PeerId, Hist
 def test_each_price_has_a_limit_of_its_own(field: str) -> None:
     one = offer(0, price=Price(**{field: 11}))
     for most, fits in ((None, True), (11, True), (10, False), (0, False)):
-        found = choose([one], REQUEST, Policy(max_price=PriceLimit(**{field: most})), {}, NOW)
+        found = choose([one], REQUEST, [PURSE], Policy(max_price=PriceLimit(**{field: most})), {}, NOW)
         assert found.rejected == ({} if fits else {PEERS[0]: (Exclusion.PRICE_TOO_HIGH,)})
 
 
 @pytest.mark.parametrize("reason", Exclusion)
 def test_every_reason_has_a_case_and_stands_alone(reason: Exclusion) -> None:
     one, request, policy, history = REASONS[reason]
-    assert choose([one], request, policy, history, NOW).rejected == {PEERS[0]: (reason,)}
+    assert choose([one], request, [PURSES.get(reason, PURSE)], policy, history, NOW).rejected == {PEERS[0]: (reason,)}
 
 
 def test_defaults_need_no_support() -> None:
     assert changed_params(Params(max_tokens=3, seed=9)) == ()
     assert changed_params(Params(temperature=0.5, stop=("x",))) == ("temperature", "stop")
+
+
+# ------------------------------------------------------------------------------------------------------ several assets
+
+ASSETS = [payment(), payment(2), payment(token=b"\2" * 20)]
+rates = st.none() | st.sampled_from([Fraction(1), Fraction(3, 7), Fraction(10**12), Fraction(1, 10**12)])
+
+
+def purse(n: int, rate: Fraction | None = None, **values: Any) -> Purse:
+    return Purse(ASSETS[n].asset, rate=rate, **values)
+
+
+@st.composite
+def bazaars(draw: st.DrawFn) -> tuple[list[VerifiedOffer], list[Purse]]:
+    """Workers that take some of three assets, at prices without a rounding; a client that holds some of them."""
+    offers = []
+    for n in range(draw(st.integers(1, 5))):
+        taken = draw(st.lists(st.sampled_from(range(3)), min_size=1, max_size=3, unique=True))
+        asked = tuple(Price(request=draw(st.integers(0, 50))) for _ in taken)
+        speed = draw(st.sampled_from([0.0, 1.0, 100.0]))
+        offers.append(offer(n, accepts=tuple(ASSETS[t] for t in taken), prices=asked, tokens_per_second=speed))
+    held = draw(st.permutations(range(3)))[: draw(st.integers(1, 3))]
+    purses = [
+        purse(
+            n,
+            draw(rates),
+            max_cost=draw(st.none() | st.integers(0, 50)),
+            available=draw(st.none() | st.integers(0, 50)),
+        )
+        for n in held
+    ]
+    return offers, purses
+
+
+@given(bazaars(), st.none() | st.integers(0, 50))
+@settings(deadline=None)
+def test_every_pair_is_payable_and_every_worker_accounted_for(
+    bazaar: tuple[list[VerifiedOffer], list[Purse]], most: int | None
+) -> None:
+    offers, purses = bazaar
+    chosen = choose(offers, REQUEST, purses, Policy(max_cost=most), {}, NOW)
+    ranked = {c.offer.peer_id for c in chosen.ranked}
+    assert ranked | set(chosen.rejected) == {o.peer_id for o in offers} and not ranked & set(chosen.rejected)
+    assert all(chosen.rejected.values())
+    pairs = [(c.offer.peer_id, c.payment.asset) for c in chosen.ranked]
+    assert len(set(pairs)) == len(pairs)
+    held = {one.asset: one for one in purses}
+    for candidate in chosen.ranked:
+        one = held[candidate.payment.asset]
+        position = candidate.offer.document.position(candidate.payment.asset)
+        assert position is not None and candidate.price == candidate.model.prices[position]
+        assert candidate.cost == candidate.price.request
+        assert one.max_cost is None or candidate.cost <= one.max_cost
+        assert one.available is None or candidate.cost <= one.available
+        assert most is None or (one.rate is not None and candidate.cost * one.rate <= most)
+
+
+@given(bazaars(), st.integers(0, 2), st.sampled_from([1000, 10**16]))
+@settings(deadline=None)
+def test_a_tokens_smallest_unit_is_its_own_affair(
+    bazaar: tuple[list[VerifiedOffer], list[Purse]], scaled: int, factor: int
+) -> None:
+    """The same world, in which one token has more decimals: the choice is the same. A choice that compares bare units of two
+    tokens anywhere cannot pass this."""
+    offers, purses = bazaar
+    asset = ASSETS[scaled].asset
+    finer = []
+    for n, one in enumerate(offers):
+        document, (model,) = one.document, one.document.models
+        prices = tuple(
+            Price(request=price.request * factor) if taken.asset == asset else price
+            for taken, price in zip(document.accepts, model.prices, strict=True)
+        )
+        finer.append(offer(n, accepts=document.accepts, prices=prices, tokens_per_second=model.tokens_per_second))
+    other = [
+        replace(
+            one,
+            rate=None if one.rate is None else one.rate / factor,
+            max_cost=None if one.max_cost is None else one.max_cost * factor,
+            available=None if one.available is None else one.available * factor,
+        )
+        if one.asset == asset
+        else one
+        for one in purses
+    ]
+    # Without the price in the score, whose "+ 1" keeps free offers apart by one smallest unit of the unit of account.
+    policy = Policy(weight_price=0.0)
+    before = choose(offers, REQUEST, purses, policy, {}, NOW)
+    after = choose(finer, REQUEST, other, policy, {}, NOW)
+    assert [(c.offer.peer_id, c.payment) for c in after.ranked] == [(c.offer.peer_id, c.payment) for c in before.ranked]
+    assert after.rejected == before.rejected
+
+
+def test_without_a_rate_preference_comes_before_price() -> None:
+    dear, cheap = Price(request=1000), Price(request=1)
+    both = offer(0, accepts=(ASSETS[0], ASSETS[1]), prices=(dear, cheap))
+    only = offer(1, accepts=(ASSETS[1],), prices=(cheap,))
+    for first, second in ((0, 1), (1, 0)):
+        ranked = choose([both, only], REQUEST, [purse(first), purse(second)], Policy(), {}, NOW).ranked
+        tiers = [[first, second].index(next(n for n in range(2) if ASSETS[n] == c.payment)) for c in ranked]
+        assert tiers == sorted(tiers) and len(ranked) == 3
+
+
+def test_purses_with_a_rate_stand_together_where_the_first_of_them_does() -> None:
+    one = offer(0, accepts=tuple(ASSETS), prices=(Price(request=10), Price(request=10), Price(request=10)))
+    purses = [purse(0), purse(1, Fraction(2)), purse(2, Fraction(1, 2))]
+    ranked = choose([one], REQUEST, purses, Policy(), {}, NOW).ranked
+    assert [c.payment for c in ranked] == [ASSETS[0], ASSETS[2], ASSETS[1]]
+    assert [c.score for c in ranked][:2] == [1.0 * 0.5**0.5] * 2, "each is the cheapest of its kind"
+    ranked = choose([one], REQUEST, purses[1:] + purses[:1], Policy(), {}, NOW).ranked
+    assert [c.payment for c in ranked] == [ASSETS[2], ASSETS[1], ASSETS[0]]
+
+
+def test_rates_are_exact() -> None:
+    """18 decimals against 6: one smallest unit of the coarse token decides."""
+    fine, coarse = purse(0, Fraction(1)), purse(1, Fraction(10**12))
+    for difference, first in ((-1, 0), (0, 0), (1, 1)):
+        price = Price(request=10**12 * 5 + difference)
+        one = offer(0, accepts=(ASSETS[0], ASSETS[1]), prices=(price, Price(request=5)))
+        ranked = choose([one], REQUEST, [fine, coarse], Policy(), {}, NOW).ranked
+        assert ranked[0].payment == ASSETS[first], difference
+
+
+def test_a_purse_pays_out_of_a_channel_or_out_of_the_vault() -> None:
+    one = offer(0, price=Price(request=100), accepts=(payment(min_allocation=300),))
+
+    def fits(**values: Any) -> bool:
+        found = choose([one], REQUEST, [purse(0, **values)], Policy(), {}, NOW)
+        assert found.rejected in ({}, {PEERS[0]: (Exclusion.NO_FUNDS,)})
+        return bool(found.ranked)
+
+    assert fits(available=None) and fits(available=300) and not fits(available=299)
+    assert fits(available=0, free={one.worker: 100}) and not fits(available=0, free={one.worker: 99})
+    assert not fits(available=0, free={KEYS[1].address: 10**9}), "another worker's channel"
+    assert fits(available=500, allocation=500) and not fits(available=499, allocation=500)
+
+
+def test_reasons_against_one_purse_do_not_count_where_another_pays() -> None:
+    one = offer(0, slots=0, accepts=(ASSETS[0], ASSETS[1]), prices=(Price(request=9), Price(request=1)))
+    purses = [purse(0, max_cost=1), purse(1)]
+    assert choose([one], REQUEST, purses, Policy(), {}, NOW).rejected == {PEERS[0]: (Exclusion.BUSY,)}
+    purses = [purse(0, max_cost=1), purse(1, available=0)]
+    assert choose([one], REQUEST, purses, Policy(), {}, NOW).rejected == {
+        PEERS[0]: (Exclusion.BUSY, Exclusion.PRICE_TOO_HIGH, Exclusion.NO_FUNDS)
+    }

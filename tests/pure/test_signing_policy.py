@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from node.testing.pair import key
 from protocol import signing_policy
@@ -43,6 +44,7 @@ from protocol.signing import (
 from protocol.signing_policy import DAY_S, RULES, check
 from protocol.transactions import Transaction
 from protocol.typed_data import (
+    MARKET_DOMAIN,
     Acceptance,
     Allocation,
     Ask,
@@ -73,7 +75,8 @@ POLICY = Policy(
     domains=tuple(
         DomainRule(kind.__name__, domain.chain_id, bytes(domain.verifying_contract))
         for kind, domain in (
-            *((kind, CHANNELS) for kind in (Voucher, Ask, Receipt, Close, ChannelAllocation, Offer, Refusal)),
+            *((kind, CHANNELS) for kind in (Voucher, Ask, Receipt, Close, ChannelAllocation)),
+            *((kind, MARKET_DOMAIN) for kind in (Offer, Refusal)),
             (HotKey, WORKERS),
             *((kind, JOBS) for kind in (Quote, QuotedOrder, Submission, Acceptance)),
         )
@@ -282,6 +285,8 @@ def _right(struct: Any) -> KeyRole:
 def _domain(struct: Any) -> Domain:
     if isinstance(struct, QuotedOrder | Submission | Acceptance | Quote):
         return JOBS
+    if isinstance(struct, Offer | Refusal):
+        return MARKET_DOMAIN
     return WORKERS if isinstance(struct, HotKey) else CHANNELS
 
 
@@ -442,7 +447,7 @@ PLANTED = {
         "rule = RULES[asked.role].get(kind)",
         "rule = next((r[kind] for r in RULES.values() if kind in r), None)",
     ),
-    "any domain": ("elif kind in (Transaction, IdentityMessage) or not", "elif False and not"),
+    "any domain": ("or not rulebook.allows(kind.__name__, asked.domain)", ""),
 }
 
 
@@ -480,8 +485,8 @@ SAMPLES: list[tuple[KeyRole, Any, Domain | None]] = [
     (KeyRole.SESSION, Close(IDS[0], 10), CHANNELS),
     (KeyRole.WORKER, receipt(IDS[1], 1, 5), CHANNELS),
     (KeyRole.WORKER, Close(IDS[1], 10), CHANNELS),
-    (KeyRole.WORKER, Offer(ACCOUNTS[KeyRole.WORKER], ZERO, NOW * 1000, NOW * 1000 + 60_000), CHANNELS),
-    (KeyRole.WORKER, Refusal(JobId(ZERO), 1, 1), CHANNELS),
+    (KeyRole.WORKER, Offer(ACCOUNTS[KeyRole.WORKER], ZERO, NOW * 1000, NOW * 1000 + 60_000), MARKET_DOMAIN),
+    (KeyRole.WORKER, Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN),
     (KeyRole.WORKER, HotKey(STRANGER, ACCOUNTS[KeyRole.WORKER], STRANGER, 0, NOW + 600), WORKERS),
     (KeyRole.WORKER, quote(1, 10), JOBS),
     (KeyRole.PAYER, order(1, 10), JOBS),
@@ -509,7 +514,7 @@ def wrong_keys_and_domains_are_refused(signer: Signer | None = None) -> None:
         for other in KeyRole:
             if type(struct) not in RULES[other]:
                 assert not signer.ask(other, struct, domain), (other, struct)
-        for where in (FOREIGN, CHANNELS, WORKERS, JOBS, None):
+        for where in (FOREIGN, CHANNELS, WORKERS, JOBS, MARKET_DOMAIN, None):
             if where != domain and not (where is None and domain is not None):
                 assert not signer.ask(role, struct, where) if domain is not None else True, (struct, where)
 
@@ -533,9 +538,12 @@ def test_wrong_keys_and_wrong_domains() -> None:
         (KeyRole.WORKER, receipt(IDS[1], 1, 6), CHANNELS, SigningReason.EQUIVOCATION),
         (KeyRole.WORKER, receipt(IDS[1], 2, 6), CHANNELS, SigningReason.CLOSED),
         (KeyRole.WORKER, Close(IDS[1], 11), CHANNELS, SigningReason.EQUIVOCATION),
-        (KeyRole.WORKER, Offer(STRANGER, ZERO, NOW * 1000, NOW * 1000 + 1), CHANNELS, SigningReason.NOT_OURS),
-        (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000, NOW * 1000 + 3_600_001), CHANNELS, SigningReason.TIME),
-        (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000 + 121_000, NOW * 1000 + 122_000), CHANNELS, SigningReason.TIME),
+        (KeyRole.WORKER, Offer(STRANGER, ZERO, NOW * 1000, NOW * 1000 + 1), MARKET_DOMAIN, SigningReason.NOT_OURS),
+        (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000, NOW * 1000 + 3_600_001), MARKET_DOMAIN, SigningReason.TIME),
+        (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000 + 121_000, NOW * 1000 + 122_000), MARKET_DOMAIN, SigningReason.TIME),
+        (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000, NOW * 1000 + 1), CHANNELS, SigningReason.DOMAIN),
+        (KeyRole.WORKER, Refusal(JobId(ZERO), 1, 1), CHANNELS, SigningReason.DOMAIN),
+        (KeyRole.WORKER, receipt(IDS[1], 1, 5), MARKET_DOMAIN, SigningReason.DOMAIN),
         (KeyRole.WORKER, HotKey(STRANGER, STRANGER, STRANGER, 0, NOW), WORKERS, SigningReason.NOT_OURS),
         (KeyRole.WORKER, HotKey(STRANGER, OURS, STRANGER, 0, NOW + DAY_S + 1), WORKERS, SigningReason.TIME),
         (KeyRole.WORKER, quote(1, 10, worker=STRANGER), JOBS, SigningReason.NOT_OURS),
@@ -643,3 +651,34 @@ def test_a_replacement_counts_once() -> None:
 def test_kinds_and_rules_name_the_same_structs() -> None:
     ruled = set(itertools.chain.from_iterable(RULES.values()))
     assert ruled == set(KINDS)
+
+
+def signed_in_the_wrong_place(module: Any) -> list[Any]:
+    """Samples that this policy signs in the market domain although they are money, or on a chain although they are not; under a
+    policy that opens every domain for every kind."""
+    everywhere = tuple(
+        DomainRule(kind.__name__, domain.chain_id, bytes(domain.verifying_contract))
+        for kind in KINDS
+        for domain in (CHANNELS, WORKERS, JOBS, MARKET_DOMAIN)
+    )
+    book = Rulebook(structs.replace(POLICY, domains=everywhere), ACCOUNTS)
+    signer = Signer()
+    found = []
+    for role, struct, domain in SAMPLES:
+        if domain is not None:
+            wrong = CHANNELS if domain == MARKET_DOMAIN else MARKET_DOMAIN
+            try:
+                module.check(book, signer.marks, request(role, struct, wrong), NOW)
+                found.append(struct)
+            except SigningRefused as error:
+                if error.reason is not SigningReason.DOMAIN:
+                    found.append(struct)
+        assert signer.ask(role, struct, domain)
+    return found
+
+
+def test_no_policy_opens_the_market_domain_for_money_nor_a_chain_for_offers() -> None:
+    """Whatever an operator writes: what moves money needs a chain, and what is for all chains is signed on none."""
+    assert signed_in_the_wrong_place(signing_policy) == []
+    bug = planted("or (asked.domain == MARKET_DOMAIN) != (kind in MARKET_KINDS)", "")
+    assert len(signed_in_the_wrong_place(bug)) > 8
