@@ -85,6 +85,10 @@ class TxTimeout(ChainError):
     code = "chain_timeout"
 
 
+class ChainMoved(ChainError):
+    """What a call was derived from has changed since: look again, and derive it anew."""
+
+
 class ReorgTooDeep(ChainError):
     """The chain changed further back than we remember; what was told can not be undone event by event."""
 

@@ -67,7 +67,7 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
     Raises `ConfigError` when none is configured, `ChainError` when the chain or the contracts are not what they should be.
     """
     from node.chain.client import EvmChain
-    from node.chain.txs import TxPolicy, unfinished
+    from node.chain.txs import TxPolicy
 
     given = config.chain_named(name)
     deployment = _deployment(config, name)
@@ -76,14 +76,11 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
     async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
         await ledger.append([Entry(kind, subject, body)])
 
-    pending = unfinished(
-        (
-            (record.kind, msgspec.msgpack.decode(record.body))
-            for record in ledger.records()
-            if record.kind.startswith("tx_")
-        ),
-        deployment.chain_id,
-    )
+    history = [
+        (record.kind, msgspec.msgpack.decode(record.body))
+        for record in ledger.records()
+        if record.kind.startswith("tx_")
+    ]
     poll = given.poll_ms / 1000
     policy = TxPolicy(
         poll=min(poll, 0.02) if devnet else poll,
@@ -96,7 +93,7 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
         deployment,
         key,
         journal=journal,
-        pending=pending,
+        history=history,
         policy=policy,
         poll=poll,
         rules=endpoint_rules(config, name),

@@ -10,7 +10,7 @@ and come from any of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from node.chain.agreed import AgreedEth
@@ -18,8 +18,9 @@ from node.chain.artifacts import Contract, contract, error_name
 from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.eth import Eth
+from node.chain.pending import History, Journal, no_journal
 from node.chain.rpc import Reverted, RpcUnavailable
-from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
+from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.watcher import Watcher
 from node.errors import ChainError
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
@@ -119,13 +120,13 @@ class EvmChain:
         key: PrivateKey,
         *,
         journal: Journal = no_journal,
-        pending: Iterable[PendingTx] = (),
+        history: History = (),
         policy: TxPolicy = DEFAULT_POLICY,
         poll: float = 2.0,
         timeout: float = 20.0,
         rules: Rules | None = None,
     ) -> EvmChain:
-        """Check the chain and our contracts, then bring `pending` transactions (from the journal) to their end.
+        """Check the chain and our contracts, then bring the unfinished transactions of the journal (`history`) to their end.
 
         `poll` is seconds between looks for new blocks. Raises `ChainError` when no quorum of the nodes is reachable, one is of
         another chain, or the contracts are not ours.
@@ -135,8 +136,21 @@ class EvmChain:
             await nodes.meet()
             eth = AgreedEth(nodes)
             await check_deployment(eth, deployment)
-            sender = TxSender(eth, key, deployment.chain_id, journal=journal, error_name=error_name, policy=policy)
-            await sender.resume(pending)
+            anchor = await eth.header(deployment.block)
+            if anchor is None:
+                raise ChainError(
+                    f"the chain has no block {deployment.block}, where our contracts were made", hint=_HINT
+                )
+            sender = TxSender(
+                eth,
+                key,
+                deployment.chain_id,
+                anchor=anchor.hash,
+                journal=journal,
+                error_name=error_name,
+                policy=policy,
+            )
+            await sender.resume(history)
         except BaseException:
             await nodes.aclose()
             raise

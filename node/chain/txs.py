@@ -1,51 +1,48 @@
 """Transactions of one key: one nonce at a time, journaled before it is sent, decided by receipts.
 
 Rules:
-- One `TxSender` per key. The lock is held from choosing a nonce until the node has taken the transaction, so there is never
+- One `TxSender` per key. The lock is held from choosing a nonce until a node has taken the transaction, so there is never
   a gap, and a refused transaction gives its nonce back.
 - Simulate first (`eth_estimateGas`): an expected revert costs no gas and names the contract's error.
 - *Journal, then speak*: nonce, hash and raw bytes are journaled before they are sent. After a restart `resume` sends again
   what the node has not seen.
 - What happened is read from receipts, by hash, over all attempts at that nonce. Error texts of a node decide nothing:
   "already known", "nonce too low" and a timeout all mean *look*.
-- A transaction that waits too long is replaced at the same nonce with higher fees; one that the node forgot is sent again,
-  and so are the last ones when a reorganisation has thrown them out.
-- One that has outlived the caller's patience (`TxTimeout`) stands before all that come later: the next `send` first takes up
-  its wait, and when it is the same call (account, calldata, value), its receipt is the answer. So a claim that is tried
+- *One nonce, one call* (N4). A transaction that may be out keeps its nonce until it has landed, or until two looks apart agree
+  that it can not; whatever its caller does, no other call gets the nonce. What waits too long is replaced by the same call with
+  higher fees; what the nodes forgot is sent again.
+- A transaction without an end stands before all that come later: the next `send` first takes up its wait, and when it is the
+  same call (account, calldata, value) and its caller was told of a failure, its receipt is the answer. So a claim that is tried
   again is never paid for twice, and a stuck nonce collects no queue behind it.
-
-Journal records (kind, subject, body): ``tx_signed`` before each send, ``tx_final`` with the receipt, ``tx_dropped`` when the
-nonce is known to be free or another's. Subject is the account, 20 bytes; amounts are decimal strings.
+- A landed transaction that a reorganisation throws out is sent again, unchanged. A call that was derived from the chain's state
+  (`derived`) is not sent while such a one, or one without an end, is on its way: who looked did not see it, and would ask for the
+  same a second time (N5). It is brought to its end instead, and the answer is `ChainMoved`: look again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 
 from node.chain.eth import Eth
+from node.chain.pending import History, Journal, PendingTx, landed, no_journal, unfinished
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.values import Receipt
-from node.errors import ChainError, TxTimeout
+from node.errors import ChainError, ChainMoved, TxTimeout
 from node.ports import TxResult
-from protocol.errors import InvalidValue
 from protocol.ids import Address
 from protocol.keys import PrivateKey
-from protocol.transactions import SignedTransaction, Transaction
+from protocol.transactions import Transaction
 
-Journal = Callable[[str, bytes, Mapping[str, Any]], Awaitable[None]]
+log = logging.getLogger(__name__)
 ErrorName = Callable[[bytes], str]
 
 GWEI = 10**9
 RECENT = 64
 """How many transactions we could send again after a reorganisation."""
-
-
-async def no_journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
-    """For throw-away keys on simulated chains only: a crash forgets what was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,77 +68,22 @@ DEFAULT_POLICY = TxPolicy()
 DEVNET_POLICY = TxPolicy(poll=0.01, bump_after=5.0, give_up_after=60.0)
 
 
-@dataclass(frozen=True, slots=True)
-class PendingTx:
-    """A journaled transaction without a final record."""
-
-    purpose: str
-    signed: SignedTransaction
-
-    def to_body(self) -> dict[str, Any]:
-        tx = self.signed.transaction
-        return {
-            "purpose": self.purpose,
-            "chain_id": tx.chain_id,
-            "nonce": tx.nonce,
-            "tip": str(tx.tip),
-            "max_fee": str(tx.max_fee),
-            "gas": tx.gas,
-            "to": "" if tx.to is None else str(tx.to),
-            "value": str(tx.value),
-            "data": tx.data.hex(),
-            "hash": self.signed.hash.hex(),
-            "raw": self.signed.raw.hex(),
-        }
-
-    @classmethod
-    def from_body(cls, body: Mapping[str, Any]) -> PendingTx:
-        """Raises `ChainError` for a record that is not ours."""
-        try:
-            transaction = Transaction(
-                chain_id=int(body["chain_id"]),
-                nonce=int(body["nonce"]),
-                tip=int(body["tip"]),
-                max_fee=int(body["max_fee"]),
-                gas=int(body["gas"]),
-                to=Address(body["to"]) if body["to"] else None,
-                value=int(body["value"]),
-                data=bytes.fromhex(body["data"]),
-            )
-            signed = SignedTransaction(transaction, bytes.fromhex(body["raw"]), bytes.fromhex(body["hash"]))
-            return cls(str(body["purpose"]), signed)
-        except (KeyError, ValueError, TypeError, InvalidValue) as error:
-            raise ChainError(f"the journal holds a damaged transaction record: {error}") from error
-
-
-def unfinished(records: Iterable[tuple[str, Mapping[str, Any]]], chain_id: int) -> list[PendingTx]:
-    """Fold one account's (kind, body) journal records, in order: what was signed for this chain and has no end yet.
-
-    A journal may hold transactions of several chains, each with nonces of its own: an end counts where its hash was signed.
-    """
-    waiting: dict[str, PendingTx] = {}
-    signed: set[str] = set()
-    for kind, body in records:
-        if kind == "tx_signed":
-            tx = PendingTx.from_body(body)
-            if tx.signed.transaction.chain_id == chain_id:
-                signed.add(body["hash"])
-                waiting[body["hash"]] = tx
-        elif kind == "tx_final":
-            if body["hash"] in signed:
-                done = int(body["nonce"])
-                waiting = {h: tx for h, tx in waiting.items() if tx.signed.transaction.nonce != done}
-        elif kind == "tx_dropped":
-            waiting.pop(body["hash"], None)
-    return sorted(waiting.values(), key=lambda tx: tx.signed.transaction.nonce)
-
-
 class _NonceTaken(Exception):
     """The nonce was used by a transaction that is not ours; take another one."""
 
 
-class _NonceLost(ChainError):
-    """While we waited, a transaction that is not ours used the nonce: this call has not happened and will not."""
+class _Dropped(ChainError):
+    """This call has not happened and will not: its nonce is another's, or no node takes it."""
+
+
+@dataclass(slots=True)
+class _Stalled:
+    """A transaction that may be out, that has no end, and that nobody waits for."""
+
+    attempts: list[PendingTx]
+    answers_equal_calls: bool
+    """Its caller was told of a failure and may try again. One that went away (cancelled) is not expected back: the next equal
+    call is meant as another one."""
 
 
 class TxSender:
@@ -153,75 +95,114 @@ class TxSender:
         key: PrivateKey,
         chain_id: int,
         *,
+        anchor: bytes = b"",
         journal: Journal = no_journal,
         error_name: ErrorName = lambda data: data[:4].hex(),
         policy: TxPolicy = DEFAULT_POLICY,
     ) -> None:
+        """`anchor`: hash of an old block, by which a chain is told from another one with the same id (a devnet started anew)."""
         self._eth = eth
         self._key = key
         self._chain_id = chain_id
+        self._anchor = anchor.hex()
         self._journal = journal
         self._error_name = error_name
         self._policy = policy
         self._lock = trio.Lock()
-        self._next: int | None = None
-        """Next free nonce as far as we know; None means that only the node knows."""
         self._recent: dict[int, PendingTx] = {}
-        self._stalled: dict[int, list[PendingTx]] = {}
-        """By nonce: all attempts at a transaction that nobody waits for any more and that has no end."""
+        """By nonce: the last transactions that a node took."""
+        self._ended: dict[int, bytes] = {}
+        """By nonce: those of them that have landed, and the hash of the block."""
+        self._stalled: dict[int, _Stalled] = {}
+        """By nonce. Whatever is journaled without an end is in here, or some task waits for it."""
+        self._doubts: dict[int, float] = {}
+        """By nonce: since when every look has said that the transaction can not land any more."""
 
     @property
     def account(self) -> Address:
         return self._key.address
 
-    async def send(self, purpose: str, to: Address, data: bytes, value: int = 0) -> TxResult:
-        """Simulate, journal, send, wait for the receipt. A revert is a result with ``ok=False``, not an exception."""
-        result, _ = await self._send(purpose, to, data, value)
+    async def send(self, purpose: str, to: Address, data: bytes, value: int = 0, *, derived: bool = False) -> TxResult:
+        """Simulate, journal, send, wait for the receipt. A revert is a result with ``ok=False``, not an exception.
+
+        `derived`: the call follows from what the chain shows. Raises `ChainMoved` when earlier transactions of ours changed that.
+        """
+        result, _ = await self._send(purpose, to, data, value, derived)
         return result
 
     async def create(self, purpose: str, initcode: bytes) -> tuple[TxResult, Address]:
         """Deploy a contract. Raises `ChainError` when it fails."""
-        result, receipt = await self._send(purpose, None, initcode, 0)
+        result, receipt = await self._send(purpose, None, initcode, 0, False)
         if receipt is None or not result.ok or receipt.created is None:
             raise ChainError(f"{purpose} failed: {result.error or 'no contract address in the receipt'}")
         return result, receipt.created
 
-    async def resume(self, pending: Iterable[PendingTx]) -> list[TxResult]:
+    async def resume(self, history: History) -> list[TxResult]:
         """Bring journaled transactions to their end after a restart; call it before the first `send`.
 
-        `pending` comes from `unfinished`. What the node has not seen is sent again; what another transaction replaced is
-        journaled as dropped and left out of the answer, and so is what does not land within `bump_after` seconds: the first
-        `send` takes that up.
+        What the nodes have not seen is sent again; what another transaction replaced, what every node refuses, and what was for
+        another chain of the same id is journaled as dropped and left out of the answer. So is what does not land within
+        `bump_after` seconds: the first `send` takes that up.
         """
+        for tx in landed(history, self._chain_id, self._anchor, RECENT):
+            self._keep(tx)
+            self._ended[tx.signed.transaction.nonce] = b""
         by_nonce: dict[int, list[PendingTx]] = {}
-        for tx in pending:
+        for tx in unfinished(history, self._chain_id):
             by_nonce.setdefault(tx.signed.transaction.nonce, []).append(tx)
         results = []
         async with self._lock:
             for nonce in sorted(by_nonce):
                 attempts = by_nonce[nonce]
-                if not await self._landed(attempts):
-                    try:
-                        await self._broadcast(attempts[-1])
-                    except _NonceTaken:
-                        for attempt in attempts:
-                            await self._drop(attempt, "the nonce was used by another transaction")
-                        continue
+                doubtful = False
+                if attempts[-1].anchor not in ("", self._anchor):
+                    for attempt in attempts:
+                        await self._drop(attempt, "it was for another chain of this id")
+                    continue
                 try:
-                    result, _ = await self._wait(attempts, self._policy.bump_after)
-                except TxTimeout:
+                    if not await self._landed(attempts):
+                        await self._broadcast(attempts[-1])
+                except (_NonceTaken, RpcError):
+                    doubtful = True  # it may have been out before: two looks decide
+                limit = self._policy.bump_after * (2 if doubtful else 1)
+                try:
+                    result, _ = await self._wait(attempts, limit, push_now=doubtful)
+                except (TxTimeout, _Dropped):
                     continue
                 results.append(result)
-            self._next = None
         return results
+
+    async def catch_up(self) -> None:
+        """Bring what was sent before to its end: what timed out, and what a reorganisation threw out.
+
+        Returns at once when there is nothing of the kind. Raises `TxTimeout` while one of them has no receipt.
+        """
+        async with self._lock:
+            await self._take_up()
+            _, orphans = await self._next_nonce()
+            await self._bring_back(orphans)
+
+    async def _bring_back(self, orphans: list[PendingTx]) -> None:
+        for attempt in orphans:
+            try:
+                await self._wait([attempt], self._policy.bump_after)
+            except _Dropped as error:
+                log.warning("%s", error)
 
     # --------------------------------------------------------------------------------------------------------- sending
 
-    async def _send(self, purpose: str, to: Address | None, data: bytes, value: int) -> tuple[TxResult, Receipt | None]:
+    async def _send(
+        self, purpose: str, to: Address | None, data: bytes, value: int, derived: bool
+    ) -> tuple[TxResult, Receipt | None]:
         async with self._lock:
-            repeated = await self._take_up(to, data, value)
+            stalled = bool(self._stalled)
+            repeated = await self._take_up((to, data, value))
             if repeated is not None:
                 return repeated
+            nonce, orphans = await self._next_nonce()
+            if derived and (stalled or orphans):
+                await self._bring_back(orphans)
+                raise ChainMoved(f"{purpose}: earlier transactions had to be brought to their end first; look again")
             try:
                 estimate = await self._eth.estimate_gas(to, data, sender=self.account, value=value)
             except Reverted as error:
@@ -229,10 +210,10 @@ class TxSender:
             gas = estimate + estimate * self._policy.gas_margin // 100
             for _ in range(3):
                 try:
-                    attempt = await self._sign_and_send(purpose, to, data, value, gas)
+                    attempt = await self._sign_and_send(purpose, to, data, value, gas, nonce)
                     break
                 except _NonceTaken:
-                    continue
+                    nonce, _ = await self._next_nonce()
             else:
                 raise ChainError(
                     f"{purpose}: other transactions keep taking the nonces of {self.account}",
@@ -240,59 +221,84 @@ class TxSender:
                 )
         return await self._wait([attempt])
 
-    async def _take_up(self, to: Address | None, data: bytes, value: int) -> tuple[TxResult, Receipt] | None:
+    async def _take_up(self, call: tuple[Address | None, bytes, int] | None = None) -> tuple[TxResult, Receipt] | None:
         """Bring stalled transactions to their end, oldest first; the end of the one that is this very call, if any.
 
         Raises `TxTimeout` when one is still without a receipt after another `bump_after` seconds.
         """
         for nonce in sorted(self._stalled):
-            attempts = self._stalled[nonce]
-            call = attempts[0].signed.transaction
+            stalled = self._stalled[nonce]
+            sent = stalled.attempts[0].signed.transaction
             try:
-                ended = await self._wait(attempts, self._policy.bump_after, push_now=True)
-            except _NonceLost:
+                ended = await self._wait(stalled.attempts, self._policy.bump_after, push_now=True)
+            except _Dropped:
                 continue
-            if (call.to, call.data, call.value) == (to, data, value):
+            if stalled.answers_equal_calls and (sent.to, sent.data, sent.value) == call:
                 return ended
         return None
 
-    async def _sign_and_send(self, purpose: str, to: Address | None, data: bytes, value: int, gas: int) -> PendingTx:
-        nonce = await self._next_nonce()
-        self._next = None  # unknown until the node has taken this one, whatever ends this call
+    async def _sign_and_send(
+        self, purpose: str, to: Address | None, data: bytes, value: int, gas: int, nonce: int
+    ) -> PendingTx:
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
-        attempt = PendingTx(purpose, transaction.signed(self._key.sign(transaction.digest())))
+        attempt = PendingTx(purpose, transaction.signed(self._key.sign(transaction.digest())), self._anchor)
         await self._journal("tx_signed", bytes(self.account), attempt.to_body())
+        # From here on it may be out, whatever ends this call.
+        self._stalled[nonce] = _Stalled([attempt], answers_equal_calls=False)
         try:
             await self._broadcast(attempt)
         except _NonceTaken:
             await self._drop(attempt, "the nonce was used by another transaction")
+            del self._stalled[nonce]
             raise
         except RpcError as error:
             # Refused while it is unknown and its nonce free: a later transaction will use the nonce, so at most one lands.
             await self._drop(attempt, str(error))
+            del self._stalled[nonce]
             raise
-        self._next = nonce + 1
-        self._recent[nonce] = attempt
-        self._recent.pop(nonce - RECENT, None)
+        except ChainError:
+            self._stalled[nonce].answers_equal_calls = True
+            raise
+        del self._stalled[nonce]
+        self._keep(attempt)
         return attempt
 
-    async def _next_nonce(self) -> int:
-        """The node's count of our transactions, after sending again what a reorganisation may have thrown out."""
+    def _keep(self, attempt: PendingTx) -> None:
+        nonce = attempt.signed.transaction.nonce
+        self._recent[nonce] = attempt
+        for old in [known for known in self._recent if known <= nonce - RECENT]:
+            self._forget(old)
+
+    def _forget(self, nonce: int) -> None:
+        self._recent.pop(nonce, None)
+        self._ended.pop(nonce, None)
+
+    async def _next_nonce(self) -> tuple[int, list[PendingTx]]:
+        """Our next free nonce, and the orphans, oldest first: what had landed and is out of the chain again.
+
+        What the nodes forgot of us is sent to them again on the way.
+        """
         pending = await self._eth.nonce(self.account, "pending")
-        if self._next is None or pending >= self._next:
-            return pending
-        for nonce in range(pending, self._next):
-            lost = self._recent.get(nonce)
-            if lost is None:
-                return nonce
+        end = max(self._recent, default=-1) + 1
+        free = max(pending, end)
+        for nonce in range(pending, end):
+            attempt = self._recent.get(nonce)
+            if attempt is None:
+                free = nonce
+                break
             try:
-                await self._broadcast(lost)
+                await self._broadcast(attempt)
             except _NonceTaken:
                 continue
-            except RpcError:
-                return nonce  # no longer good for this branch: its nonce is free
-        return self._next
+            except RpcError as error:
+                await self._drop(attempt, str(error))  # no longer good for this branch: its nonce is free
+                free = nonce
+                break
+        if not self._ended:
+            return free, []
+        count = await self._eth.nonce(self.account)
+        return free, [self._recent[nonce] for nonce in sorted(self._ended) if count <= nonce < free]
 
     async def _base_fee(self) -> int:
         header = await self._eth.header("latest")
@@ -301,9 +307,12 @@ class TxSender:
         return header.base_fee
 
     async def _broadcast(self, attempt: PendingTx) -> None:
-        """Return once the node has the transaction. Raises `RpcError` (refused), `_NonceTaken` or `RpcUnavailable`."""
-        tries = 5
-        for remaining in range(tries - 1, -1, -1):
+        """Return once a node has the transaction, or may have it and the nonce is used: then the receipt decides.
+
+        Raises `RpcError` (refused, so not out), `_NonceTaken` (refused from the first try on) or `RpcUnavailable`.
+        """
+        maybe_out = False
+        for remaining in range(4, -1, -1):
             try:
                 await self._eth.send_raw(attempt.signed.raw)
                 return
@@ -312,11 +321,14 @@ class TxSender:
                     return
                 if await self._eth.nonce(self.account) > attempt.signed.transaction.nonce:
                     # Asked again after the nonce: it may have landed between the two questions.
-                    if await self._landed([attempt]):
+                    if maybe_out or await self._landed([attempt]):
                         return
                     raise _NonceTaken from None
+                if maybe_out:
+                    raise RpcUnavailable(f"{attempt.purpose}: refused, after a try whose answer was lost") from None
                 raise
             except RpcUnavailable:
+                maybe_out = True
                 if not remaining:
                     raise
                 await trio.sleep(self._policy.poll)
@@ -331,17 +343,19 @@ class TxSender:
     async def _wait(
         self, attempts: list[PendingTx], limit: float | None = None, *, push_now: bool = False
     ) -> tuple[TxResult, Receipt]:
-        """Until there is a receipt, for `limit` seconds (`give_up_after` when None). A wait that fails
-        otherwise leaves the transaction among the stalled. A cancelled one does not: its caller may be gone for good, and the
-        next equal call is then meant as another one."""
+        """Until there is a receipt, for `limit` seconds (`give_up_after` when None). A wait that ends otherwise leaves the
+        transaction among the stalled, unless it is dropped."""
         nonce = attempts[0].signed.transaction.nonce
         try:
             ended = await self._watch(attempts, self._policy.give_up_after if limit is None else limit, push_now)
-        except _NonceLost:
+        except _Dropped:
             self._stalled.pop(nonce, None)
             raise
         except ChainError:
-            self._stalled[nonce] = attempts
+            self._stalled[nonce] = _Stalled(attempts, answers_equal_calls=True)
+            raise
+        except BaseException:
+            self._stalled.setdefault(nonce, _Stalled(attempts, answers_equal_calls=False))
             raise
         self._stalled.pop(nonce, None)
         return ended
@@ -353,15 +367,14 @@ class TxSender:
             receipt = await self._confirmed(attempts)
             if receipt is not None:
                 return await self._finish(attempts, receipt)
-            now = trio.current_time()
-            if now - started > limit:
+            if trio.current_time() >= patience:
+                await self._push(attempts)
+                patience = trio.current_time() + self._policy.bump_after
+            if trio.current_time() - started > limit:
                 raise TxTimeout(
                     f"{attempts[0].purpose}: no receipt after {limit:g} s",
                     hint=f"transaction 0x{attempts[-1].signed.hash.hex()} is journaled and may still land",
                 )
-            if now >= patience:
-                await self._push(attempts)
-                patience = trio.current_time() + self._policy.bump_after
             await trio.sleep(self._policy.poll)
 
     async def _landed(self, attempts: list[PendingTx]) -> Receipt | None:
@@ -384,31 +397,62 @@ class TxSender:
         return receipt
 
     async def _push(self, attempts: list[PendingTx]) -> None:
-        """The transaction is late: send it again when the node forgot it, else replace it with higher fees."""
+        """The transaction is late: send it again when the nodes forgot it, else replace it with higher fees.
+
+        Raises `_Dropped` when it can not land any more, as two looks `bump_after` apart agree: one alone may have met a node that
+        is behind.
+        """
         last = attempts[-1]
+        nonce = last.signed.transaction.nonce
         try:
             if await self._landed(attempts):
+                self._doubts.pop(nonce, None)
                 return  # mined, only not confirmed yet
-            if await self._eth.nonce(self.account) > last.signed.transaction.nonce and not await self._landed(attempts):
-                for attempt in attempts:
-                    await self._drop(attempt, "the nonce was used by another transaction")
-                self._next = None
-                raise _NonceLost(
-                    f"{last.purpose}: another transaction of {self.account} took nonce {last.signed.transaction.nonce}",
-                    hint="is the same key used by another program?",
-                )
-            if not await self._eth.knows(last.signed.hash):
-                await self._eth.send_raw(last.signed.raw)
+            if await self._eth.nonce(self.account) > nonce:
+                await self._doubt(attempts, f"another transaction of {self.account} took nonce {nonce}")
                 return
+            if not await self._known(attempts):
+                if not await self._send_again(attempts):
+                    await self._doubt(attempts, "every node refuses it and none has it")
+                    return
+                self._doubts.pop(nonce, None)
+                return
+            self._doubts.pop(nonce, None)
             bumped = last.signed.transaction.bumped(await self._base_fee(), self._policy.max_fee)
             if bumped is None:
                 return  # at the cap: keep waiting
-            attempt = PendingTx(last.purpose, bumped.signed(self._key.sign(bumped.digest())))
+            attempt = PendingTx(last.purpose, bumped.signed(self._key.sign(bumped.digest())), self._anchor)
             await self._journal("tx_signed", bytes(self.account), attempt.to_body())
             attempts.append(attempt)
             await self._eth.send_raw(attempt.signed.raw)
         except (RpcError, RpcUnavailable):
             return  # whatever the node said, the receipt decides at the next look
+
+    async def _known(self, attempts: list[PendingTx]) -> bool:
+        for attempt in reversed(attempts):
+            if await self._eth.knows(attempt.signed.hash):
+                return True
+        return False
+
+    async def _send_again(self, attempts: list[PendingTx]) -> bool:
+        """The dearest attempt that a node takes. False when every node refuses every one."""
+        for attempt in reversed(attempts):
+            try:
+                await self._eth.send_raw(attempt.signed.raw)
+                return True
+            except RpcError:
+                continue
+        return False
+
+    async def _doubt(self, attempts: list[PendingTx], why: str) -> None:
+        nonce = attempts[0].signed.transaction.nonce
+        since = self._doubts.setdefault(nonce, trio.current_time())
+        if trio.current_time() - since < self._policy.bump_after:
+            return
+        del self._doubts[nonce]
+        for attempt in attempts:
+            await self._drop(attempt, why)
+        raise _Dropped(f"{attempts[0].purpose}: {why}", hint="is the same key used by another program?")
 
     async def _finish(self, attempts: list[PendingTx], receipt: Receipt) -> tuple[TxResult, Receipt]:
         winner = next(a for a in attempts if a.signed.hash == receipt.hash)
@@ -423,7 +467,11 @@ class TxSender:
             "ok": receipt.ok,
             "error": error,
         }
-        await self._journal("tx_final", bytes(self.account), body)
+        if self._ended.get(tx.nonce) != receipt.block_hash:  # else it is journaled already
+            await self._journal("tx_final", bytes(self.account), body)
+        self._doubts.pop(tx.nonce, None)
+        self._keep(winner)
+        self._ended[tx.nonce] = receipt.block_hash
         result = TxResult(winner.purpose, receipt.hash, receipt.block_number, receipt.gas_used, receipt.ok, error)
         return result, receipt
 
@@ -440,5 +488,7 @@ class TxSender:
         return "reverted"
 
     async def _drop(self, attempt: PendingTx, why: str) -> None:
-        body = {"nonce": attempt.signed.transaction.nonce, "hash": attempt.signed.hash.hex(), "reason": why}
+        nonce = attempt.signed.transaction.nonce
+        body = {"nonce": nonce, "hash": attempt.signed.hash.hex(), "reason": why}
+        self._forget(nonce)  # its caller is told that it will not happen: it is never sent again
         await self._journal("tx_dropped", bytes(self.account), body)

@@ -30,6 +30,8 @@ from protocol.ids import ChannelId, keccak256
 
 log = logging.getLogger(__name__)
 MAX_REQUEST: Final = 8 << 20
+PATIENCE_S: Final = 20.0
+"""As that of `node.chain.rpc.JsonRpc`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Faults:
     refuse: bool = False
     """The connection ends before an answer. (For a port that nobody listens on, stop serving.)"""
     hang: bool = False
-    """It reads the question and never answers."""
+    """It reads the question and never answers; the asker's patience ends after `PATIENCE_S`."""
     status: int = 0
     """Every answer is this HTTP status and no JSON."""
     garbage: bytes = b""
@@ -113,7 +115,8 @@ class LyingRpc:
         self.requests[method] += 1
         faults = self.faults
         if faults.hang:
-            await trio.sleep_forever()
+            await trio.sleep(PATIENCE_S)
+            raise RpcUnavailable(f"{self.name} did not answer {method} within {PATIENCE_S:g} s")
         await trio.sleep(faults.slow_s)
         if faults.refuse or faults.status or faults.garbage or faults.huge:
             raise RpcUnavailable(f"{self.name} does not answer")
