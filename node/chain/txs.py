@@ -200,8 +200,10 @@ class TxSender:
             if repeated is not None:
                 return repeated
             nonce, orphans = await self._next_nonce()
-            if derived and (stalled or orphans):
+            if orphans:
                 await self._bring_back(orphans)
+                nonce, _ = await self._next_nonce()
+            if derived and (stalled or orphans):
                 raise ChainMoved(f"{purpose}: earlier transactions had to be brought to their end first; look again")
             try:
                 estimate = await self._eth.estimate_gas(to, data, sender=self.account, value=value)
@@ -243,7 +245,7 @@ class TxSender:
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
         attempt = PendingTx(purpose, transaction.signed(self._key.sign(transaction.digest())), self._anchor)
-        await self._journal("tx_signed", bytes(self.account), attempt.to_body())
+        await self._sign_down(attempt)
         # From here on it may be out, whatever ends this call.
         self._stalled[nonce] = _Stalled([attempt], answers_equal_calls=False)
         try:
@@ -264,6 +266,10 @@ class TxSender:
         self._keep(attempt)
         return attempt
 
+    async def _sign_down(self, attempt: PendingTx) -> None:
+        with trio.CancelScope(shield=True):  # a record that may be there or not would make its nonce nobody's
+            await self._journal("tx_signed", bytes(self.account), attempt.to_body())
+
     def _keep(self, attempt: PendingTx) -> None:
         nonce = attempt.signed.transaction.nonce
         self._recent[nonce] = attempt
@@ -277,7 +283,7 @@ class TxSender:
     async def _next_nonce(self) -> tuple[int, list[PendingTx]]:
         """Our next free nonce, and the orphans, oldest first: what had landed and is out of the chain again.
 
-        What the nodes forgot of us is sent to them again on the way.
+        What the nodes forgot of us is sent to them again on the way. A hole that a dropped transaction left is filled first.
         """
         pending = await self._eth.nonce(self.account, "pending")
         end = max(self._recent, default=-1) + 1
@@ -289,12 +295,8 @@ class TxSender:
                 break
             try:
                 await self._broadcast(attempt)
-            except _NonceTaken:
-                continue
-            except RpcError as error:
-                await self._drop(attempt, str(error))  # no longer good for this branch: its nonce is free
-                free = nonce
-                break
+            except (_NonceTaken, RpcError):
+                continue  # it keeps its nonce until who waits for it has looked twice
         if not self._ended:
             return free, []
         count = await self._eth.nonce(self.account)
@@ -422,7 +424,7 @@ class TxSender:
             if bumped is None:
                 return  # at the cap: keep waiting
             attempt = PendingTx(last.purpose, bumped.signed(self._key.sign(bumped.digest())), self._anchor)
-            await self._journal("tx_signed", bytes(self.account), attempt.to_body())
+            await self._sign_down(attempt)
             attempts.append(attempt)
             await self._eth.send_raw(attempt.signed.raw)
         except (RpcError, RpcUnavailable):
