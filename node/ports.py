@@ -205,6 +205,16 @@ class Chain(Protocol):
 
     async def worker(self, hot_key: Address) -> WorkerOnChain: ...
 
+    async def fee(self) -> int:
+        """What a transaction would pay now, wei per gas."""
+
+    async def catch_up(self) -> None:
+        """Bring our earlier transactions to their end: those that timed out, and those that a reorganisation threw out.
+
+        `allocate`, `claim` and `settle` follow from what the chain shows, so they raise `node.errors.ChainMoved` instead of
+        sending when such transactions had to be brought to their end first: look again, and decide anew.
+        """
+
     async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]: ...
 
     async def withdraw(self, token: Address, amount: int, to: Address) -> TxResult: ...

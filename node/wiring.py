@@ -18,6 +18,7 @@ from node.chains import Chains
 from node.config import DEFAULT, Config
 from node.errors import ConfigError
 from node.ports import Chain
+from node.store.faults import fault_point
 from node.store.fence import Fence
 from node.store.ledger import Entry, Ledger
 from protocol.ids import Address
@@ -75,6 +76,8 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
 
     async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
         await ledger.append([Entry(kind, subject, body)])
+        if kind == "tx_signed":
+            fault_point("send.transaction")
 
     history = [
         (record.kind, msgspec.msgpack.decode(record.body))

@@ -255,7 +255,13 @@ class EvmChain:
             raise ChainError(f"{source.name}.{function} reverted: {error_name(error.data)}") from error
         return source.decode(function, data)[0]
 
+    async def fee(self) -> int:
+        return await self._sender.fee()
+
     # -------------------------------------------------------------------------------------------------------- changing
+
+    async def catch_up(self) -> None:
+        await self._sender.catch_up()
 
     async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]:
         """Into the vault, for this account. A token needs an approval of exactly `amount` first: two transactions.
@@ -279,14 +285,15 @@ class EvmChain:
         return await self._sender.send("withdraw", self.deployment.vault, data)
 
     async def allocate(self, config: ChannelConfig, allocated: int, valid_before: int, signature: bytes) -> TxResult:
-        return await self._change("allocate", "allocate", config_tuple(config), allocated, valid_before, signature)
+        arguments = (config_tuple(config), allocated, valid_before, signature)
+        return await self._change("allocate", "allocate", *arguments, derived=True)
 
     async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
         batch = [(config_tuple(e.config), e.amount, e.cumulative, e.signature) for e in entries]
-        return await self._change("claim", "claim", batch)
+        return await self._change("claim", "claim", batch, derived=True)
 
     async def settle(self, receiver: Address, token: Address) -> TxResult:
-        return await self._change("settle", "settle", receiver, token)
+        return await self._change("settle", "settle", receiver, token, derived=True)
 
     async def close_channel(
         self,
@@ -314,8 +321,9 @@ class EvmChain:
         data = self._workers.encode("setPayout", hot_key, payout)
         return await self._sender.send("set_payout", self.deployment.workers, data)
 
-    async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
-        return await self.change(purpose, "Channels", function, *args)
+    async def _change(self, purpose: str, function: str, *args: object, derived: bool = False) -> TxResult:
+        data = self._channels.encode(function, *args)
+        return await self._sender.send(purpose, self.deployment.channels, data, derived=derived)
 
     async def view(self, name: str, function: str, *args: object) -> Any:
         """Ask the contract called `name`. Raises `ChainError` when the deployment has none or it reverts."""

@@ -72,6 +72,8 @@ class MemoryLedger:
         )
         self.domain = Domain(chain_id, self.channels)
         self.workers_domain = Domain(chain_id, self.workers)
+        self.gas_price = 0
+        """Wei per gas, as far as anybody asks; nobody pays it."""
         self._clock = clock
         self._offset = 0
         self._failures = 0
@@ -275,7 +277,15 @@ class MemoryChain:
             return WorkerOnChain(ZERO_ADDRESS, False, ZERO_ADDRESS, 0)
         return WorkerOnChain(found.owner, found.active, found.payout, found.nonce)
 
+    async def fee(self) -> int:
+        await self._look()
+        return self.ledger.gas_price
+
     # -------------------------------------------------------------------------------------------------------- changing
+
+    async def catch_up(self) -> None:
+        """Nothing is ever on its way here: a transaction is mined at once, and what a reorganisation drops is gone."""
+        await self._look()
 
     async def _send(self, purpose: str, change: Change) -> TxResult:
         await self._look()

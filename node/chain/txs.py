@@ -172,6 +172,10 @@ class TxSender:
                 results.append(result)
         return results
 
+    async def fee(self) -> int:
+        """What a transaction would pay now, wei per gas."""
+        return min(await self._base_fee() + self._policy.tip, self._policy.max_fee)
+
     async def catch_up(self) -> None:
         """Bring what was sent before to its end: what timed out, and what a reorganisation threw out.
 

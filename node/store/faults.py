@@ -27,6 +27,7 @@ POINTS: dict[str, str] = {
     "send.receipt": "worker: the signed receipt is durable, about to be sent",
     "send.ask": "client: the job and its first voucher are durable, about to be sent",
     "send.voucher": "client: a voucher is durable, about to be sent",
+    "send.transaction": "a signed transaction is durable, no node has heard of it",
     "send.ack": "client: the verified receipt is durable, about to be acknowledged",
 }
 

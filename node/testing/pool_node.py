@@ -1,7 +1,7 @@
 """A chain's node without an EVM: blocks, a pool, nonces and reorganisations, and nothing that calls do. Product code: for tests
 of whoever sends transactions.
 
-It takes the signed transactions that `node.chain.transactions` makes, in nonce order per account, and answers what a sender asks.
+It takes the signed transactions that `protocol.transactions` makes, in nonce order per account, and answers what a sender asks.
 Several callers may share it, as several nodes share one chain (`node.testing.lying_rpc` in front of it spoils some of them).
 """
 
