@@ -58,15 +58,23 @@ class FileLock:
         except BaseException:
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        _sign(descriptor, b"%d\n" % os.getpid())
         return cls(descriptor)
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            _sign(descriptor, b"")
+            os.close(descriptor)
+
+
+def _sign(descriptor: int, text: bytes) -> None:
+    """Who holds the lock. For people: a full disk is no reason to fail here."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text, 0)
+    except OSError:
+        pass
 
 
 def prepare_folder(folder: Path) -> None:
@@ -107,8 +115,8 @@ def create(path: Path, build: Callable[[sqlite3.Connection], None]) -> None:
     os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        pragma(connection, "synchronous = FULL")
+        pragma(connection, f"application_id = {APPLICATION_ID}")
         connection.execute("BEGIN IMMEDIATE")
         build(connection)
         connection.execute("COMMIT")
@@ -129,10 +137,11 @@ def connect(path: Path, *, read_only: bool = False, factory: Factory = sqlite3.C
     )
     try:
         if read_only:
-            connection.execute("PRAGMA query_only = 1")
+            pragma(connection, "query_only = 1")
             return connection
         for name, value in SETTINGS:
-            connection.execute(f"PRAGMA {name} = {value}")
+            pragma(connection, f"{name} = {value}")
+        connection.execute("SELECT 1 FROM sqlite_schema").fetchall()  # only a read shows what a mode really is
         for name, value in REQUIRED:
             found = pragma(connection, name)
             if found != value:
@@ -143,9 +152,14 @@ def connect(path: Path, *, read_only: bool = False, factory: Factory = sqlite3.C
         raise
 
 
-def pragma(connection: sqlite3.Connection, name: str) -> str | int | None:
-    row = connection.execute(f"PRAGMA {name}").fetchone()
-    return row[0] if row else None
+def pragma(connection: sqlite3.Connection, text: str) -> str | int | None:
+    """The first column of the first row of a PRAGMA, run to its end.
+
+    To its end, because a switch to WAL that fails gives its row first and its error afterwards: who takes the row and goes
+    stays in rollback mode, where FULL does not survive a power cut.
+    """
+    rows = connection.execute(f"PRAGMA {text}").fetchall()
+    return rows[0][0] if rows else None
 
 
 def check_structure(connection: sqlite3.Connection) -> None:

@@ -154,7 +154,7 @@ class Ledger:
             _migrate(connection)
             ledger = cls(path, _verify(connection, chain_tag), clock, lock=lock, fence=fence)
             # Start with an empty log: leftovers of a torn transaction must not be mixed with new ones (see `wal`).
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            database.pragma(connection, "wal_checkpoint(TRUNCATE)")
             ledger._begin_epoch(connection, genesis_hash(chain_tag))
             ledger._connection = connection
             ledger._writer = Writer(connection, ledger._publish)
@@ -275,8 +275,8 @@ class Ledger:
         if connection is not None:
             try:
                 if self.failure is None:
-                    connection.execute("PRAGMA optimize")
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    database.pragma(connection, "optimize")
+                    database.pragma(connection, "wal_checkpoint(TRUNCATE)")
             except sqlite3.Error:
                 pass  # everything acknowledged is in the log, and the next start reads it from there
             finally:
@@ -339,7 +339,7 @@ def _found(connection: sqlite3.Connection, chain_tag: bytes) -> None:
     """Fill a new file: all tables, who it belongs to, an empty head."""
     for migration in MIGRATIONS:
         migration(connection)
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    database.pragma(connection, f"user_version = {SCHEMA_VERSION}")
     connection.execute("INSERT INTO about (id, chain_tag, schema) VALUES (1, ?, ?)", (chain_tag, SCHEMA_VERSION))
     connection.execute("INSERT INTO head (id, seq, hash) VALUES (1, 0, ?)", (genesis_hash(chain_tag),))
 
@@ -364,7 +364,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
         for migration in MIGRATIONS[version:]:
             migration(connection)
         connection.execute("UPDATE about SET schema = ?", (SCHEMA_VERSION,))
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        database.pragma(connection, f"user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
     except sqlite3.Error as error:  # closing the connection undoes it all
         raise LedgerFailed(

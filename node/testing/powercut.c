@@ -5,10 +5,15 @@
  * recorded before they happen (from then on the disk may hold them), syncs after they have returned. A write to stdout is an
  * acknowledgement: recorded before anybody can read it. What maps files (the -shm file) is not seen; it does not survive anyway.
  *
+ * `powercut_begin` starts a new record in the same process. `powercut_fail` makes the disk fail at the n-th call from now: ONCE,
+ * once after HALF of a write, or from then on FOR_GOOD. A call that failed has done nothing and is not recorded, but for a sync,
+ * which is recorded as failed.
+ *
  * One record: {char op, 3 bytes pad, int32 fd, int64 offset, int32 length of text, int32 length of data}, text, data.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -24,19 +29,51 @@
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char tracked[FDS];
-static const char *root;
+static char root[4096];
 static size_t root_length;
 static int trace = -1;
+static long countdown; /* 0: no failure is to come */
+static int failure;
+enum { ONCE, HALF, FOR_GOOD };
+static int manner;
+static long calls;
 
 struct head { char op; char pad[3]; int32_t fd; int64_t offset; int32_t text; int32_t data; };
 
-__attribute__((constructor)) static void begin(void) {
-    root = getenv("POWERCUT_ROOT");
-    const char *path = getenv("POWERCUT_TRACE");
-    if (!root || !path) return;
+void powercut_begin(const char *folder, const char *path) {
+    if (trace >= 0) ((int (*)(int))dlsym(RTLD_NEXT, "close"))(trace);
+    memset(tracked, 0, sizeof tracked);
+    if (strlen(folder) >= sizeof root) abort();
+    strcpy(root, folder);
     root_length = strlen(root);
-    int (*real_open)(const char *, int, ...) = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open");
-    trace = real_open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    trace = ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open"))(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    if (trace < 0) abort();
+}
+
+void powercut_fail(long nth, int error, int how) { countdown = nth, failure = error, manner = how, calls = 0; }
+
+long powercut_calls(void) { return calls; }
+
+__attribute__((constructor)) static void begin(void) {
+    const char *folder = getenv("POWERCUT_ROOT"), *path = getenv("POWERCUT_TRACE");
+    if (folder && path) powercut_begin(folder, path);
+}
+
+/* Whether this call is the one that fails. */
+static int fails(void) {
+    calls++;
+    if (!countdown || --countdown) return 0;
+    if (manner == FOR_GOOD) countdown = 1;
+    errno = failure;
+    return 1;
+}
+
+/* How much of a write is done. A short one is no error yet; the next call meets the full disk. */
+static size_t done(size_t length) {
+    if (!fails()) return length;
+    if (manner != HALF) return 0;
+    manner = ONCE, countdown = 1;
+    return length / 2;
 }
 
 static int inside(const char *path) {
@@ -77,7 +114,7 @@ static int opened(int fd, const char *path, int flags, int existed) {
         pthread_mutex_lock(&lock);                                                                         \
         struct stat found;                                                                                 \
         int existed = lstat(path, &found) == 0;                                                            \
-        int fd = opened(real(path, flags, mode), path, flags, existed);                                    \
+        int fd = (flags & O_CREAT) && !existed && fails() ? -1 : opened(real(path, flags, mode), path, flags, existed); \
         pthread_mutex_unlock(&lock);                                                                       \
         return fd;                                                                                         \
     }
@@ -100,9 +137,13 @@ int close(int fd) {
         REAL(name);                                                                        \
         if (!ours(fd)) return real(fd, data, length, offset);                              \
         pthread_mutex_lock(&lock);                                                         \
-        record('w', fd, offset, NULL, data, length);                                       \
-        ssize_t result = real(fd, data, length, offset);                                   \
-        if (result != (ssize_t)length) abort(); /* the record would say too much */        \
+        ssize_t result = -1;                                                               \
+        length = done(length);                                                             \
+        if (length) {                                                                      \
+            record('w', fd, offset, NULL, data, length);                                   \
+            result = real(fd, data, length, offset);                                       \
+            if (result != (ssize_t)length) abort(); /* the record would say too much */    \
+        }                                                                                  \
         pthread_mutex_unlock(&lock);                                                       \
         return result;                                                                     \
     }
@@ -114,10 +155,13 @@ ssize_t write(int fd, const void *data, size_t length) {
     if (fd != 1 && !ours(fd)) return real(fd, data, length);
     if (trace < 0) return real(fd, data, length);
     pthread_mutex_lock(&lock);
-    if (fd == 1) record('a', fd, 0, NULL, data, length);
-    else record('w', fd, lseek(fd, 0, SEEK_CUR), NULL, data, length);
-    ssize_t result = real(fd, data, length);
-    if (result != (ssize_t)length) abort();
+    ssize_t result = -1;
+    if (fd == 1 || !fails()) {
+        if (fd == 1) record('a', fd, 0, NULL, data, length);
+        else record('w', fd, lseek(fd, 0, SEEK_CUR), NULL, data, length);
+        result = real(fd, data, length);
+        if (result != (ssize_t)length) abort();
+    }
     pthread_mutex_unlock(&lock);
     return result;
 }
@@ -127,8 +171,11 @@ ssize_t write(int fd, const void *data, size_t length) {
         REAL(name);                                       \
         if (!ours(fd)) return real(fd, length);           \
         pthread_mutex_lock(&lock);                        \
-        record('t', fd, length, NULL, NULL, 0);           \
-        int result = real(fd, length);                    \
+        int result = -1;                                  \
+        if (!fails()) {                                   \
+            record('t', fd, length, NULL, NULL, 0);       \
+            result = real(fd, length);                    \
+        }                                                 \
         pthread_mutex_unlock(&lock);                      \
         return result;                                    \
     }
@@ -140,8 +187,8 @@ TRUNCATE(ftruncate64, off64_t)
         REAL(name);                                       \
         if (!ours(fd)) return real(fd);                   \
         pthread_mutex_lock(&lock);                        \
-        int result = real(fd);                            \
-        if (result == 0) record('s', fd, 0, NULL, NULL, 0); \
+        int result = fails() ? -1 : real(fd);             \
+        record(result ? 'f' : 's', fd, 0, NULL, NULL, 0); \
         pthread_mutex_unlock(&lock);                      \
         return result;                                    \
     }
@@ -152,7 +199,7 @@ int rename(const char *from, const char *to) {
     REAL(rename);
     if (!inside(from) && !inside(to)) return real(from, to);
     pthread_mutex_lock(&lock);
-    int result = real(from, to);
+    int result = fails() ? -1 : real(from, to);
     if (result == 0) record('r', -1, 0, from, to, strlen(to));
     pthread_mutex_unlock(&lock);
     return result;
@@ -163,7 +210,7 @@ int rename(const char *from, const char *to) {
         REAL(name);                                       \
         if (!inside(path)) return real arguments;         \
         pthread_mutex_lock(&lock);                        \
-        int result = real arguments;                      \
+        int result = fails() ? -1 : real arguments;       \
         if (result == 0) record(op, -1, 0, path, NULL, 0); \
         pthread_mutex_unlock(&lock);                      \
         return result;                                    \

@@ -11,6 +11,7 @@ What a disk keeps, as harshly as the interface allows:
   file was shorter. Sectors are whole (as SQLite assumes of a disk: "powersafe overwrite").
 - of a folder: everything before its last fsync, and after it a prefix of what was done to its names. (File systems with a journal
   keep names in order. Strictly nothing more is promised, so a synced file may be gone with its name.)
+- of what a failed sync was for: nothing, also not by the next sync that succeeds.
 - of files that are mapped into memory (`-shm`): anything at all.
 """
 
@@ -49,7 +50,8 @@ def environment(library: Path, root: Path, trace: Path) -> dict[str, str]:
 
 
 class Event(NamedTuple):
-    """One call, as the recorder wrote it: o(pen), c(lose), w(rite), t(runcate), s(ync), r(ename), u(nlink), m(kdir), a(ck)."""
+    """One call, as the recorder wrote it: o(pen), c(lose), w(rite), t(runcate), s(ync), f(ailed sync), r(ename), u(nlink),
+    m(kdir), a(cknowledged)."""
 
     op: str
     fd: int
@@ -93,6 +95,10 @@ class _File:
     def sync(self) -> None:
         for offset, data in self.pending:
             _apply(self.synced, offset, data)
+        self.pending.clear()
+
+    def fail(self) -> None:
+        """A sync failed: the kernel forgets what it could not write, and no later sync brings it back."""
         self.pending.clear()
 
 
@@ -139,6 +145,9 @@ class _Folder:
         self.synced = self.names()
         self.pending.clear()
 
+    def fail(self) -> None:
+        """Nothing is promised; the names may still arrive."""
+
 
 class Disk:
     """What a recorded process does to one folder, and what a cut would leave of it.
@@ -166,6 +175,8 @@ class Disk:
                 file.pending.append((event.offset, None))
             case "s":
                 self._open[event.fd].sync()
+            case "f":
+                self._open[event.fd].fail()
             case "r":
                 source, name = self._place(event.text)
                 target, new = self._place(os.fsdecode(event.data))
