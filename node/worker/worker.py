@@ -68,6 +68,8 @@ class WorkerSettings:
     """... but for chains that have an interval of their own."""
     reread_ms: int = 30_000
     """How often every channel is read again, whether or not an event told of it."""
+    sweep_ms: int = 600_000
+    """How often kept results past their time are dropped. (Room for a new one is made at once, whenever it is needed.)"""
     version: str = ""
 
 
@@ -201,6 +203,7 @@ class Worker:
             for claimer in self.claimers.values():
                 nursery.start_soon(claimer.run)
             nursery.start_soon(self._announce)
+            nursery.start_soon(self._sweep)
             nursery.start_soon(self._watch_ledger)
             task_status.started()
 
@@ -240,6 +243,14 @@ class Worker:
             except NetworkError as error:
                 log.warning("the offer could not be gossiped: %s", error)
             await trio.sleep(self.settings.offer_ttl_ms / 2000)
+
+    async def _sweep(self) -> None:
+        """Clients' data do not stay longer than was said, also on a disk that never gets full."""
+        while True:
+            await trio.sleep(self.settings.sweep_ms / 1000)
+            dropped = await self.results.sweep(self.now_ms())
+            if dropped:
+                log.info("%d kept results were past their time", dropped)
 
     async def _watch_ledger(self) -> None:
         while self.ledger.failure is None:

@@ -377,3 +377,20 @@ def test_a_dearer_offer_is_not_taken_silently() -> None:
         assert stream.receipt is not None
 
     run_market(test)
+
+
+# --------------------------------------------------------------------------------------------------------- house-keeping
+
+
+def test_results_past_their_time_go_without_being_asked_for() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(settings=replace(market.settings(), sweep_ms=5))
+        now = market.now_ms()
+        await worker.results.put(bytes(32), b"for a moment", now + 50, now_ms=now)
+        await worker.results.put(bytes([1]) * 32, b"for long", now + 10**9, now_ms=now)
+        while worker.results.used_bytes() > len(b"for long"):
+            await trio.sleep(0.005)
+        assert market.now_ms() >= now + 50
+        assert worker.results.get(bytes(32)) is None and worker.results.get(bytes([1]) * 32) == b"for long"
+
+    run_market(test, timeout_s=10)
