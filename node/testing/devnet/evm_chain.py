@@ -169,10 +169,12 @@ class EvmChain:
     def _set_time(self) -> None:
         now = int(time.time()) + self.offset
         self._chain.set_header_timestamp(max(now, self.head.timestamp + 1))
+        # Fresh randomness for each block, before its calls run, as PREVRANDAO. It also keeps the blocks of two branches apart.
+        if self._chain.header.mix_hash == POST_MERGE_MIX_HASH:
+            self._chain.header = self._chain.header.copy(mix_hash=os.urandom(32))
 
     def _mine(self, txs: list[MinedTx]) -> None:
-        # A random mix hash keeps the blocks of two branches apart, as prevrandao would.
-        header = self._chain.mine_block(mix_hash=os.urandom(32)).header
+        header = self._chain.mine_block(mix_hash=self._chain.header.mix_hash).header
         self.number_of[header.hash] = header.block_number
         self.headers.append(header)
         self.block_txs.append(txs)
