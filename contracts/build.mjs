@@ -1,6 +1,7 @@
 // Compiles the contracts with the pinned wasm solc and writes ../node/chain/abi/<Name>.json, and the strange tokens and
 // wallets and resolvers of test/zoo/ into ../tests/contracts/zoo/. Byte-reproducible: no metadata hash, no paths of this machine.
-// `--check` writes nothing and fails when a committed artifact differs. `--src DIR --out DIR`: other sources, no governance and no zoo.
+// `--check` writes nothing and fails when a committed artifact differs. `--src DIR --out DIR`: other sources, no governance and
+// no zoo; with `--only NAME` one contract of them.
 import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
@@ -13,7 +14,8 @@ const src = resolve(argument('--src', join(here, 'src')));
 const out = resolve(argument('--out', join(here, '../node/chain/abi')));
 const zoo = join(here, '../tests/contracts/zoo');
 const money = ['Vault', 'Workers', 'Channels', 'Jobs', 'Disputes', 'Committee', 'VerifierResolver', 'Attestations', 'TestToken'];
-const targets = money.map((name) => ({ file: `src/${name}.sol`, name, out }));
+const only = argument('--only', '');
+const targets = money.filter((name) => !only || name === only).map((name) => ({ file: `src/${name}.sol`, name, out }));
 if (!process.argv.includes('--src')) {
   for (const name of ['MillToken', 'MillGovernor']) targets.push({ file: `src/governance/${name}.sol`, name, out });
   targets.push({ file: '@openzeppelin/contracts/governance/TimelockController.sol', name: 'TimelockController', out });

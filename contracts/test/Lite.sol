@@ -6,6 +6,9 @@ interface Vm {
     function sign(uint256 key, bytes32 digest) external pure returns (uint8 v, bytes32 r, bytes32 s);
     function prank(address sender) external;
     function warp(uint256 time) external;
+    function roll(uint256 number) external;
+    function prevrandao(bytes32 value) external;
+    function setBlockhash(uint256 number, bytes32 hash) external;
     function deal(address account, uint256 amount) external;
     function expectRevert(bytes calldata data) external;
     function assume(bool condition) external pure;

@@ -20,6 +20,15 @@ PUPPET = Address(b"\x9e" * 20)
 """Where a deployment with a puppet has a module that calls whatever anybody tells it to."""
 _PUPPET_CODE = bytes.fromhex("602036038060205f375f5f915f5f5f355af13d5f5f3e601c573d5ffd5b3d5ff3")
 """Calldata is a word with the target, then the call; answers and reverts as the target does."""
+COMMITTEE = {
+    "seat_bond": 100,
+    "seats": 5,
+    "quorum": 2,
+    "commit_window": 24 * 3600,
+    "reveal_window": 12 * 3600,
+    "leave_delay": 14 * 24 * 3600,
+}
+"""Parameters of a deployment's committee, in the order of the ABI; its tickets are in the test token."""
 _ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
 
@@ -73,9 +82,20 @@ class Deployment:
             "Channels", self.vault.address, self.workers.address, sender=self.admin
         )
         self.jobs: Contract = self.evm.deploy("Jobs", self.vault.address, self.workers.address, sender=self.admin)
-        self.attestations: Contract = self.evm.deploy("Attestations", sender=self.admin)
+        self.disputes: Contract = self.evm.deploy(
+            "Disputes",
+            *(c.address for c in (self.vault, self.workers, self.jobs, self.channels)),
+            sender=self.admin,
+        )
         self.token: Contract = self.evm.deploy("TestToken", sender=self.admin)
-        modules = [self.channels.address, self.workers.address, self.jobs.address]
+        self.committee: Contract = self.evm.deploy(
+            "Committee",
+            *(c.address for c in (self.vault, self.jobs, self.disputes, self.token)),
+            tuple(COMMITTEE.values()),
+            sender=self.admin,
+        )
+        self.attestations: Contract = self.evm.deploy("Attestations", sender=self.admin)
+        modules = [c.address for c in (self.channels, self.workers, self.jobs, self.disputes, self.committee)]
         if puppet:
             self.evm.insert_code(PUPPET, _PUPPET_CODE)
             modules.append(PUPPET)

@@ -329,7 +329,9 @@ def test_every_function_with_a_role_is_in_the_table() -> None:
     for name, text in sources().items():
         found = set()
         for match in re.finditer(r"function (\w+)\([^{;]*\{(?:[^{}]|\{[^{}]*\})*\}", text):
-            if re.search(r"onlyRole|onlyModule|hasRole|isModule\[|isModule\(|_deployer|address\(disputes\)\)", match[0]):
+            if re.search(
+                r"onlyRole|onlyModule|hasRole|isModule\[|isModule\(|_deployer|address\(disputes\)\)", match[0]
+            ):
                 found.add(match[1])
         declared = {f for f, who in ROLES.get(name, {}).items() if who not in GOVERNED - {"TOKEN_ADMIN", "GUARDIAN"}}
         assert found <= declared | {"_isModule"}, name
