@@ -10,17 +10,18 @@ and come from any of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import trio
 
 from node.chain.agreed import AgreedEth
 from node.chain.artifacts import Contract, contract, error_name
 from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.eth import Eth
-from node.chain.pending import History, Journal, no_journal
 from node.chain.rpc import Reverted, RpcUnavailable
-from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
+from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
 from node.chain.watcher import Watcher
 from node.errors import ChainError
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
@@ -28,6 +29,16 @@ from protocol.ids import ZERO_ADDRESS, Address, ChannelId
 from protocol.keys import PrivateKey
 from protocol.typed_data import ChannelConfig, Domain
 
+_CONTRACTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "Vault": (),
+    "Workers": ("Vault",),
+    "Channels": ("Vault", "Workers"),
+    "Jobs": ("Vault", "Workers"),
+    "Disputes": ("Vault", "Workers", "Jobs", "Channels"),
+    "Committee": ("Vault", "Jobs", "Disputes"),
+    "Attestations": (),
+}
+"""What a deployment has, in the order in which faults are told, and what each stands on; who stands on the Vault is a module."""
 _HINT = "check the deployment file: it must name Gristmill's contracts on this chain"
 
 
@@ -49,35 +60,46 @@ async def check_deployment(eth: Eth, deployment: Deployment) -> None:
     found = await eth.chain_id()
     if found != deployment.chain_id:
         raise ChainError(f"the node is of chain {found}, the deployment of chain {deployment.chain_id}", hint=_HINT)
-    for name, address in (
-        ("Vault", deployment.vault),
-        ("Workers", deployment.workers),
-        ("Channels", deployment.channels),
-    ):
-        code = await eth.code(address)
-        if not code:
-            raise ChainError(f"there is no contract at {address}, where {name} should be", hint=_HINT)
-        if not contract(name).is_runtime(code):
-            raise ChainError(f"the contract at {address} is not our {name}: its code differs", hint=_HINT)
+    names = [name for name in _CONTRACTS if deployment.has(name)]
+    wrong: dict[str, str] = {}
 
-    async def ask(name: str, address: Address, function: str, *args: object) -> object:
-        entry = contract(name)
+    async def check(name: str) -> None:
+        fault = await _fault(eth, deployment, name)
+        if fault is not None:
+            wrong[name] = fault
+
+    async with trio.open_nursery() as nursery:  # two dozen questions: one after the other they would take seconds
+        for name in names:
+            nursery.start_soon(check, name)
+    for name in names:
+        if name in wrong:
+            raise ChainError(wrong[name], hint=_HINT)
+
+
+async def _fault(eth: Eth, deployment: Deployment, name: str) -> str | None:
+    """Why the contract called `name` is not ours; None when it is."""
+    address, ours = deployment.address_of(name), contract(name)
+    code = await eth.code(address)
+    if not code:
+        return f"there is no contract at {address}, where {name} should be"
+    if not ours.is_runtime(code):
+        return f"the contract at {address} is not our {name}: its code differs"
+
+    async def ask(entry: Contract, at: Address, function: str, *args: object) -> object:
         try:
-            return entry.decode(function, await eth.eth_call(address, entry.encode(function, *args)))[0]
+            return entry.decode(function, await eth.eth_call(at, entry.encode(function, *args)))[0]
         except Reverted as error:
-            raise ChainError(f"{name}.{function} at {address} reverts", hint=_HINT) from error
+            raise ChainError(f"{entry.name}.{function} at {at} reverts", hint=_HINT) from error
 
-    for name, address, domain in (
-        ("Channels", deployment.channels, deployment.domain),
-        ("Workers", deployment.workers, deployment.workers_domain),
-    ):
-        if await ask(name, address, "domainSeparator") != domain.separator:
-            raise ChainError(f"{name} at {address} has another EIP-712 domain than ours", hint=_HINT)
-    for function, expected in (("vault", deployment.vault), ("workers", deployment.workers)):
-        if await ask("Channels", deployment.channels, function) != expected:
-            raise ChainError(f"Channels at {deployment.channels} stands on another {function}", hint=_HINT)
-    if await ask("Vault", deployment.vault, "isModule", deployment.channels) is not True:
-        raise ChainError(f"the Vault at {deployment.vault} does not know these Channels", hint=_HINT)
+    domain = {"Channels": deployment.domain, "Workers": deployment.workers_domain, "Jobs": deployment.jobs_domain}
+    if name in domain and await ask(ours, address, "domainSeparator") != domain[name].separator:
+        return f"{name} at {address} has another EIP-712 domain than ours"
+    for below in _CONTRACTS[name]:
+        if await ask(ours, address, below.lower()) != deployment.address_of(below):
+            return f"{name} at {address} stands on another {below.lower()}"
+    if _CONTRACTS[name] and await ask(contract("Vault"), deployment.vault, "isModule", address) is not True:
+        return f"the Vault at {deployment.vault} does not know these {name}"
+    return None
 
 
 def careful(now: ChannelOnChain, confirmed: ChannelOnChain) -> ChannelOnChain:
@@ -120,13 +142,13 @@ class EvmChain:
         key: PrivateKey,
         *,
         journal: Journal = no_journal,
-        history: History = (),
+        pending: Iterable[PendingTx] = (),
         policy: TxPolicy = DEFAULT_POLICY,
         poll: float = 2.0,
         timeout: float = 20.0,
         rules: Rules | None = None,
     ) -> EvmChain:
-        """Check the chain and our contracts, then bring the unfinished transactions of the journal (`history`) to their end.
+        """Check the chain and our contracts, then bring `pending` transactions (from the journal) to their end.
 
         `poll` is seconds between looks for new blocks. Raises `ChainError` when no quorum of the nodes is reachable, one is of
         another chain, or the contracts are not ours.
@@ -136,21 +158,8 @@ class EvmChain:
             await nodes.meet()
             eth = AgreedEth(nodes)
             await check_deployment(eth, deployment)
-            anchor = await eth.header(deployment.block)
-            if anchor is None:
-                raise ChainError(
-                    f"the chain has no block {deployment.block}, where our contracts were made", hint=_HINT
-                )
-            sender = TxSender(
-                eth,
-                key,
-                deployment.chain_id,
-                anchor=anchor.hash,
-                journal=journal,
-                error_name=error_name,
-                policy=policy,
-            )
-            await sender.resume(history)
+            sender = TxSender(eth, key, deployment.chain_id, journal=journal, error_name=error_name, policy=policy)
+            await sender.resume(pending)
         except BaseException:
             await nodes.aclose()
             raise
@@ -255,13 +264,7 @@ class EvmChain:
             raise ChainError(f"{source.name}.{function} reverted: {error_name(error.data)}") from error
         return source.decode(function, data)[0]
 
-    async def fee(self) -> int:
-        return await self._sender.fee()
-
     # -------------------------------------------------------------------------------------------------------- changing
-
-    async def catch_up(self) -> None:
-        await self._sender.catch_up()
 
     async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]:
         """Into the vault, for this account. A token needs an approval of exactly `amount` first: two transactions.
@@ -285,15 +288,14 @@ class EvmChain:
         return await self._sender.send("withdraw", self.deployment.vault, data)
 
     async def allocate(self, config: ChannelConfig, allocated: int, valid_before: int, signature: bytes) -> TxResult:
-        arguments = (config_tuple(config), allocated, valid_before, signature)
-        return await self._change("allocate", "allocate", *arguments, derived=True)
+        return await self._change("allocate", "allocate", config_tuple(config), allocated, valid_before, signature)
 
     async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
         batch = [(config_tuple(e.config), e.amount, e.cumulative, e.signature) for e in entries]
-        return await self._change("claim", "claim", batch, derived=True)
+        return await self._change("claim", "claim", batch)
 
     async def settle(self, receiver: Address, token: Address) -> TxResult:
-        return await self._change("settle", "settle", receiver, token, derived=True)
+        return await self._change("settle", "settle", receiver, token)
 
     async def close_channel(
         self,
@@ -321,9 +323,8 @@ class EvmChain:
         data = self._workers.encode("setPayout", hot_key, payout)
         return await self._sender.send("set_payout", self.deployment.workers, data)
 
-    async def _change(self, purpose: str, function: str, *args: object, derived: bool = False) -> TxResult:
-        data = self._channels.encode(function, *args)
-        return await self._sender.send(purpose, self.deployment.channels, data, derived=derived)
+    async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
+        return await self.change(purpose, "Channels", function, *args)
 
     async def view(self, name: str, function: str, *args: object) -> Any:
         """Ask the contract called `name`. Raises `ChainError` when the deployment has none or it reverts."""

@@ -1,7 +1,8 @@
 """Where our contracts are on one chain: a small JSON file that deploy writes and every node reads.
 
-The file names a chain by its id, never by a URL. It is checked against the chain at connect: code at each address, the code
-ours, the domains ours (`node.chain.client`).
+Version 2 names all modules of the money. A file of version 1 is refused with words: its contracts have another code, which
+the check at connect would refuse later with fewer. The file names a chain by its id, never by a URL. It is checked against the
+chain at connect: code at each address, the code ours, the domains ours (`node.chain.client`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from protocol.errors import InvalidValue
 from protocol.ids import ZERO_ADDRESS, Address
 from protocol.typed_data import Domain
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_BYTES: Final = 16_384
 """Longest deployment file read."""
+
+
+class _Version(msgspec.Struct):
+    version: int
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -28,6 +33,10 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     vault: str
     workers: str
     channels: str
+    jobs: str
+    disputes: str
+    committee: str
+    attestations: str
     token: str
     block: int
 
@@ -42,6 +51,11 @@ class Deployment:
     """The default token; the zero address is the native coin."""
     block: int
     """No event of ours is older than this block."""
+    jobs: Address = ZERO_ADDRESS
+    disputes: Address = ZERO_ADDRESS
+    committee: Address = ZERO_ADDRESS
+    """Zero where there is none: a committee needs a chain with randomness of its own. Quotes then name another resolver."""
+    attestations: Address = ZERO_ADDRESS
 
     @property
     def domain(self) -> Domain:
@@ -52,11 +66,20 @@ class Deployment:
     def workers_domain(self) -> Domain:
         return Domain(self.chain_id, self.workers)
 
+    @property
+    def jobs_domain(self) -> Domain:
+        """Of quotes, orders, submissions and acceptances."""
+        return Domain(self.chain_id, self.jobs)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a contract called `name` here."""
+        return bool(getattr(self, name.lower(), ZERO_ADDRESS) != ZERO_ADDRESS)
+
     def address_of(self, name: str) -> Address:
         """Where the contract called `name` (as in its artifact) is. Raises `ConfigError` when this deployment has none."""
         address = getattr(self, name.lower(), ZERO_ADDRESS)
         if address == ZERO_ADDRESS:
-            raise ConfigError(f"this deployment has no {name} contract", hint="it is of an earlier version")
+            raise ConfigError(f"this deployment has no {name} contract", hint="it was deployed without one")
         return Address(address)
 
     def to_json(self) -> bytes:
@@ -66,6 +89,10 @@ class Deployment:
             vault=str(self.vault),
             workers=str(self.workers),
             channels=str(self.channels),
+            jobs=str(self.jobs),
+            disputes=str(self.disputes),
+            committee=str(self.committee),
+            attestations=str(self.attestations),
             token=str(self.token),
             block=self.block,
         )
@@ -78,24 +105,33 @@ class Deployment:
         if len(raw) > MAX_BYTES:
             raise ConfigError(f"a deployment file has at most {MAX_BYTES} bytes", hint=hint)
         try:
+            version = msgspec.json.decode(raw, type=_Version).version
+            if version != VERSION:
+                raise ConfigError(
+                    f"deployment file of version {version}, this program reads {VERSION}: its contracts are others",
+                    hint=hint,
+                )
             file = msgspec.json.decode(raw, type=_File)
             found = cls(
                 chain_id=file.chain_id,
                 vault=Address(file.vault),
                 workers=Address(file.workers),
                 channels=Address(file.channels),
+                jobs=Address(file.jobs),
+                disputes=Address(file.disputes),
+                committee=Address(file.committee),
+                attestations=Address(file.attestations),
                 token=Address(file.token),
                 block=file.block,
             )
         except (msgspec.MsgspecError, InvalidValue, RecursionError) as error:
             raise ConfigError(f"not a deployment file: {error}", hint=hint) from error
-        if file.version != VERSION:
-            raise ConfigError(f"deployment file of version {file.version}, this program reads {VERSION}", hint=hint)
-        named = (found.vault, found.workers, found.channels)
+        named = [found.vault, found.workers, found.channels, found.jobs, found.disputes, found.attestations]
+        named += [found.committee] if found.committee != ZERO_ADDRESS else []
         if not 0 < found.chain_id < 2**63 or not 0 <= found.block < 2**63:
             raise ConfigError("not a deployment file: chain_id or block is out of range", hint=hint)
-        if ZERO_ADDRESS in named or len(set(named)) != 3:
-            raise ConfigError("not a deployment file: the three contracts need three addresses", hint=hint)
+        if ZERO_ADDRESS in named or len(set(named)) != len(named):
+            raise ConfigError("not a deployment file: each contract needs an address of its own", hint=hint)
         return found
 
     def save(self, path: Path) -> None:

@@ -273,7 +273,12 @@ def test_a_chain_or_contract_that_is_not_ours_is_refused_at_connect(kind: str) -
         await refused(replace(good, vault=good.workers, workers=good.vault), "is not our Vault")
         await refused(replace(good, channels=good.token), "is not our Channels")
         await refused(replace(good, vault=other.vault), "stands on another vault")
-        await refused(replace(good, workers=other.workers), "stands on another workers")
+        for name in ("workers", "jobs", "disputes", "committee"):
+            stranger = replace(good, **{name: getattr(other, name)})  # type: ignore[arg-type]
+            await refused(stranger, f"{name.title()} at .* stands on another vault")
+        await refused(replace(good, attestations=good.token), "is not our Attestations")
+        _, extra = await w.net.funder.create("deploy Workers", contract("Workers").initcode(good.vault))
+        await refused(replace(good, workers=extra), "does not know these Workers")
         impostor = await clone_with_foreign_domain(w.net, good)
         await refused(replace(good, channels=impostor), "another EIP-712 domain")
         with pytest.raises(ChainError, match=r"is a node of chain"):
@@ -319,7 +324,14 @@ def test_one_changed_byte_of_code_is_refused(kind: str) -> None:
 
 
 def test_deployment_files_are_checked(tmp_path: Path) -> None:
-    good = Deployment(1, *(Address(bytes([n]) * 20) for n in (1, 2, 3, 4)), 5)
+    good = Deployment(
+        1, *(Address(bytes([n]) * 20) for n in (1, 2, 3, 4)), 5, *(Address(bytes([n]) * 20) for n in (5, 6, 7, 8))
+    )
+    without = replace(good, committee=ZERO_ADDRESS)
+    assert Deployment.from_json(without.to_json()) == without
+    assert not without.has("Committee")
+    with pytest.raises(ConfigError, match="no Committee"):
+        without.address_of("Committee")
     path = tmp_path / "deployment.json"
     good.save(path)
     assert Deployment.load(path) == good
@@ -328,10 +340,15 @@ def test_deployment_files_are_checked(tmp_path: Path) -> None:
         "": "not a deployment file",
         "[" * 5000: "not a deployment file",
         text.replace('"block"', '"blok"'): "not a deployment file",
-        text.replace('"version": 1', '"version": 2'): "version 2",
+        text.replace('"version": 2', '"version": 3'): "version 3",
+        text.replace('"version": 2', '"version": 1').replace(
+            '"jobs"', '"not yet"'
+        ): "version 1, .* its contracts are others",
         text.replace('"chain_id": 1', '"chain_id": -1'): "out of range",
         text.replace(str(good.channels), "0x1234"): "not an address",
-        text.replace(str(good.workers), str(good.vault)): "three addresses",
+        text.replace(str(good.workers), str(good.vault)): "an address of its own",
+        text.replace(str(good.committee), str(good.vault)): "an address of its own",
+        text.replace(str(good.disputes), str(ZERO_ADDRESS)): "an address of its own",
         text + " " * 20_000: "at most",
     }
     for content, message in bad.items():
