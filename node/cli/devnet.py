@@ -43,10 +43,15 @@ def command() -> None:
 @command.command()
 @click.option("--kind", type=click.Choice(["auto", "anvil", "embedded"]), default="auto", help="Which simulator.")
 @click.option("--port", type=click.IntRange(0, 65_535), default=0, help="Port of its JSON-RPC; 0 takes a free one.")
+@click.option(
+    "--chain-id",
+    type=click.IntRange(1, 2**32),
+    help="Its chain id, for more than one chain on this machine; each simulator has one of its own.",
+)
 @click.option("--fund", multiple=True, type=ADDRESS, help="Fund this account too; our own keys always are.")
 @click.option("--foreground", is_flag=True, help="Stay here until interrupted.")
 @click.pass_obj
-def up(shared: Shared, kind: str, port: int, fund: tuple[Address, ...], foreground: bool) -> None:
+def up(shared: Shared, kind: str, port: int, chain_id: int | None, fund: tuple[Address, ...], foreground: bool) -> None:
     """Start the chain, deploy the contracts, fund our keys. Does nothing when it runs already."""
     state = _running(shared)
     if state is not None:
@@ -55,9 +60,9 @@ def up(shared: Shared, kind: str, port: int, fund: tuple[Address, ...], foregrou
     if foreground:
         import trio
 
-        trio.run(_serve, shared, kind, port, fund)
+        trio.run(_serve, shared, kind, port, chain_id, fund)
         return
-    _show(shared, {**_start(shared, kind, port, fund), "started": True})
+    _show(shared, {**_start(shared, kind, port, chain_id, fund), "started": True})
 
 
 @command.command()
@@ -112,7 +117,7 @@ def faucet(shared: Shared, account: Address, native: int, tokens: int) -> None:
 # ------------------------------------------------------------------------------------------------- the owning process
 
 
-async def _serve(shared: Shared, kind: str, port: int, fund: tuple[Address, ...]) -> None:
+async def _serve(shared: Shared, kind: str, port: int, chain_id: int | None, fund: tuple[Address, ...]) -> None:
     """Run the chain until SIGTERM or SIGINT. Prints the state as the result once everything is ready."""
     import trio
 
@@ -123,7 +128,7 @@ async def _serve(shared: Shared, kind: str, port: int, fund: tuple[Address, ...]
     store = shared.keystore
     accounts = dict.fromkeys([*fund, *(store.address(name) for name in store.names())])
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with devnet(kind, port) as net:  # type: ignore[arg-type]
+        async with devnet(kind, port, chain_id) as net:  # type: ignore[arg-type]
             deployment = await net.deploy()
             for account in accounts:
                 await net.faucet(account, native=NATIVE, tokens=TOKENS)
@@ -157,12 +162,13 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------- starting and finding it
 
 
-def _start(shared: Shared, kind: str, port: int, fund: tuple[Address, ...]) -> dict[str, Any]:
+def _start(shared: Shared, kind: str, port: int, chain_id: int | None, fund: tuple[Address, ...]) -> dict[str, Any]:
     """Start the owning process; its state, or its error as ours."""
     path = shared.config.devnet_state
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     command = [sys.executable, "-m", "node", "--json", "--data-dir", str(shared.config.data_dir)]
     command += ["devnet", "up", "--foreground", "--kind", kind, "--port", str(port)]
+    command += ["--chain-id", str(chain_id)] if chain_id else []
     for account in fund:
         command += ["--fund", str(account)]
     log = path.with_name("log")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from node.cli import passwords
+from node.cli.assets import chain_option
 from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from node.cli.params import AMOUNT
@@ -17,10 +18,11 @@ from protocol.keys import PrivateKey
 @click.command(cls=Command)
 @click.argument("amount", type=AMOUNT, required=False)
 @click.option("--exposure", type=AMOUNT, help="Set the most that open jobs may hold of it, smallest unit.")
+@chain_option
 @password_options
 @click.pass_obj
-def command(shared: Shared, amount: int | None, exposure: int | None) -> None:
-    """Stake AMOUNT (smallest unit) for this owner's workers; without AMOUNT show the stake.
+def command(shared: Shared, amount: int | None, exposure: int | None, chain: str | None) -> None:
+    """Stake AMOUNT (smallest unit of the chain's token) for this owner's workers; without AMOUNT show the stake.
 
     It comes out of the owner's vault balance; what is missing there is deposited first from the owner's account. It goes
     out again by `unstake`, after the unbonding time. A job with a penalty holds part of it, never more than --exposure,
@@ -31,18 +33,18 @@ def command(shared: Shared, amount: int | None, exposure: int | None) -> None:
     if amount == 0:
         raise click.UsageError("nothing to stake: AMOUNT is 0")
     owner = passwords.unlock(shared, "owner")
-    data, text = trio.run(_stake, shared, owner, amount, exposure)
+    data, text = trio.run(_stake, shared, owner, amount, exposure, chain)
     shared.output.result(data, text)
 
 
 async def _stake(
-    shared: Shared, owner: PrivateKey, amount: int | None, exposure: int | None
+    shared: Shared, owner: PrivateKey, amount: int | None, exposure: int | None, name: str | None
 ) -> tuple[dict[str, Any], str]:
     from node.chain.stakes import Stakes
     from node.cli.start import transaction
     from node.errors import InsufficientFunds
 
-    async with owner_chain(shared, owner) as chain:
+    async with owner_chain(shared, owner, name) as chain:
         info = await chain.token_info(chain.token)
         stakes, done = Stakes(chain), []
         if amount is not None:

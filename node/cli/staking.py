@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def owner_chain(shared: Shared, owner: PrivateKey) -> AsyncIterator[EvmChain]:
-    """The chain as the owner's account, with the owner's journal. Raises `InsufficientFunds` without a coin for gas."""
+async def owner_chain(shared: Shared, owner: PrivateKey, name: str | None) -> AsyncIterator[EvmChain]:
+    """The chain of this name (by default the default one) as the owner's account, with the owner's journal.
+
+    Raises `InsufficientFunds` without a coin for gas.
+    """
+    from node.config import DEFAULT
     from node.errors import InsufficientFunds
     from node.wiring import open_chain, open_journal
 
     with open_journal(shared.config, "owner", owner) as ledger:
-        async with open_chain(shared.config, owner, ledger) as chain:
+        async with open_chain(shared.config, owner, ledger, name or DEFAULT) as chain:
             if not await chain.native_balance(owner.address):
                 raise InsufficientFunds(
                     f"the owner's account {owner.address} has nothing to pay gas with",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from node.cli import passwords
+from node.cli.assets import chain_option
 from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from node.cli.params import AMOUNT
@@ -16,9 +17,10 @@ from protocol.keys import PrivateKey
 
 @click.command(cls=Command)
 @click.argument("amount", type=AMOUNT, required=False)
+@chain_option
 @password_options
 @click.pass_obj
-def command(shared: Shared, amount: int | None) -> None:
+def command(shared: Shared, amount: int | None, chain: str | None) -> None:
     """Start the way out for AMOUNT (smallest unit) of the stake; without AMOUNT take home what is ready.
 
     What is on its way can still be slashed until it is taken. Naming another AMOUNT restarts the delay for all that is on
@@ -29,16 +31,18 @@ def command(shared: Shared, amount: int | None) -> None:
     if amount == 0:
         raise click.UsageError("nothing to unstake: AMOUNT is 0")
     owner = passwords.unlock(shared, "owner")
-    data, text = trio.run(_unstake, shared, owner, amount)
+    data, text = trio.run(_unstake, shared, owner, amount, chain)
     shared.output.result(data, text)
 
 
-async def _unstake(shared: Shared, owner: PrivateKey, amount: int | None) -> tuple[dict[str, Any], str]:
+async def _unstake(
+    shared: Shared, owner: PrivateKey, amount: int | None, name: str | None
+) -> tuple[dict[str, Any], str]:
     from node.chain.stakes import Stakes
     from node.cli.start import transaction
     from node.errors import InsufficientFunds
 
-    async with owner_chain(shared, owner) as chain:
+    async with owner_chain(shared, owner, name) as chain:
         info, stakes, done = await chain.token_info(chain.token), Stakes(chain), []
         stake = await stakes.of(owner.address, chain.token)
         now = (await chain.head()).timestamp

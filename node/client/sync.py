@@ -24,6 +24,7 @@ from node.client.client import Client
 from node.client.connect import connect
 from node.client.values import ChatChunk
 from node.ports import TxResult
+from protocol.offers import Asset
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -39,11 +40,11 @@ class SyncClient:
         self._client = client
         self._call = call
 
-    def deposit(self, amount: int) -> list[TxResult]:
-        return list(self._call(lambda: self._client.deposit(amount)))
+    def deposit(self, amount: int, asset: Asset | None = None) -> list[TxResult]:
+        return list(self._call(lambda: self._client.deposit(amount, asset)))
 
-    def balance(self) -> int:
-        return int(self._call(self._client.balance))
+    def balance(self, asset: Asset | None = None) -> int:
+        return int(self._call(lambda: self._client.balance(asset)))
 
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> SyncChatStream:
         return SyncChatStream(self._client.chat(model, messages, **options), self._call)

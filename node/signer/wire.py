@@ -97,7 +97,7 @@ class WireRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid
     role: _Role
     kind: Annotated[int, _Meta(ge=0, lt=len(KINDS))]
     chain_id: _ChainId
-    """0 for what has no domain."""
+    """0 for what has no domain, and for the market's."""
     contract: Bytes20
     encoded: Annotated[bytes, _Meta(max_length=MAX_REQUEST)]
 

@@ -37,12 +37,12 @@ def find_anvil() -> Path | None:
     return Path(found) if found else None
 
 
-def anvil_command(binary: Path, port: int = 0) -> list[str]:
+def anvil_command(binary: Path, port: int = 0, chain_id: int = CHAIN_ID) -> list[str]:
     return [
         str(binary),
         *("--host", "127.0.0.1"),
         *("--port", str(port)),
-        *("--chain-id", str(CHAIN_ID)),
+        *("--chain-id", str(chain_id)),
         *("--hardfork", "prague"),
         *("--accounts", "3"),
         *("--balance", "10000"),

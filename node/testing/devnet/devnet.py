@@ -105,8 +105,13 @@ def available() -> tuple[Kind, ...]:
 
 
 @asynccontextmanager
-async def devnet(kind: Literal["auto", "anvil", "embedded"] = "auto", port: int = 0) -> AsyncIterator[Devnet]:
-    """Run a simulated chain. ``auto`` takes anvil when there is one. Raises `ChainError` with a hint when there is none."""
+async def devnet(
+    kind: Literal["auto", "anvil", "embedded"] = "auto", port: int = 0, chain_id: int | None = None
+) -> AsyncIterator[Devnet]:
+    """Run a simulated chain. ``auto`` takes anvil when there is one; each kind has a chain id of its own unless one is given.
+
+    Raises `ChainError` with a hint when there is none.
+    """
     hint = "run `npm ci --ignore-scripts` in contracts/, set GRISTMILL_ANVIL, or pip install 'gristmill[devnet]'"
     kinds = available()
     if not kinds or (kind != "auto" and kind not in kinds):
@@ -117,12 +122,13 @@ async def devnet(kind: Literal["auto", "anvil", "embedded"] = "auto", port: int 
         if binary is None:
             raise ChainError("anvil has gone", hint=hint)
         async with (
-            announced(anvil_command(binary, port), port_of, name="anvil") as (found, pid),
-            _connected("anvil", f"http://127.0.0.1:{found}", ANVIL_CHAIN_ID, pid) as net,
+            announced(anvil_command(binary, port, chain_id or ANVIL_CHAIN_ID), port_of, name="anvil") as (found, pid),
+            _connected("anvil", f"http://127.0.0.1:{found}", chain_id or ANVIL_CHAIN_ID, pid) as net,
         ):
             yield net
     else:
         command = [sys.executable, "-m", "node.testing.devnet.embedded", "--port", str(port)]
+        command += ["--chain-id", str(chain_id)] if chain_id else []
         async with (
             announced(command, _ready, name="the embedded chain") as (ready, pid),
             _connected("embedded", ready["url"], ready["chain_id"], pid) as net,
