@@ -10,7 +10,7 @@ and come from any of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 import trio
@@ -20,8 +20,9 @@ from node.chain.artifacts import Contract, contract, error_name
 from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.eth import Eth
+from node.chain.pending import History, Journal, no_journal
 from node.chain.rpc import Reverted, RpcUnavailable
-from node.chain.txs import DEFAULT_POLICY, Journal, PendingTx, TxPolicy, TxSender, no_journal
+from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.watcher import Watcher
 from node.errors import ChainError
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
@@ -142,13 +143,13 @@ class EvmChain:
         key: PrivateKey,
         *,
         journal: Journal = no_journal,
-        pending: Iterable[PendingTx] = (),
+        history: History = (),
         policy: TxPolicy = DEFAULT_POLICY,
         poll: float = 2.0,
         timeout: float = 20.0,
         rules: Rules | None = None,
     ) -> EvmChain:
-        """Check the chain and our contracts, then bring `pending` transactions (from the journal) to their end.
+        """Check the chain and our contracts, then bring the unfinished transactions of the journal (`history`) to their end.
 
         `poll` is seconds between looks for new blocks. Raises `ChainError` when no quorum of the nodes is reachable, one is of
         another chain, or the contracts are not ours.
@@ -158,8 +159,21 @@ class EvmChain:
             await nodes.meet()
             eth = AgreedEth(nodes)
             await check_deployment(eth, deployment)
-            sender = TxSender(eth, key, deployment.chain_id, journal=journal, error_name=error_name, policy=policy)
-            await sender.resume(pending)
+            anchor = await eth.header(deployment.block)
+            if anchor is None:
+                raise ChainError(
+                    f"the chain has no block {deployment.block}, where our contracts were made", hint=_HINT
+                )
+            sender = TxSender(
+                eth,
+                key,
+                deployment.chain_id,
+                anchor=anchor.hash,
+                journal=journal,
+                error_name=error_name,
+                policy=policy,
+            )
+            await sender.resume(history)
         except BaseException:
             await nodes.aclose()
             raise
@@ -264,7 +278,13 @@ class EvmChain:
             raise ChainError(f"{source.name}.{function} reverted: {error_name(error.data)}") from error
         return source.decode(function, data)[0]
 
+    async def fee(self) -> int:
+        return await self._sender.fee()
+
     # -------------------------------------------------------------------------------------------------------- changing
+
+    async def catch_up(self) -> None:
+        await self._sender.catch_up()
 
     async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]:
         """Into the vault, for this account. A token needs an approval of exactly `amount` first: two transactions.
@@ -288,14 +308,15 @@ class EvmChain:
         return await self._sender.send("withdraw", self.deployment.vault, data)
 
     async def allocate(self, config: ChannelConfig, allocated: int, valid_before: int, signature: bytes) -> TxResult:
-        return await self._change("allocate", "allocate", config_tuple(config), allocated, valid_before, signature)
+        arguments = (config_tuple(config), allocated, valid_before, signature)
+        return await self._change("allocate", "allocate", *arguments, derived=True)
 
     async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
         batch = [(config_tuple(e.config), e.amount, e.cumulative, e.signature) for e in entries]
-        return await self._change("claim", "claim", batch)
+        return await self._change("claim", "claim", batch, derived=True)
 
     async def settle(self, receiver: Address, token: Address) -> TxResult:
-        return await self._change("settle", "settle", receiver, token)
+        return await self._change("settle", "settle", receiver, token, derived=True)
 
     async def close_channel(
         self,
@@ -323,8 +344,9 @@ class EvmChain:
         data = self._workers.encode("setPayout", hot_key, payout)
         return await self._sender.send("set_payout", self.deployment.workers, data)
 
-    async def _change(self, purpose: str, function: str, *args: object) -> TxResult:
-        return await self.change(purpose, "Channels", function, *args)
+    async def _change(self, purpose: str, function: str, *args: object, derived: bool = False) -> TxResult:
+        data = self._channels.encode(function, *args)
+        return await self._sender.send(purpose, self.deployment.channels, data, derived=derived)
 
     async def view(self, name: str, function: str, *args: object) -> Any:
         """Ask the contract called `name`. Raises `ChainError` when the deployment has none or it reverts."""
