@@ -5,12 +5,14 @@ Keys are derived from names, so a failing test prints the same addresses every t
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from node.testing.evm import ARTIFACTS, Contract, Evm
 from protocol.errors import RemoteProtocolError
-from protocol.escrow import Escrow
+from protocol.escrow import CommitteeTerms, Escrow, Module
 from protocol.ids import ZERO_ADDRESS, Address, keccak256
 from protocol.keys import PrivateKey, recover
 from protocol.typed_data import ChannelConfig, Domain, Quote
@@ -64,16 +66,29 @@ def config_tuple(config: ChannelConfig) -> tuple[object, ...]:
     )
 
 
+def struct_tuple(struct: Any) -> tuple[object, ...]:
+    """A typed struct as the ABI wants it."""
+    return tuple(getattr(struct, f.name) for f in fields(struct))
+
+
 def quote_tuple(quote: Quote) -> tuple[object, ...]:
     """A quote as the ABI wants it."""
-    return astuple(quote)
+    return struct_tuple(quote)
 
 
 class Deployment:
     """Vault, its modules and a TestToken, sealed; token and native coin are allowed."""
 
-    def __init__(self, artifacts: Path = ARTIFACTS, *, puppet: bool = False, admin_delay: int = 0) -> None:
+    def __init__(
+        self,
+        artifacts: Path = ARTIFACTS,
+        *,
+        puppet: bool = False,
+        admin_delay: int = 0,
+        committee: Mapping[str, int] = COMMITTEE,
+    ) -> None:
         """`puppet`: seal with the module `PUPPET` as well, for tests of what only a module may do."""
+        self.terms = dict(committee)
         self.evm = Evm(artifacts)
         self.admin = key("admin").address
         self.vault: Contract = self.evm.deploy("Vault", self.admin, admin_delay, sender=self.admin)
@@ -91,11 +106,18 @@ class Deployment:
         self.committee: Contract = self.evm.deploy(
             "Committee",
             *(c.address for c in (self.vault, self.jobs, self.disputes, self.token)),
-            tuple(COMMITTEE.values()),
+            tuple(self.terms.values()),
             sender=self.admin,
         )
         self.attestations: Contract = self.evm.deploy("Attestations", sender=self.admin)
-        modules = [c.address for c in (self.channels, self.workers, self.jobs, self.disputes, self.committee)]
+        self.modules = {  # all that the vault is sealed with
+            Module.CHANNELS: self.channels,
+            Module.WORKERS: self.workers,
+            Module.JOBS: self.jobs,
+            Module.DISPUTES: self.disputes,
+            Module.COMMITTEE: self.committee,
+        }
+        modules = [contract.address for contract in self.modules.values()]
         if puppet:
             self.evm.insert_code(PUPPET, _PUPPET_CODE)
             modules.append(PUPPET)
@@ -108,7 +130,14 @@ class Deployment:
 
     def first_state(self) -> Escrow:
         """The model of this deployment before any deposit."""
-        return Escrow(self.domain, self.vault.address, frozenset({NATIVE, self.token.address}))
+        return Escrow(
+            self.domain,
+            self.vault.address,
+            frozenset({NATIVE, self.token.address}),
+            guardians=frozenset({self.admin}),
+            jobs_domain=self.jobs_domain,
+            terms=CommitteeTerms(self.committee.address, self.token.address, **self.terms),
+        )
 
     def purse(self, account: Address, amount: int) -> None:
         """Give `account` coins of both kinds outside the vault, and let the vault pull the token."""

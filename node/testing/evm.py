@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,20 @@ def _types(parameters: list[dict[str, Any]]) -> list[str]:
     return [_type(p) for p in parameters]
 
 
+@cache
+def _hashed(signature: str) -> bytes:
+    return keccak256(signature.encode())
+
+
 def _selector(entry: Mapping[str, Any]) -> bytes:
-    return keccak256(f"{entry['name']}({','.join(_types(entry['inputs']))})".encode())
+    return _hashed(f"{entry['name']}({','.join(_types(entry['inputs']))})")
+
+
+@cache
+def artifact(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """(abi, creation bytecode) of an artifact, parsed once: fuzz runs deploy the same ones thousands of times."""
+    read = json.loads(path.read_text())
+    return read["abi"], bytes.fromhex(read["bytecode"][2:])
 
 
 def _big_endian(value: int) -> bytes:
@@ -149,8 +163,7 @@ class Evm:
 
     def deploy(self, name: str, *args: Any, sender: Address) -> Contract:
         """Deploy the shipped artifact `name`. Raises `Reverted`."""
-        artifact = json.loads((self.artifacts / f"{name}.json").read_text())
-        return self.deploy_code(artifact["abi"], bytes.fromhex(artifact["bytecode"][2:]), *args, sender=sender)
+        return self.deploy_code(*artifact(self.artifacts / f"{name}.json"), *args, sender=sender)
 
     def deploy_code(self, abi: list[dict[str, Any]], code: bytes, *args: Any, sender: Address) -> Contract:
         for entry in abi:
@@ -168,6 +181,15 @@ class Evm:
     def insert_code(self, account: Address, code: bytes) -> None:
         """Put runtime bytecode at an address, for small hand-made contracts."""
         self._evm.insert_account_info("0x" + account.hex(), self._pyrevm.AccountInfo(code=code))
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """What happens inside is forgotten at the end."""
+        checkpoint = self._evm.snapshot()
+        try:
+            yield
+        finally:
+            self._evm.revert(checkpoint)
 
     def transact(self, sender: Address, to: Address, data: bytes, value: int = 0) -> tuple[bytes, list[Any]]:
         """One raw call: (output, logs). Gas is not reported: storage stays warm here between calls, on a chain not."""
@@ -218,6 +240,10 @@ class Contract:
     @property
     def functions(self) -> frozenset[str]:
         return frozenset(self._functions)
+
+    def signature(self, function: str) -> tuple[bytes, list[str], list[str]]:
+        """(selector, types of the arguments, types of what it returns)"""
+        return self._functions[function]
 
     def encode(self, function: str, *args: Any) -> bytes:
         selector, inputs, _ = self._functions[function]

@@ -41,9 +41,10 @@ from protocol.escrow.committee import (
     enroll,
     forfeit,
     has_seat,
-    leave,
+    resign,
     reveal,
     seal,
+    wins,
     withdraw_bond,
 )
 from protocol.escrow.disputes import bond_for, open_dispute, prove_equivocation, resolve_dispute, resolver_says
@@ -142,7 +143,7 @@ __all__ = [
     "initiate_withdraw",
     "is_retired",
     "is_valid",
-    "leave",
+    "resign",
     "locked_stake",
     "move_slash",
     "open_dispute",
@@ -166,6 +167,7 @@ __all__ = [
     "stake",
     "submit",
     "unstake",
+    "wins",
     "withdraw",
     "withdraw_bond",
     "withdraw_stake",

@@ -43,7 +43,7 @@ def enroll(state: Escrow, block: int, caller: Address, tickets: int) -> Escrow:
     return vault.lock(state, Module.COMMITTEE, state.terms.token, caller, tickets * state.terms.seat_bond)
 
 
-def leave(state: Escrow, now: int, block: int, caller: Address, tickets: int) -> Escrow:
+def resign(state: Escrow, now: int, block: int, caller: Address, tickets: int) -> Escrow:
     """Give tickets back; the delay begins anew for all that is leaving."""
     require(tickets > 0, "Committee_ZeroAmount")
     require(tickets <= state.juror(caller).tickets, "Committee_TooFewTickets")
@@ -148,14 +148,10 @@ def claim_fee(state: Escrow, caller: Address, quote: Quote, ticket: int) -> Escr
     case = _known(state, job_id)
     dispute = state.dispute(job_id)
     seat = state.seat(job_id, caller, ticket)
-    accepted, rejected = seat.state is SeatState.ACCEPTED, seat.state is SeatState.REJECTED
-    eligible, winners = {
-        Outcome.ACCEPT: (accepted, case.accepts),
-        Outcome.REJECT: (rejected, case.rejects),
-        Outcome.DRAW: (accepted or rejected, case.accepts + case.rejects),
-        Outcome.NONE: (False, 0),
-    }[dispute.outcome]
-    require(eligible and dispute.fee > 0, "Committee_NoFee")
+    require(wins(seat.state, dispute.outcome) and dispute.fee > 0, "Committee_NoFee")
+    winners = {Outcome.ACCEPT: case.accepts, Outcome.REJECT: case.rejects}.get(
+        dispute.outcome, case.accepts + case.rejects
+    )
     share, rest = divmod(dispute.fee, winners)
     amount = share + (0 if case.paid < winners - rest else 1)
     state = _put_seat(state, job_id, caller, ticket, replace(seat, state=SeatState.PAID))
@@ -178,6 +174,13 @@ def outcome(state: Escrow, now: int, job_id: JobId) -> Outcome:
     if case.accepts == case.rejects:
         return Outcome.DRAW
     return Outcome.ACCEPT if case.accepts > case.rejects else Outcome.REJECT
+
+
+def wins(seat: SeatState, ended: Outcome) -> bool:
+    """Whether such a seat shares the fee of a dispute that ended so."""
+    if ended is Outcome.DRAW:
+        return seat in (SeatState.ACCEPTED, SeatState.REJECTED)
+    return (seat, ended) in ((SeatState.ACCEPTED, Outcome.ACCEPT), (SeatState.REJECTED, Outcome.REJECT))
 
 
 def tickets_at(state: Escrow, juror: Address, block: int) -> int:

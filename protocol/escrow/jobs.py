@@ -27,6 +27,9 @@ FAIL_DIVISOR: Final = 4
 """An honest "I failed" before the deadline costs this part of the penalty."""
 NO_RESULTS: Final = (ZERO_HASH, Hash32((1).to_bytes(32)))
 """What a result can not be: the contract stores these for "none"."""
+TAG: Final = 10
+"""Bytes of a result's hash that an acceptance is compared by: the chain reads one slot less, and a client that signed for
+another result with this beginning has signed for as much all the same."""
 
 
 def open_job(
@@ -44,9 +47,10 @@ def open_job(
     require(worker_signer == quote.worker, "Jobs_BadSignature")
     require(caller == quote.client or client_signer == quote.client, "Jobs_BadSignature")
     state = _put(state, job_id, Job(JobState.OPEN))
+    state = vault.lock(state, Module.JOBS, quote.token, quote.client, quote.amount)
     if quote.penalty:
         state = workers.hold(state, now, quote.worker, quote.token, quote.penalty)
-    return vault.lock(state, Module.JOBS, quote.token, quote.client, quote.amount)
+    return state
 
 
 def submit(
@@ -84,9 +88,10 @@ def settle_job(
         require(result_hash not in NO_RESULTS, "Jobs_NoResult")
     else:
         require(amount >= job.claimed, "Jobs_BelowClaimed")
-        require(result_hash == job.result_hash, "Jobs_WrongResult")
+        require(result_hash[:TAG] == job.result_hash[:TAG], "Jobs_WrongResult")
     require(caller == quote.client or signer == quote.client, "Jobs_BadSignature")
-    return _end(state, now, quote, job_id, replace(job, result_hash=result_hash), amount)
+    result = result_hash if job.state is JobState.OPEN else job.result_hash
+    return _end(state, now, quote, job_id, replace(job, result_hash=result), amount)
 
 
 def finalize(state: Escrow, now: int, quote: Quote) -> Escrow:

@@ -266,7 +266,7 @@ def test_tickets_bought_after_the_case_began_have_no_seat() -> None:
     assert [escrow.has_seat(state, job, JURORS[0], n) for n in range(3)] == [True, True, False]
     assert not escrow.has_seat(state, job, JURORS[1], 0)
     refused("Committee_NoSuchTicket", escrow.commit, state, NOW + 40, JURORS[1], job, 0, ZERO)
-    late = escrow.leave(state, NOW + 40, 140, JURORS[0], 2)  # the seat stays, and its bond behind it
+    late = escrow.resign(state, NOW + 40, 140, JURORS[0], 2)  # the seat stays, and its bond behind it
     assert escrow.has_seat(late, job, JURORS[0], 1)
 
 
