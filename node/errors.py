@@ -89,6 +89,12 @@ class ChainMoved(ChainError):
     """What a call was derived from has changed since: look again, and derive it anew."""
 
 
+class RequestConflict(ChainError):
+    """A request id that was used before comes with another call. Nothing was sent."""
+
+    code = "request_conflict"
+
+
 class ReorgTooDeep(ChainError):
     """The chain changed further back than we remember; what was told can not be undone event by event."""
 

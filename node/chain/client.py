@@ -10,6 +10,7 @@ and come from any of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.eth import Eth
 from node.chain.pending import History, Journal, no_journal
+from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
 from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.watcher import Watcher
@@ -121,7 +123,13 @@ class EvmChain:
     """Implements `node.ports.Chain`. Make it with `connect`; `aclose` when done."""
 
     def __init__(
-        self, nodes: Endpoints, deployment: Deployment, sender: TxSender, *, poll: float, confirmations: int
+        self,
+        nodes: Endpoints,
+        deployment: Deployment,
+        sender: TxSender | Requesting,
+        *,
+        poll: float,
+        confirmations: int,
     ) -> None:
         self.nodes = nodes
         self._eth = AgreedEth(nodes)
@@ -282,6 +290,19 @@ class EvmChain:
         return await self._sender.fee()
 
     # -------------------------------------------------------------------------------------------------------- changing
+
+    def once(self, request: str) -> EvmChain:
+        """The same chain, whose transactions are asked for under `request`: whatever is done again under this id is not sent
+        again. An empty id is no id. Shares everything; close the original."""
+        if not request:
+            return self
+        twin = copy.copy(self)
+        twin._sender = Requesting(self._sender, request)
+        return twin
+
+    def has_answered(self, request: str, purpose: str) -> bool:
+        """Whether the transaction called `purpose` of this request has its end."""
+        return self._sender.has_answered(f"{request}:{purpose}")
 
     async def catch_up(self) -> None:
         await self._sender.catch_up()

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from node.errors import ChainError
+from node.ports import TxResult
 from protocol.errors import InvalidValue
 from protocol.ids import Address
 from protocol.transactions import SignedTransaction, Transaction
 
 Journal = Callable[[str, bytes, Mapping[str, Any]], Awaitable[None]]
+Call = tuple[Address | None, bytes, int]
+"""To whom, calldata, wei."""
 History = Sequence[tuple[str, Mapping[str, Any]]]
 """(kind, body) of one account's records of transactions, in order."""
 
@@ -32,6 +35,8 @@ class PendingTx:
     signed: SignedTransaction
     anchor: str = ""
     """Hash of an old block of the chain that it is for, hex: `TxSender`."""
+    request: str = ""
+    """The id under which a person or a program asked for it; empty when nobody named one."""
 
     def to_body(self) -> dict[str, Any]:
         tx = self.signed.transaction
@@ -48,7 +53,13 @@ class PendingTx:
             "hash": self.signed.hash.hex(),
             "raw": self.signed.raw.hex(),
             "anchor": self.anchor,
+            "request": self.request,
         }
+
+    @property
+    def call(self) -> Call:
+        tx = self.signed.transaction
+        return tx.to, tx.data, tx.value
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> PendingTx:
@@ -65,9 +76,32 @@ class PendingTx:
                 data=bytes.fromhex(body["data"]),
             )
             signed = SignedTransaction(transaction, bytes.fromhex(body["raw"]), bytes.fromhex(body["hash"]))
-            return cls(str(body["purpose"]), signed, str(body.get("anchor", "")))
+            return cls(str(body["purpose"]), signed, str(body.get("anchor", "")), str(body.get("request", "")))
         except (KeyError, ValueError, TypeError, InvalidValue) as error:
             raise ChainError(f"the journal holds a damaged transaction record: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A request that has its end: what was asked, and what became of it."""
+
+    call: Call
+    result: TxResult
+
+
+def answered(records: History, chain_id: int, anchor: str) -> dict[str, Answered]:
+    """By request id: the transactions on this chain that were asked for under an id and have a receipt."""
+    asked: dict[str, PendingTx] = {}
+    found: dict[str, Answered] = {}
+    for kind, body in records:
+        if kind == "tx_signed" and body.get("request") and int(body["chain_id"]) == chain_id:
+            if body.get("anchor", "") in ("", anchor):
+                asked[body["hash"]] = PendingTx.from_body(body)
+        elif kind == "tx_final" and body["hash"] in asked:
+            tx = asked[body["hash"]]
+            end = (bytes.fromhex(body["hash"]), int(body["block"]), int(body["gas_used"]), bool(body["ok"]))
+            found[tx.request] = Answered(tx.call, TxResult(tx.purpose, *end, str(body["error"])))
+    return found
 
 
 def unfinished(records: History, chain_id: int) -> list[PendingTx]:

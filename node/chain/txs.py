@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import trio
 
 from node.chain.eth import Eth
-from node.chain.pending import History, Journal, PendingTx, landed, no_journal, unfinished
+from node.chain.pending import Answered, Call, History, Journal, PendingTx, answered, landed, no_journal, unfinished
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.values import Receipt
-from node.errors import ChainError, ChainMoved, TxTimeout
+from node.errors import ChainError, ChainMoved, RequestConflict, TxTimeout
 from node.ports import TxResult
 from protocol.ids import Address
 from protocol.keys import PrivateKey
@@ -115,6 +115,8 @@ class TxSender:
         """By nonce: those of them that have landed, and the hash of the block."""
         self._stalled: dict[int, _Stalled] = {}
         """By nonce. Whatever is journaled without an end is in here, or some task waits for it."""
+        self._answered: dict[str, Answered] = {}
+        """By request id: what has been done already."""
         self._doubts: dict[int, float] = {}
         """By nonce: since when every look has said that the transaction can not land any more."""
 
@@ -122,17 +124,35 @@ class TxSender:
     def account(self) -> Address:
         return self._key.address
 
-    async def send(self, purpose: str, to: Address, data: bytes, value: int = 0, *, derived: bool = False) -> TxResult:
+    async def send(
+        self, purpose: str, to: Address, data: bytes, value: int = 0, *, derived: bool = False, request: str = ""
+    ) -> TxResult:
         """Simulate, journal, send, wait for the receipt. A revert is a result with ``ok=False``, not an exception.
 
         `derived`: the call follows from what the chain shows. Raises `ChainMoved` when earlier transactions of ours changed that.
+        `request`: an id of the caller's. A call that was asked for under it before is not sent again, restart or not: its
+        result is the answer. Raises `RequestConflict` when the id was used for another call.
         """
-        result, _ = await self._send(purpose, to, data, value, derived)
+        done = self._answered.get(request) if request else None
+        if done is not None:
+            if done.call != (to, data, value):
+                raise RequestConflict(
+                    f"{purpose}: request {request!r} was used for another call", hint="a new request needs a new id"
+                )
+            return done.result
+        for stalled in self._stalled.values():
+            if request and stalled.attempts[0].request == request and stalled.attempts[0].call != (to, data, value):
+                raise RequestConflict(f"{purpose}: request {request!r} is under way with another call")
+        result, _ = await self._send(purpose, to, data, value, derived, request)
         return result
+
+    def has_answered(self, request: str) -> bool:
+        """Whether a transaction that was asked for under this id has its end."""
+        return request in self._answered
 
     async def create(self, purpose: str, initcode: bytes) -> tuple[TxResult, Address]:
         """Deploy a contract. Raises `ChainError` when it fails."""
-        result, receipt = await self._send(purpose, None, initcode, 0, False)
+        result, receipt = await self._send(purpose, None, initcode, 0, False, "")
         if receipt is None or not result.ok or receipt.created is None:
             raise ChainError(f"{purpose} failed: {result.error or 'no contract address in the receipt'}")
         return result, receipt.created
@@ -147,6 +167,7 @@ class TxSender:
         for tx in landed(history, self._chain_id, self._anchor, RECENT):
             self._keep(tx)
             self._ended[tx.signed.transaction.nonce] = b""
+        self._answered |= answered(history, self._chain_id, self._anchor)
         by_nonce: dict[int, list[PendingTx]] = {}
         for tx in unfinished(history, self._chain_id):
             by_nonce.setdefault(tx.signed.transaction.nonce, []).append(tx)
@@ -196,11 +217,11 @@ class TxSender:
     # --------------------------------------------------------------------------------------------------------- sending
 
     async def _send(
-        self, purpose: str, to: Address | None, data: bytes, value: int, derived: bool
+        self, purpose: str, to: Address | None, data: bytes, value: int, derived: bool, request: str
     ) -> tuple[TxResult, Receipt | None]:
         async with self._lock:
             stalled = bool(self._stalled)
-            repeated = await self._take_up((to, data, value))
+            repeated = await self._take_up((to, data, value), request)
             if repeated is not None:
                 return repeated
             nonce, orphans = await self._next_nonce()
@@ -216,7 +237,7 @@ class TxSender:
             gas = estimate + estimate * self._policy.gas_margin // 100
             for _ in range(3):
                 try:
-                    attempt = await self._sign_and_send(purpose, to, data, value, gas, nonce)
+                    attempt = await self._sign_and_send(purpose, (to, data, value), gas, nonce, request)
                     break
                 except _NonceTaken:
                     nonce, _ = await self._next_nonce()
@@ -227,28 +248,30 @@ class TxSender:
                 )
         return await self._wait([attempt])
 
-    async def _take_up(self, call: tuple[Address | None, bytes, int] | None = None) -> tuple[TxResult, Receipt] | None:
+    async def _take_up(self, call: Call | None = None, request: str = "") -> tuple[TxResult, Receipt] | None:
         """Bring stalled transactions to their end, oldest first; the end of the one that is this very call, if any.
 
         Raises `TxTimeout` when one is still without a receipt after another `bump_after` seconds.
         """
         for nonce in sorted(self._stalled):
             stalled = self._stalled[nonce]
-            sent = stalled.attempts[0].signed.transaction
+            sent = stalled.attempts[0]
             try:
                 ended = await self._wait(stalled.attempts, self._policy.bump_after, push_now=True)
             except _Dropped:
                 continue
-            if stalled.answers_equal_calls and (sent.to, sent.data, sent.value) == call:
+            # Under an id it is the id that says whether the caller means the same; a process that died can not come back for it.
+            same = sent.request == request and (stalled.answers_equal_calls or bool(request))
+            if same and sent.call == call:
                 return ended
         return None
 
-    async def _sign_and_send(
-        self, purpose: str, to: Address | None, data: bytes, value: int, gas: int, nonce: int
-    ) -> PendingTx:
+    async def _sign_and_send(self, purpose: str, call: Call, gas: int, nonce: int, request: str) -> PendingTx:
+        to, data, value = call
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
-        attempt = PendingTx(purpose, transaction.signed(self._key.sign(transaction.digest())), self._anchor)
+        signed = transaction.signed(self._key.sign(transaction.digest()))
+        attempt = PendingTx(purpose, signed, self._anchor, request)
         await self._sign_down(attempt)
         # From here on it may be out, whatever ends this call.
         self._stalled[nonce] = _Stalled([attempt], answers_equal_calls=False)
@@ -427,7 +450,8 @@ class TxSender:
             bumped = last.signed.transaction.bumped(await self._base_fee(), self._policy.max_fee)
             if bumped is None:
                 return  # at the cap: keep waiting
-            attempt = PendingTx(last.purpose, bumped.signed(self._key.sign(bumped.digest())), self._anchor)
+            signed = bumped.signed(self._key.sign(bumped.digest()))
+            attempt = PendingTx(last.purpose, signed, self._anchor, last.request)
             await self._sign_down(attempt)
             attempts.append(attempt)
             await self._eth.send_raw(attempt.signed.raw)
@@ -479,6 +503,8 @@ class TxSender:
         self._keep(winner)
         self._ended[tx.nonce] = receipt.block_hash
         result = TxResult(winner.purpose, receipt.hash, receipt.block_number, receipt.gas_used, receipt.ok, error)
+        if winner.request:
+            self._answered[winner.request] = Answered(winner.call, result)
         return result, receipt
 
     async def _why(self, tx: Transaction, receipt: Receipt) -> str:

@@ -1,0 +1,141 @@
+"""A request id makes one transaction of many asks: again, after a restart, while it is stuck; and never of another call (N6)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from node.chain.eth import Eth
+from node.chain.requesting import Requesting
+from node.chain.txs import TxPolicy, TxSender
+from node.errors import ChainError, RequestConflict, TxTimeout
+from node.testing.pool_node import PoolNode
+from protocol.ids import Address
+from protocol.keys import PrivateKey
+
+KEY = PrivateKey(b"\x07" * 32)
+TO = Address(b"\x22" * 20)
+CHAIN = 31337
+POLICY = TxPolicy(poll=0.5, bump_after=10.0, give_up_after=30.0)
+
+
+class World:
+    def __init__(self) -> None:
+        self.node = PoolNode()
+        self.records: list[tuple[str, Mapping[str, Any]]] = []
+        self.mining = True
+
+    async def journal(self, kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.records.append((kind, body))
+
+    async def start(self) -> TxSender:
+        """A sender as after a restart: all it knows is in the journal."""
+        sender = TxSender(Eth(self.node), KEY, CHAIN, journal=self.journal, policy=POLICY)
+        await sender.resume(list(self.records))
+        return sender
+
+    async def mine(self) -> None:
+        while True:
+            await trio.sleep(1)
+            if self.mining:
+                self.node.mine()
+
+
+def run(main: Callable[[World], Awaitable[None]]) -> None:
+    async def timed() -> None:
+        world = World()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.mine)
+            with trio.fail_after(3600):
+                await main(world)
+            nursery.cancel_scope.cancel()
+
+    trio.run(timed, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_asked_again_is_answered_and_not_sent() -> None:
+    async def main(world: World) -> None:
+        sender = await world.start()
+        first = await sender.send("deposit", TO, b"\1", 5, request="a")
+        assert await sender.send("deposit", TO, b"\1", 5, request="a") == first
+        assert await (await world.start()).send("deposit", TO, b"\1", 5, request="a") == first
+        assert len(world.node.landed) == 1
+        second = await sender.send("deposit", TO, b"\1", 5, request="b")  # another id is meant as another one
+        third = await sender.send("deposit", TO, b"\1", 5)  # and none is no id
+        assert len({first.hash, second.hash, third.hash}) == 3 == len(world.node.landed)
+
+    run(main)
+
+
+def test_an_id_is_for_one_call() -> None:
+    async def main(world: World) -> None:
+        sender = await world.start()
+        await sender.send("deposit", TO, b"\1", 5, request="a")
+        for call in ((TO, b"\1", 6), (TO, b"\2", 5), (Address(b"\x23" * 20), b"\1", 5)):
+            with pytest.raises(RequestConflict):
+                await sender.send("deposit", *call, request="a")
+        world.mining = False
+        with pytest.raises(TxTimeout):
+            await sender.send("deposit", TO, b"\1", 5, request="stuck")
+        with pytest.raises(RequestConflict):
+            await sender.send("deposit", TO, b"\1", 6, request="stuck")
+        world.mining = True
+        await sender.catch_up()
+        assert len(world.node.landed) == 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_stuck_and_asked_again_lands_once(restart: bool) -> None:
+    async def main(world: World) -> None:
+        sender = await world.start()
+        world.mining = False
+        with pytest.raises(TxTimeout):
+            await sender.send("deposit", TO, b"\1", 5, request="a")
+        if restart:
+            sender = await world.start()
+        world.mining = True
+        assert (await sender.send("deposit", TO, b"\1", 5, request="a")).ok
+        assert len(world.node.landed) == 1
+
+    run(main)
+
+
+def test_a_stuck_one_does_not_answer_for_another_id() -> None:
+    async def main(world: World) -> None:
+        sender = await world.start()
+        world.mining = False
+        with pytest.raises(TxTimeout):
+            await sender.send("deposit", TO, b"\1", 5, request="a")
+        world.mining = True
+        assert (await sender.send("deposit", TO, b"\1", 5, request="b")).ok
+        assert (await sender.send("deposit", TO, b"\1", 5, request="a")).ok
+        assert len(world.node.landed) == 2
+
+    run(main)
+
+
+def test_a_request_of_two_transactions_goes_on_where_it_stopped() -> None:
+    async def main(world: World) -> None:
+        first = Requesting(await world.start(), "payday")
+        approved = await first.send("approve", TO, b"\1")
+        again = Requesting(await world.start(), "payday")  # it died in between
+        assert await again.send("approve", TO, b"\1") == approved
+        assert not again.has_answered("payday:deposit")
+        assert (await again.send("deposit", TO, b"\2", 5)).ok
+        assert again.has_answered("payday:deposit")
+        assert len(world.node.landed) == 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "tab\t", "ü"])
+def test_what_is_no_id(request_id: str) -> None:
+    with pytest.raises(ChainError, match="printable"):
+        Requesting(None, request_id)  # type: ignore[arg-type]
