@@ -215,6 +215,13 @@ class Chain(Protocol):
         sending when such transactions had to be brought to their end first: look again, and decide anew.
         """
 
+    def once(self, request: str) -> Chain:
+        """The same chain, whose transactions carry a request id: under one id each purpose happens once, restarts included, and
+        asking again gives the first result. An empty id is no id."""
+
+    def has_answered(self, request: str, purpose: str) -> bool:
+        """Whether the transaction called `purpose` of this request has its end."""
+
     async def deposit(self, token: Address, amount: int) -> Sequence[TxResult]: ...
 
     async def withdraw(self, token: Address, amount: int, to: Address) -> TxResult: ...

@@ -25,6 +25,17 @@ def setting_option(name: str, key: str, **given: Any) -> Callable[[F], F]:
     return click.option(name, expose_value=False, callback=put, **given)
 
 
+def request_option(command: F) -> F:
+    """`--id`, for commands that send transactions: asked again under one id, they answer and send nothing."""
+    return click.option(
+        "--id",
+        "request",
+        default="",
+        metavar="ID",
+        help="A name for this request: run again with the same one, it is answered and not sent a second time.",
+    )(command)
+
+
 def password_options(command: F) -> F:
     """`--password-file` and `--password-fd`, for every command that opens a key."""
 

@@ -103,10 +103,10 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------------ money
 
-    async def deposit(self, amount: int, asset: Asset | None = None) -> list[TxResult]:
+    async def deposit(self, amount: int, asset: Asset | None = None, *, request: str = "") -> list[TxResult]:
         """Put `amount` into the vault, in the smallest unit of `asset` (by default what we pay with first): the only
-        transaction a client needs."""
-        return await self.wallet.deposit(amount, asset)
+        transaction a client needs. Under one `request` id it happens once, however often it is asked for."""
+        return await self.wallet.deposit(amount, asset, request=request)
 
     async def balance(self, asset: Asset | None = None) -> int:
         return await self.wallet.balance(asset)

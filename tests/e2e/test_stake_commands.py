@@ -83,6 +83,19 @@ def test_a_stake_goes_in_and_comes_home(run: Run, tmp_path: Path) -> None:
     assert run("stake")[1]["stake"]["active"] == "3000000"
 
 
+def test_a_request_id_makes_one_deposit_of_two_commands(run: Run, tmp_path: Path) -> None:
+    first = run("deposit", "700", "--id", "monday")[1]
+    assert [one["purpose"] for one in first["transactions"]] == ["approve", "deposit"]
+    assert run("deposit", "700", "--id", "monday")[1] == first
+    status, error = run("deposit", "701", "--id", "monday")
+    assert status == 6 and error["error"]["code"] == "request_conflict"
+    taken = run("withdraw", "700", "--id", "friday")[1]
+    assert taken["vault_balance"] == "0"
+    assert run("withdraw", "700", "--id", "friday")[1] == taken
+    assert run("withdraw", "--id", "friday")[0] == 2
+    assert run("deposit", "700", "--id", "monday")[1]["vault_balance"] == "0"
+
+
 def test_the_words_say_what_can_be_taken_and_when() -> None:
     info = TokenInfo(Address(b"\7" * 20), "tUSD", 6)
     stake = Stake(active=1_000_000, unbonding=2_000_000, held=500_000, exposure=500_000, free_at=DAY, locked=1_500_000)
