@@ -162,13 +162,17 @@ class Worker:
             meter=self.meter,
             settings=settings.serve,
             now_ms=now_ms,
-            chain_age_ms=lambda domain: self.watches[domain].age_ms(),
+            chain_age_ms=lambda domain: self.age_of(domain),
         )
 
     @property
     def chain(self) -> Chain:
         """The default one."""
         return self.chains.first
+
+    def age_of(self, domain: Domain) -> int:
+        """Milliseconds since one chain was last seen."""
+        return self.watches[domain].age_ms()
 
     def chain_age_ms(self) -> int:
         """Since the chain that was seen least lately was seen."""

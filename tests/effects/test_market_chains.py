@@ -15,6 +15,7 @@ import trio
 
 from node.audit import audit
 from node.chain.memory import MemoryLedger
+from node.client import wallet as wallet_module
 from node.client.client import Client
 from node.errors import ChainError, ConfigError, InsufficientFunds, NoWorker, Refused, VerificationFailed
 from node.network.drive import converse
@@ -24,7 +25,10 @@ from node.store.channels import ChannelBook
 from node.testing.cheaters import Hand, corrupt
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
+from node.worker.accepted import Accepted, AcceptedAssets
+from node.worker.claims import Claimer
 from node.worker.worker import Worker
+from protocol import records as records_module
 from protocol.channel import ChannelOpened, ChannelState, Role, VoucherAdded
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import ZERO_ADDRESS
@@ -40,7 +44,7 @@ from protocol.messages import (
     amount_to_wire,
     config_to_wire,
 )
-from protocol.offers import Asset
+from protocol.offers import Asset, Payment, VerifiedOffer
 from protocol.pricing import Price, cost
 from protocol.records import to_body
 from protocol.selection import Exclusion, Policy
@@ -89,17 +93,17 @@ def test_two_chains_two_tokens_two_clients() -> None:
     """Each client has one chain and two tokens of it. Everybody is paid where the channel is, and every journal is sound."""
 
     async def test(market: Market) -> None:
-        two, worker = await everywhere(market)
+        two, worker = await everywhere(market, FakeBackend(FakeSettings(tokens=300)))
         assert len(worker.desk.current().document) < 1200
         clients = {}
         for name, ledger in (("default", market.ledger), ("two", two)):
             means = [market.means(ledger, rate=None), market.means(ledger, token=ZERO_ADDRESS, rate=None)]
             clients[name] = client = await market.client(means=means, chains=[name])
-            first = await greet(client)
+            first = await greet(client, max_tokens=300)  # long enough for vouchers in the stream
             assert (first.home, first.config.token) == (ledger.domain, ledger.token)
             other = replace(client.wallet.means[means[1].asset])
             client.wallet.means = {other.asset: other}  # now it pays with the coin
-            second = await greet(client)
+            second = await greet(client, max_tokens=300)
             assert (second.home, second.config.token) == (ledger.domain, ZERO_ADDRESS)
         await until(lambda: not worker.server.busy)
         assert len(worker.book.channels) == 4
@@ -330,7 +334,7 @@ def test_what_is_unpaid_in_one_token_uses_up_no_credit_of_another() -> None:
     async def test(market: Market) -> None:
         two = market.add_chain("two", 2)
         tick = market.tick
-        accepts = [market.accepted(credit_limit=tick), market.accepted(ledger=two, credit_limit=10**6 * tick)]
+        accepts = [market.accepted(credit_limit=tick), market.accepted(ledger=two, credit_limit=tick)]
         backend = FakeBackend(FakeSettings(tokens=500))
         worker = await market.worker(backend, market.settings(*accepts, stall_ms=60_000, max_streams=8), chains=BOTH)
         first = await Hand.of(await market.client(name="a"), worker)
@@ -509,6 +513,13 @@ def test_channels_of_a_chain_that_is_no_longer_configured_are_kept_and_left_alon
             await client.wallet.close(there.channel_id, again.key.peer_id)
         findings = await audit(again.ledger, Role.WORKER, again.chains)
         assert len(findings) == 1 and "chain 2" in findings[0] and "not compared" in findings[0]
+        # Nor does a server of the first chain make us look there, by an event that it invents.
+        market.ledger._append(market.ledger.world, None, [("Claimed", {"channelId": bytes(there.channel_id)})])
+        before = again.watches[market.ledger.domain]._events_from
+        market.ledger.mine(70)
+        await greet(await market.client())  # opens a channel: an event that is true
+        await until(lambda: again.watches[market.ledger.domain]._events_from > before)
+        assert market.failures == {}
         assert market.failures == {}
 
     run_market(test)
@@ -574,3 +585,64 @@ def test_an_address_is_not_an_asset() -> None:
         assert caught.value.reasons == {str(worker.key.peer_id): ("no_common_chain",)}
 
     run_market(test)
+
+
+# -------------------------------------------------------------------------------------------------------- planted bugs
+
+
+def all_channels(self: Claimer) -> list[ChannelState]:
+    return list(self._book.channels.values())
+
+
+def any_asset(self: AcceptedAssets, state: ChannelState) -> Accepted:
+    return next(iter(self))
+
+
+def first_age(self: Worker, domain: Domain) -> int:
+    return next(iter(self.watches.values())).age_ms()
+
+
+def same_address(state: ChannelState, offer: VerifiedOffer, payment: Payment) -> bool:
+    return state.config.receiver == offer.worker and state.config.token == payment.token
+
+
+PLANTED: dict[str, tuple[object, str, Any, Any]] = {
+    "a claim takes the channels of every chain": (
+        Claimer,
+        "_here",
+        all_channels,
+        test_channels_of_a_chain_that_is_no_longer_configured_are_kept_and_left_alone,
+    ),
+    "every channel is in the first asset": (
+        AcceptedAssets,
+        "of",
+        any_asset,
+        test_what_is_unpaid_in_one_token_uses_up_no_credit_of_another,
+    ),
+    "the age of the first chain counts for all": (
+        Worker,
+        "age_of",
+        first_age,
+        test_a_chain_that_is_away_stops_its_own_channels_only,
+    ),
+    "a token's address is what is paid": (
+        wallet_module,
+        "_between",
+        same_address,
+        test_a_chain_that_is_away_stops_its_own_channels_only,
+    ),
+    "a journal that names no chain is on none": (
+        records_module,
+        "placed",
+        lambda change, domains: change,
+        lambda: test_a_journal_from_before_it_named_its_chain_is_served_claimed_and_audited(pytest.MonkeyPatch()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, what, bug, watch = PLANTED[name]
+    monkeypatch.setattr(where, what, bug)
+    with pytest.raises(BaseException):  # noqa: B017 - whatever it breaks first
+        watch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import replace
 from fractions import Fraction
 from random import Random
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.testing.pair import key
+from protocol import selection as selection_module
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32, ModelId, PeerId
 from protocol.messages import OfferMessage, Params, encode
@@ -506,3 +508,66 @@ def test_reasons_against_one_purse_do_not_count_where_another_pays() -> None:
     assert choose([one], REQUEST, purses, Policy(), {}, NOW).rejected == {
         PEERS[0]: (Exclusion.BUSY, Exclusion.PRICE_TOO_HIGH, Exclusion.NO_FUNDS)
     }
+
+
+# -------------------------------------------------------------------------------------------------------- planted bugs
+
+SOURCE = inspect.getsource(selection_module)
+PLANTED = {
+    "bare units are compared": ("(p, n, 1) if p.rate is None", "(p, together, 1) if p.rate is None"),
+    "the rate is not used": ("seen.tokens_per_second, tier, most * rate)", "seen.tokens_per_second, tier, most)"),
+    "a limit needs no rate": (
+        "        if purse.rate is None:\n            reasons",
+        "        if False:\n            reasons",
+    ),
+    "the vault is not looked into": ("if not purse.holds(offer.worker, payment, most):", "if False:"),
+    "any channel of the asset pays": (
+        "self.free.get(worker, 0) >= needed",
+        "max(self.free.values(), default=0) >= needed",
+    ),
+    "an address is an asset": ("position = document.position(purse.asset)", "position = 0"),
+    "every reason against every purse": ("(*reasons, *(() if pairs else against))", "(*reasons, *against)"),
+}
+WATCHERS = [
+    test_without_a_rate_preference_comes_before_price,
+    test_purses_with_a_rate_stand_together_where_the_first_of_them_does,
+    test_rates_are_exact,
+    test_a_purse_pays_out_of_a_channel_or_out_of_the_vault,
+    test_reasons_against_one_purse_do_not_count_where_another_pays,
+    *(lambda reason=reason: test_every_reason_has_a_case_and_stands_alone(reason) for reason in PURSES),
+]
+
+
+def noticed() -> bool:
+    for watch in WATCHERS:
+        try:
+            watch()
+        except (AssertionError, TypeError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_in_the_choice_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = PLANTED[name]
+    assert SOURCE.count(old) == 1, f"the source has changed: {name!r} must be planted anew"
+    # The classes stay the real ones, so that what the tests make is what the planted code takes.
+    space = dict(vars(selection_module))
+    planted: dict[str, Any] = {"__name__": "protocol.selection"}
+    exec(compile(SOURCE.replace(old, new), "planted", "exec"), planted)
+    for one in ("_pairs", "_against", "_tiers", "choose"):
+        monkeypatch.setattr(selection_module, one, _moved(planted[one]))
+    monkeypatch.setattr(Purse, "holds", _moved(planted["Purse"].holds))
+    monkeypatch.setitem(globals(), "choose", selection_module.choose)
+    assert space["Purse"] is Purse and noticed()
+
+
+def _moved(function: Any) -> Any:
+    """The planted code on the real module's names."""
+    return type(function)(
+        function.__code__, vars(selection_module), function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+def test_without_a_planted_bug_nothing_is_noticed() -> None:
+    assert not noticed()
