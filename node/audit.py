@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from node.audit_jobs import audit_jobs
 from node.chains import Chains
 from node.ports import Chain
 from node.store.channels import fold_record
@@ -41,6 +42,9 @@ async def audit(ledger: Ledger, role: Role, chains: Chains, only: Chain | None =
                 f"channel {state.channel_id}: on chain {state.domain.chain_id}, contract {state.domain.verifying_contract}, "
                 "which is not configured, so it was not compared"
             )
+    for one in chains:
+        if one.jobs is not None and only in (None, one):
+            findings += await audit_jobs(ledger, role, one.jobs, (await one.head()).timestamp)
     return findings
 
 

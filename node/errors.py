@@ -158,3 +158,9 @@ class VerificationFailed(NodeError):
     """The worker's receipt does not follow from what it sent. Nothing more is paid."""
 
     code = "verification_failed"
+
+
+class JobFailed(NodeError):
+    """A batch job ended, or will end, without a result. What was locked for it comes back."""
+
+    code = "job_failed"

@@ -11,9 +11,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from protocol.ids import Address, ChannelId, ModelId, PeerId
+from protocol.escrow import JobState, Outcome
+from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
 from protocol.messages import ChatMessage, FinishReason, Params
-from protocol.typed_data import ChannelConfig, Domain
+from protocol.typed_data import ChannelConfig, Domain, Quote
 
 # ----------------------------------------------------------------------------------------------------------- network
 
@@ -156,6 +157,64 @@ class ChainEvent:
     removed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class JobOnChain:
+    """A batch job as the Jobs contract has it."""
+
+    state: JobState
+    window_end: int
+    """Chain seconds; 0 but from the submission to the end."""
+    claimed: int
+    """As `window_end`."""
+    result_hash: Hash32
+
+
+@dataclass(frozen=True, slots=True)
+class DisputeOnChain:
+    resolve_by: int
+    """Chain seconds from which silence is a draw; 0 when there is no dispute."""
+    outcome: Outcome
+    """How it ended, or what its resolver has found by now."""
+
+
+class Jobs(Protocol):
+    """The Jobs contract, and Disputes as far as it is about a job, for one account. Raises and returns as `Chain` does."""
+
+    @property
+    def domain(self) -> Domain: ...
+
+    async def job(self, job_id: JobId) -> JobOnChain:
+        """What begins or ends a job counts when it is confirmed, the rest at once."""
+
+    async def paid(self, job_id: JobId) -> int | None:
+        """What a settled job paid its worker, by its event; None when the node does not tell."""
+
+    async def dispute(self, quote: Quote) -> DisputeOnChain: ...
+
+    async def dispute_bond(self, quote: Quote) -> int: ...
+
+    async def holdable(self, worker: Address, token: Address) -> int:
+        """The highest penalty that a new job of this hot key can hold of its owner's stake."""
+
+    async def open(self, quote: Quote, worker_signature: bytes, order_signature: bytes) -> TxResult: ...
+
+    async def submit(self, quote: Quote, result_hash: Hash32, claimed: int, signature: bytes) -> TxResult: ...
+
+    async def settle(self, quote: Quote, result_hash: Hash32, amount: int, signature: bytes) -> TxResult: ...
+
+    async def finalize(self, quote: Quote) -> TxResult: ...
+
+    async def refund(self, quote: Quote) -> TxResult: ...
+
+    async def fail(self, quote: Quote) -> TxResult:
+        """Only for the worker and its owner."""
+
+    async def open_dispute(self, quote: Quote, evidence: Hash32) -> TxResult:
+        """Only for the client; locks the bond out of its vault balance."""
+
+    async def resolve_dispute(self, quote: Quote) -> TxResult: ...
+
+
 REORG_DEPTH: Final = 64
 """Blocks that can be undone one event at a time. A deeper reorganisation is an error, not a guess."""
 
@@ -176,6 +235,10 @@ class Chain(Protocol):
 
     @property
     def workers_domain(self) -> Domain: ...
+
+    @property
+    def jobs(self) -> Jobs | None:
+        """Batch jobs; None where the deployment has none."""
 
     @property
     def token(self) -> Address:

@@ -203,6 +203,46 @@ class RefusalReason(IntEnum):
 
     Fix: Try another worker.
     """
+    NO_BATCH = 27
+    """This worker takes no batch jobs on that chain.
+
+    Fix: Try another worker.
+    """
+    JOB_UNKNOWN = 28
+    """No quote or job of that id is held for this peer; a quote is forgotten when its time is over.
+
+    Fix: Ask for a quote again; ask under the key that asked for the quote.
+    """
+    OVER_BUDGET = 29
+    """The job can cost more than the client would pay.
+
+    Fix: Offer more, lower `max_tokens`, or post fewer inputs.
+    """
+    BELOW_MINIMUM = 30
+    """The job is worth less than the transactions it takes.
+
+    Fix: Post more inputs in one job, or use a channel.
+    """
+    FUNDS_INSUFFICIENT = 31
+    """The client's vault does not hold the job's amount.
+
+    Fix: Deposit, then order again while the quote stands.
+    """
+    JOB_TOO_LARGE = 32
+    """The worker has no room for the job's specification and result.
+
+    Fix: Post fewer inputs, lower `max_tokens`, or try another worker.
+    """
+    TERMS_UNACCEPTABLE = 33
+    """The dispute window, the resolver or the penalty asked for is not what this worker agrees to; the detail says which.
+
+    Fix: Ask for what the detail names.
+    """
+    RESULT_NOT_READY = 34
+    """There is no result yet.
+
+    Fix: Ask for the job's status; ask again when it is done.
+    """
 
     @property
     def code(self) -> str:

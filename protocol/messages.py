@@ -1,10 +1,12 @@
 """Every message of the wire: typed, bounded, versioned by protocol id, unknown fields refused.
 
-Three conversations, each one protocol id and one union of messages:
+Four conversations, each one protocol id and one union of messages:
 
 - ``/gristmill/offer/2``: `GetOffer` -> `OfferMessage`
 - ``/gristmill/channel/2``: `OpenChannel` or `QueryChannel` -> `ChannelStatus`; `RequestClose` -> `CloseConsent`
 - ``/gristmill/job/2``: `AskMessage`, then vouchers one way and chunks the other, ended by receipt and ack (`protocol.job`)
+- ``/gristmill/batch/1``: `RequestQuote` -> `QuoteMessage`; `OpenJob`, `QueryJob`, `AcceptJob` or `RequestCancel` -> `JobStatus`;
+  `GetResult` -> `ResultChunk`; or `BatchRefusal` to any of them
 
 `Abort` may end any of them. The schema page docs/spec/messages.md is generated from these classes. A message is a msgpack
 map whose ``t`` field names it. Amounts are 16 bytes big-endian (uint128), because msgpack integers end at 64 bits.
@@ -21,11 +23,12 @@ import msgspec
 from protocol.errors import InvalidValue, LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32
 from protocol.sampling import SamplingParams
-from protocol.typed_data import ChannelConfig
+from protocol.typed_data import ChannelConfig, Quote
 
 OFFER_PROTOCOL: Final = "/gristmill/offer/2"
 CHANNEL_PROTOCOL: Final = "/gristmill/channel/2"
 JOB_PROTOCOL: Final = "/gristmill/job/2"
+BATCH_PROTOCOL: Final = "/gristmill/batch/1"
 OFFER_TOPIC: Final = "/gristmill/offers/2"
 
 TEXT_LIMIT: Final = 512 * 1024
@@ -35,6 +38,14 @@ OFFER_LIMIT: Final = 32 * 1024
 TOKENS_PER_CHUNK: Final = 4096
 TOKENS_LIMIT: Final = 131_072
 """Tokens one part may generate, or resume from."""
+SPEC_LIMIT: Final = 3_670_016
+"""Bytes of a batch job's specification (3.5 MiB, so that it fits into a data frame with what surrounds it)."""
+TERMS_LIMIT: Final = 64 * 1024
+"""Bytes of a quote's terms."""
+PIECE_LIMIT: Final = 512 * 1024
+"""Bytes of a batch job's result in one `ResultChunk`."""
+RESULT_LIMIT: Final = 128 << 20
+"""Bytes of a batch job's whole result."""
 
 _Meta = msgspec.Meta
 Bytes16 = Annotated[bytes, _Meta(min_length=16, max_length=16)]
@@ -283,6 +294,135 @@ class ReceiptMessage(_Message, frozen=True, tag="receipt"):
     signature: SignatureBytes
 
 
+# ------------------------------------------------------------------------------------------------------------- batch
+
+
+class QuoteWire(_Value, frozen=True):
+    """`typed_data.Quote` on the wire."""
+
+    spec_hash: Bytes32
+    client: Bytes20
+    worker: Bytes20
+    token: Bytes20
+    amount: Bytes16
+    penalty: Bytes16
+    valid_before: Seconds40
+    deadline: Seconds40
+    window: Seconds40
+    resolver: Bytes20
+    salt: Bytes32
+
+
+class RequestQuote(_Message, frozen=True, tag="request_quote"):
+    """Client: would you run this job, and for how much at most? Nothing is owed by asking."""
+
+    spec: Annotated[bytes, _Meta(min_length=1, max_length=SPEC_LIMIT)]
+    """msgpack of `protocol.workload.BatchSpec`; its sha256 is the quote's `spec_hash`."""
+    client: Bytes20
+    """Whose vault balance will pay."""
+    chain_id: Annotated[int, _Meta(ge=1, le=2**63 - 1)]
+    contract: Bytes20
+    """The Jobs contract."""
+    token: Bytes20
+    max_amount: Bytes16
+    """A dearer quote is not wanted."""
+    min_penalty: Bytes16
+    """Least stake of the worker's owner that must answer for the job."""
+    deadline: Seconds40
+    """Chain time before which the result must be submitted."""
+    window: Seconds40
+    """Seconds after the submission in which the client may dispute."""
+    resolver: Bytes20
+    """Who would judge a dispute; zero for nobody."""
+
+
+class QuoteMessage(_Message, frozen=True, tag="quote"):
+    """Worker: yes, on these terms, until `quote.valid_before`. The quote's digest is the job's id."""
+
+    quote: QuoteWire
+    signature: SignatureBytes
+    """The worker's, over `typed_data.Quote`."""
+    terms: Annotated[bytes, _Meta(min_length=1, max_length=TERMS_LIMIT)]
+    """msgpack of `protocol.workload.Terms`: how the amount came about. The quote's salt is its hash."""
+
+
+class BatchRefusal(_Message, frozen=True, tag="refused"):
+    """Worker: no, for this reason."""
+
+    reason: RefusalReason
+    detail: Annotated[str, _Meta(max_length=500)] = ""
+
+
+class OpenJob(_Message, frozen=True, tag="open_job"):
+    """Client: I take the quote; here is my order for you to submit. Sent again it changes nothing."""
+
+    job_id: Bytes32
+    order: SignatureBytes
+    """The client's, over `typed_data.Order`."""
+
+
+class QueryJob(_Message, frozen=True, tag="query_job"):
+    """Client: how far is it?"""
+
+    job_id: Bytes32
+
+
+class JobStatus(_Message, frozen=True, tag="job_status"):
+    """Worker: the job as it is journaled here. What counts is what the contract says."""
+
+    job_id: Bytes32
+    state: Annotated[int, _Meta(ge=0, le=5)]
+    """As last seen on chain: 0 none, 1 open, 2 submitted, 3 disputed, 4 settled, 5 refunded."""
+    done: Count32
+    """Inputs that are finished."""
+    total: Count32
+    result_hash: Annotated[bytes, _Meta(max_length=32)] = b""
+    """Empty until the result is there."""
+    size: Annotated[int, _Meta(ge=0, le=RESULT_LIMIT)] = 0
+    """Bytes of the result."""
+    claimed: Bytes16 = bytes(16)
+    """What the worker asks for it."""
+    submission: Annotated[bytes, _Meta(max_length=65)] = b""
+    """The worker's signature over `typed_data.Submission`."""
+    window_end: Seconds40 = 0
+    """After the submission: until when the client may dispute."""
+    failure: Annotated[str, _Meta(max_length=200)] = ""
+    """Why the worker gives the job up, when it does."""
+    transaction: Annotated[bytes, _Meta(max_length=32)] = b""
+    """Hash of the transaction that this question caused, else empty."""
+
+
+class GetResult(_Message, frozen=True, tag="get_result"):
+    """Client: the result's bytes from here on."""
+
+    job_id: Bytes32
+    offset: Annotated[int, _Meta(ge=0, le=RESULT_LIMIT)]
+
+
+class ResultChunk(_Message, frozen=True, tag="result_chunk"):
+    """Worker: a piece of the result. Empty at its end."""
+
+    job_id: Bytes32
+    offset: Annotated[int, _Meta(ge=0, le=RESULT_LIMIT)]
+    data: Annotated[bytes, _Meta(max_length=PIECE_LIMIT)]
+
+
+class AcceptJob(_Message, frozen=True, tag="accept_job"):
+    """Client: the result is verified and kept; here is what pays for it at once. The worker may forget it."""
+
+    job_id: Bytes32
+    result_hash: Bytes32
+    amount: Bytes16
+    signature: SignatureBytes
+    """The client's, over `typed_data.Acceptance`."""
+
+
+class RequestCancel(_Message, frozen=True, tag="request_cancel"):
+    """Client: stop. What is finished by then is the result, and all that is claimed."""
+
+    job_id: Bytes32
+
+
 class Abort(_Message, frozen=True, tag="abort"):
     """Either side: this conversation is over, and why."""
 
@@ -293,12 +433,26 @@ class Abort(_Message, frozen=True, tag="abort"):
 OfferConversation = GetOffer | OfferMessage | Abort
 ChannelConversation = OpenChannel | QueryChannel | ChannelStatus | RequestClose | CloseConsent | Abort
 JobConversation = AskMessage | VoucherMessage | Cancel | Ack | Accept | Refuse | Chunk | ReceiptMessage | Abort
-Message = OfferConversation | ChannelConversation | JobConversation
+BatchConversation = (
+    RequestQuote
+    | QuoteMessage
+    | OpenJob
+    | QueryJob
+    | JobStatus
+    | GetResult
+    | ResultChunk
+    | AcceptJob
+    | RequestCancel
+    | BatchRefusal
+    | Abort
+)
+Message = OfferConversation | ChannelConversation | JobConversation | BatchConversation
 
 CONVERSATIONS: Final[dict[str, Any]] = {
     OFFER_PROTOCOL: OfferConversation,
     CHANNEL_PROTOCOL: ChannelConversation,
     JOB_PROTOCOL: JobConversation,
+    BATCH_PROTOCOL: BatchConversation,
 }
 
 
@@ -381,6 +535,38 @@ def config_to_wire(config: ChannelConfig) -> ChannelConfigWire:
         token=bytes(config.token),
         withdraw_delay=config.withdraw_delay,
         salt=bytes(config.salt),
+    )
+
+
+def quote_from_wire(wire: QuoteWire) -> Quote:
+    return Quote(
+        spec_hash=Hash32(wire.spec_hash),
+        client=Address(wire.client),
+        worker=Address(wire.worker),
+        token=Address(wire.token),
+        amount=amount_from_wire(wire.amount),
+        penalty=amount_from_wire(wire.penalty),
+        valid_before=wire.valid_before,
+        deadline=wire.deadline,
+        window=wire.window,
+        resolver=Address(wire.resolver),
+        salt=Hash32(wire.salt),
+    )
+
+
+def quote_to_wire(quote: Quote) -> QuoteWire:
+    return QuoteWire(
+        spec_hash=bytes(quote.spec_hash),
+        client=bytes(quote.client),
+        worker=bytes(quote.worker),
+        token=bytes(quote.token),
+        amount=amount_to_wire(quote.amount),
+        penalty=amount_to_wire(quote.penalty),
+        valid_before=quote.valid_before,
+        deadline=quote.deadline,
+        window=quote.window,
+        resolver=bytes(quote.resolver),
+        salt=bytes(quote.salt),
     )
 
 

@@ -29,8 +29,13 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def cost(price: Price, input_tokens: int, output_tokens: int) -> int:
     """Cost of one part of a job, rounded up once to a whole smallest unit. Never decreases in either count."""
-    for count in (input_tokens, output_tokens):
+    return batch_cost(price, 1, input_tokens, output_tokens)
+
+
+def batch_cost(price: Price, requests: int, input_tokens: int, output_tokens: int) -> int:
+    """Cost of so many requests with so many tokens in all, rounded up once. Never decreases in any count."""
+    for count in (requests, input_tokens, output_tokens):
         if not 0 <= count <= TOKENS_MAX:
-            raise InvalidValue(f"token count {count} is outside 0..{TOKENS_MAX}")
+            raise InvalidValue(f"count {count} is outside 0..{TOKENS_MAX}")
     scaled = price.input * input_tokens + price.output * output_tokens
-    return price.request + -(-scaled // PER)
+    return price.request * requests + -(-scaled // PER)

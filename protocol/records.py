@@ -1,4 +1,4 @@
-"""The journal's form of a channel change: kind, subject and a typed, bounded msgpack body.
+"""The journal's form of a change of a channel or a batch job: kind, subject and a typed, bounded msgpack body.
 
 One codec for every change, derived from the fields once, so a new change needs no code here. Integers are 16 bytes (uint128)
 because msgpack ends at 64 bits. Reading is on the way of every start, half a million times: each kind has a reader of its own.
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from protocol import batch
 from protocol.channel import CHANGES, Change, ChannelOpened, ChannelState, Role, apply, opened, placed
 from protocol.errors import InvalidValue, LocalProtocolError
 from protocol.ids import Address, ChannelId, Hash32, JobId
@@ -25,30 +26,41 @@ _INT_BYTES: Final = 16
 _Reader = Callable[[Any], Any]
 
 
-def kind_of(change: type[Change] | Change) -> str:
+def kind_of(change: type[Change] | Change | type[batch.Change] | batch.Change) -> str:
     """``VoucherAdded`` -> ``voucher_added``."""
     name = change.__name__ if isinstance(change, type) else type(change).__name__
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 KINDS: Final[dict[str, type[Change]]] = {kind_of(c): c for c in CHANGES}
+BATCH_KINDS: Final[dict[str, type[batch.Change]]] = {kind_of(c): c for c in batch.CHANGES}
 
 
-def to_body(change: Change) -> dict[str, Any]:
+def to_body(change: Change | batch.Change) -> dict[str, Any]:
     """Plain values for the journal."""
     values = {name: getattr(change, name) for name in change.__struct_fields__}
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
-def encode_body(change: Change) -> bytes:
+def encode_body(change: Change | batch.Change) -> bytes:
     return msgspec.msgpack.encode(to_body(change))
 
 
 def decode_body(kind: str, body: bytes) -> Change:
     """Raises `LocalProtocolError` when the journal holds what this version cannot have written."""
+    change: Change = _decode(_READERS, kind, body)
+    return change
+
+
+def decode_batch(kind: str, body: bytes) -> batch.Change:
+    """The same for a record about a batch job."""
+    change: batch.Change = _decode(_BATCH_READERS, kind, body)
+    return change
+
+
+def _decode(readers: dict[str, _Reader], kind: str, body: bytes) -> Any:
     try:
-        change: Change = _READERS[kind](body)
-        return change
+        return readers[kind](body)
     except (KeyError, ValueError, msgspec.DecodeError, LocalProtocolError) as error:
         raise LocalProtocolError(f"journal record of kind {kind!r} is unreadable: {error}") from None
 
@@ -77,7 +89,7 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Domain):
         return {name: _plain(getattr(value, name)) for name in _DOMAIN}
-    if isinstance(value, bool):
+    if isinstance(value, bool | str):
         return value
     if isinstance(value, int):
         if not 0 <= value < 1 << 8 * _INT_BYTES:
@@ -96,7 +108,7 @@ _CONFIG: Final = {field.name: str(field.type) for field in fields(ChannelConfig)
 _DOMAIN: Final = {"chain_id": "int", "verifying_contract": "Address"}
 _LATER: Final = "Domain | None"
 """Annotation of a field that records may lack."""
-_PLAIN_TYPES: Final[dict[str, Any]] = {"bool": bool}
+_PLAIN_TYPES: Final[dict[str, Any]] = {"bool": bool, "str": str}
 """What a field is in the body, by its annotation; bytes unless it stands here."""
 _TYPED: Final[dict[str, _Reader]] = {
     "ChannelId": ChannelId,
@@ -105,12 +117,13 @@ _TYPED: Final[dict[str, _Reader]] = {
     "Hash32": Hash32,
     "bytes": bytes,
     "bool": bool,
+    "str": str,
     "int": _integer,
 }
 
 
 def _wire(name: str, annotations: dict[str, str]) -> type[msgspec.Struct]:
-    """The body as msgspec reads it: exactly these fields, each bytes or a truth value."""
+    """The body as msgspec reads it: exactly these fields, each bytes, a text or a truth value."""
     types: list[Any] = []
     for field, annotation in annotations.items():
         kind = _PLAIN_TYPES.get(annotation, bytes)
@@ -121,7 +134,8 @@ def _wire(name: str, annotations: dict[str, str]) -> type[msgspec.Struct]:
 def _typed(cls: Callable[..., Any], annotations: dict[str, str]) -> _Reader:
     """From the fields as msgspec read them to the value."""
     converters = tuple(_TYPED[annotation] for annotation in annotations.values())
-    values = attrgetter(*annotations)
+    names = tuple(annotations)
+    values = attrgetter(*names) if len(names) > 1 else lambda wire: (getattr(wire, names[0]),)
 
     def typed(wire: Any) -> Any:
         return cls(*[convert(value) for convert, value in zip(converters, values(wire), strict=True)])
@@ -129,7 +143,7 @@ def _typed(cls: Callable[..., Any], annotations: dict[str, str]) -> _Reader:
     return typed
 
 
-def _reader(cls: type[Change]) -> _Reader:
+def _reader(cls: type[Change] | type[batch.Change]) -> _Reader:
     annotations = dict(cls.__annotations__)
     decoder = msgspec.msgpack.Decoder(_wire(cls.__name__, annotations))
     typed = _typed(cls, annotations)
@@ -145,3 +159,4 @@ _TYPED[_LATER] = _later(_typed(Domain, _DOMAIN))
 _PLAIN_TYPES["ChannelConfig"] = _wire("ChannelConfig", _CONFIG)
 _TYPED["ChannelConfig"] = _typed(ChannelConfig, _CONFIG)
 _READERS: Final[dict[str, _Reader]] = {kind: _reader(cls) for kind, cls in KINDS.items()}
+_BATCH_READERS: Final[dict[str, _Reader]] = {kind: _reader(cls) for kind, cls in BATCH_KINDS.items()}

@@ -98,6 +98,10 @@ class Contract:
             raise ChainError(f"{self.name}.{function} answered with bytes that are not its result") from error
         return tuple(_typed(item, value) for item, value in zip(outputs, values, strict=True))
 
+    def topic(self, event: str) -> bytes:
+        """First topic of the logs of this event."""
+        return next(topic for topic, entry in self.events.items() if entry.name == event)
+
     def initcode(self, *args: Any) -> bytes:
         constructor = next((item for item in self.abi if item["type"] == "constructor"), None)
         kinds = [] if constructor is None else [_type_of(item) for item in constructor["inputs"]]

@@ -17,10 +17,11 @@ from typing import Any, Final
 import trio
 
 from node.chain.agreed import AgreedEth
-from node.chain.artifacts import Contract, contract, error_name
+from node.chain.artifacts import Contract, contract, decode_log, error_name
 from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.eth import Eth
+from node.chain.jobs import EvmJobs
 from node.chain.pending import History, Journal, no_journal
 from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
@@ -142,6 +143,7 @@ class EvmChain:
         self._vault = contract("Vault")
         self._channels = contract("Channels")
         self._workers = contract("Workers")
+        self._jobs = EvmJobs(self, confirmations=confirmations) if deployment.has("Jobs") else None
 
     @classmethod
     async def connect(
@@ -209,6 +211,10 @@ class EvmChain:
         return self.deployment.token
 
     @property
+    def jobs(self) -> EvmJobs | None:
+        return self._jobs
+
+    @property
     def account(self) -> Address:
         return self._sender.account
 
@@ -259,10 +265,7 @@ class EvmChain:
         deep = head.number - self._confirmations
         if deep < self.deployment.block:
             return careful(now, ChannelOnChain(0, 0, 0, False))  # our contracts are not confirmed themselves
-        header = await self._eth.header(deep)
-        if header is None:
-            raise ChainError(f"block {deep} has gone while we looked at it")
-        return careful(now, await self._channel_at(channel_id, header.hash))
+        return careful(now, await self._channel_at(channel_id, await self.block_hash(deep)))
 
     async def _channel_at(self, channel_id: ChannelId, block: str | bytes) -> ChannelOnChain:
         found = await self._view(self._channels, self.deployment.channels, "channel", channel_id, block=block)
@@ -369,27 +372,47 @@ class EvmChain:
         data = self._channels.encode(function, *args)
         return await self._sender.send(purpose, self.deployment.channels, data, derived=derived)
 
-    async def view(self, name: str, function: str, *args: object) -> Any:
-        """Ask the contract called `name`. Raises `ChainError` when the deployment has none or it reverts."""
-        return await self._view(contract(name), self.deployment.address_of(name), function, *args)
+    async def view(
+        self, name: str, function: str, *args: object, block: str | bytes = "latest", at: Address | None = None
+    ) -> Any:
+        """Ask the contract called `name`, or one that answers like it at another address. Raises `ChainError` when the
+        deployment has none or it reverts."""
+        address = self.deployment.address_of(name) if at is None else at
+        return await self._view(contract(name), address, function, *args, block=block)
 
     async def change(self, purpose: str, name: str, function: str, *args: object) -> TxResult:
         """Send a transaction to the contract called `name`."""
         data = contract(name).encode(function, *args)
         return await self._sender.send(purpose, self.deployment.address_of(name), data)
 
+    async def block_hash(self, number: int) -> bytes:
+        """Raises `ChainError` when there is no such block (any more)."""
+        header = await self._eth.header(number)
+        if header is None:
+            raise ChainError(f"block {number} has gone while we looked at it")
+        return header.hash
+
+    async def logs(self, name: str, topics: Sequence[bytes], first: int, last: int) -> list[ChainEvent]:
+        """Events of the contract called `name` with these first topics, from block `first` to `last`."""
+        found = await Eth(self.nodes).logs_between([self.deployment.address_of(name)], first, last, topics)
+        return [event for log in found if (event := decode_log(contract(name), log)) is not None]
+
     def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
         return self.watcher(start)
 
     def watcher(self, start: int | None = None) -> Watcher:
         """As `events`, never from before the deployment; its `head` says how fresh our view is."""
+        sources = {
+            self.deployment.vault: self._vault,
+            self.deployment.workers: self._workers,
+            self.deployment.channels: self._channels,
+        }
+        if self._jobs is not None:
+            for name in ("Jobs", "Disputes"):
+                sources[self.deployment.address_of(name)] = contract(name)
         return Watcher(
             Eth(self.nodes),
-            {
-                self.deployment.vault: self._vault,
-                self.deployment.workers: self._workers,
-                self.deployment.channels: self._channels,
-            },
+            sources,
             start=None if start is None else max(start, self.deployment.block),
             poll=self._poll,
             confirmations=self._confirmations,

@@ -81,13 +81,17 @@ class Eth:
         query = {"address": [str(address) for address in addresses], "blockHash": hex_data(block_hash)}
         return Log.parse_list(await self.rpc.call("eth_getLogs", query))
 
-    async def logs_between(self, addresses: Sequence[Address], first: int, last: int) -> Sequence[Log]:
-        """Both ends included."""
-        query = {
+    async def logs_between(
+        self, addresses: Sequence[Address], first: int, last: int, topics: Sequence[bytes] = ()
+    ) -> Sequence[Log]:
+        """Both ends included. `topics`: only logs that begin with these."""
+        query: dict[str, Any] = {
             "address": [str(address) for address in addresses],
             "fromBlock": hex_quantity(first),
             "toBlock": hex_quantity(last),
         }
+        if topics:
+            query["topics"] = [hex_data(topic) for topic in topics]
         return Log.parse_list(await self.rpc.call("eth_getLogs", query))
 
 

@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import trio
 
+from node.chain.memory_jobs import MemoryJobs, signer_of
 from node.errors import ChainError
 from node.ports import REORG_DEPTH, ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
 from protocol import escrow
-from protocol.errors import InvalidValue, RemoteProtocolError
-from protocol.escrow import Escrow, EscrowError
-from protocol.ids import ZERO_ADDRESS, Address, ChannelId, keccak256
-from protocol.keys import recover
+from protocol.errors import InvalidValue
+from protocol.escrow import Escrow, EscrowError, Outcome
+from protocol.ids import ZERO_ADDRESS, Address, ChannelId, JobId, keccak256
 from protocol.typed_data import Allocation, ChannelConfig, Close, Domain, HotKey, Voucher
 
 CHAIN_ID: Final = 31339
@@ -67,19 +67,24 @@ class MemoryLedger:
 
     def __init__(self, clock: Callable[[], float] = time.time, chain_id: int = CHAIN_ID) -> None:
         self.chain_id = chain_id
-        self.vault, self.workers, self.channels, self.token = (
+        self.vault, self.workers, self.channels, self.token, jobs = (
             Address(keccak256(f"gristmill memory {name}".encode())[12:])
-            for name in ("Vault", "Workers", "Channels", "TestToken")
+            for name in ("Vault", "Workers", "Channels", "TestToken", "Jobs")
         )
         self.domain = Domain(chain_id, self.channels)
         self.workers_domain = Domain(chain_id, self.workers)
         self.gas_price = 0
         """Wei per gas, as far as anybody asks; nobody pays it."""
+        self.jobs_domain = Domain(chain_id, jobs)
+        self.findings: dict[JobId, Outcome] = {}
+        """What resolvers have found: for tests to say."""
         self._clock = clock
         self._offset = 0
         self._failures = 0
         self._branch = 0
-        first = Escrow(self.domain, self.vault, tokens=frozenset((self.token, ZERO_ADDRESS)))
+        first = Escrow(
+            self.domain, self.vault, tokens=frozenset((self.token, ZERO_ADDRESS)), jobs_domain=self.jobs_domain
+        )
         self._blocks = [_Block(Head(0, self._hash(0), int(clock())), World(first, {}), None, ())]
         self._told: list[ChainEvent] = []
         self._news = trio.Event()
@@ -93,6 +98,9 @@ class MemoryLedger:
     @property
     def head(self) -> Head:
         return self._blocks[-1].head
+
+    def finding(self, job_id: JobId) -> Outcome:
+        return self.findings.get(job_id, Outcome.NONE)
 
     def canonical_events(self) -> list[ChainEvent]:
         return [event for block in self._blocks for event in block.events]
@@ -177,13 +185,6 @@ class MemoryLedger:
         return len(self._told)
 
 
-def _signer(digest: bytes, signature: bytes) -> Address | None:
-    try:
-        return recover(digest, signature)
-    except RemoteProtocolError:
-        return None
-
-
 def _fits(bits: int, **values: int) -> None:
     """What the ABI would refuse to encode is our mistake here as well."""
     for name, value in values.items():
@@ -231,6 +232,10 @@ class MemoryChain:
         return self.ledger.workers_domain
 
     @property
+    def jobs(self) -> MemoryJobs:
+        return MemoryJobs(self)
+
+    @property
     def token(self) -> Address:
         return self.ledger.token
 
@@ -243,52 +248,52 @@ class MemoryChain:
 
     # --------------------------------------------------------------------------------------------------------- looking
 
-    async def _look(self) -> World:
+    async def look(self) -> World:
         await trio.lowlevel.checkpoint()
         self.ledger.check_failure()
         return self.ledger.world
 
     async def head(self) -> Head:
-        await self._look()
+        await self.look()
         return self.ledger.head
 
     async def native_balance(self, account: Address) -> int:
-        return (await self._look()).coins_of(ZERO_ADDRESS, account)
+        return (await self.look()).coins_of(ZERO_ADDRESS, account)
 
     async def token_balance(self, token: Address, account: Address) -> int:
-        return (await self._look()).coins_of(token, account)
+        return (await self.look()).coins_of(token, account)
 
     async def token_info(self, token: Address) -> TokenInfo:
         return TokenInfo(token, "coin", 18) if token == ZERO_ADDRESS else TokenInfo(token, "tUSD", 6)
 
     async def vault_balance(self, token: Address, account: Address) -> int:
-        return (await self._look()).escrow.balance_of(token, account)
+        return (await self.look()).escrow.balance_of(token, account)
 
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
-        found = (await self._look()).escrow.channel(channel_id)
+        found = (await self.look()).escrow.channel(channel_id)
         return ChannelOnChain(found.allocated, found.claimed, found.withdraw_at, found.closed)
 
     async def owed(self, receiver: Address, token: Address) -> int:
-        return (await self._look()).escrow.owed_to(receiver, token)
+        return (await self.look()).escrow.owed_to(receiver, token)
 
     async def payout_of(self, worker: Address) -> Address:
-        return (await self._look()).escrow.payout_of(worker)
+        return (await self.look()).escrow.payout_of(worker)
 
     async def worker(self, hot_key: Address) -> WorkerOnChain:
-        found = (await self._look()).escrow.workers.get(hot_key)
+        found = (await self.look()).escrow.workers.get(hot_key)
         if found is None:
             return WorkerOnChain(ZERO_ADDRESS, False, ZERO_ADDRESS, 0)
         return WorkerOnChain(found.owner, found.active, found.payout, found.nonce)
 
     async def fee(self) -> int:
-        await self._look()
+        await self.look()
         return self.ledger.gas_price
 
     # -------------------------------------------------------------------------------------------------------- changing
 
     async def catch_up(self) -> None:
         """Nothing is ever on its way here: a transaction is mined at once, and what a reorganisation drops is gone."""
-        await self._look()
+        await self.look()
 
     def once(self, request: str) -> MemoryChain:
         """Knows what was asked by its purpose alone: it does not compare the calls."""
@@ -299,8 +304,8 @@ class MemoryChain:
     def has_answered(self, request: str, purpose: str) -> bool:
         return f"{request}:{purpose}" in self._answered
 
-    async def _send(self, purpose: str, change: Change) -> TxResult:
-        await self._look()
+    async def send(self, purpose: str, change: Change) -> TxResult:
+        await self.look()
         request = f"{self._request}:{purpose}" if self._request else ""
         if request in self._answered:
             return self._answered[request]
@@ -323,7 +328,7 @@ class MemoryChain:
             raise ChainError("insufficient funds for the value sent")
         results = []
         if token != ZERO_ADDRESS:
-            results.append(await self._send("approve", lambda world, now: (world, [])))
+            results.append(await self.send("approve", lambda world, now: (world, [])))
 
         def change(world: World, now: int) -> tuple[World, Events]:
             value = amount if token == ZERO_ADDRESS else 0
@@ -332,7 +337,7 @@ class MemoryChain:
             args = {"token": token, "from": account, "beneficiary": account, "amount": amount}
             return moved, [("Deposited", args)]
 
-        results.append(await self._send("deposit", change))
+        results.append(await self.send("deposit", change))
         return results
 
     async def withdraw(self, token: Address, amount: int, to: Address) -> TxResult:
@@ -344,13 +349,13 @@ class MemoryChain:
             moved = replace(world.pay(token, vault, -amount).pay(token, to, amount), escrow=state)
             return moved, [("VaultWithdrawn", {"token": token, "account": account, "to": to, "amount": amount})]
 
-        return await self._send("withdraw", change)
+        return await self.send("withdraw", change)
 
     async def allocate(self, config: ChannelConfig, allocated: int, valid_before: int, signature: bytes) -> TxResult:
         _fits(128, allocated=allocated)
         _fits(40, valid_before=valid_before)
         channel_id = self._id(config)
-        signer = _signer(Allocation(channel_id, allocated, valid_before).digest(self.domain), signature)
+        signer = signer_of(Allocation(channel_id, allocated, valid_before).digest(self.domain), signature)
 
         def change(world: World, now: int) -> tuple[World, Events]:
             added = allocated - world.escrow.channel(channel_id).allocated
@@ -365,14 +370,14 @@ class MemoryChain:
             ]
             return replace(world, escrow=state), events
 
-        return await self._send("allocate", change)
+        return await self.send("allocate", change)
 
     async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
         claims = []
         for entry in entries:
             _fits(128, amount=entry.amount, cumulative=entry.cumulative)
             voucher = Voucher(self._id(entry.config), entry.cumulative)
-            signer = _signer(voucher.digest(self.domain), entry.signature)
+            signer = signer_of(voucher.digest(self.domain), entry.signature)
             claims.append(escrow.Claim(entry.config, entry.amount, entry.cumulative, signer))
 
         def change(world: World, now: int) -> tuple[World, Events]:
@@ -389,7 +394,7 @@ class MemoryChain:
                     events.append(("Claimed", {**head, "claimed": one.amount, "added": one.amount - before}))
             return replace(world, escrow=state), events
 
-        return await self._send("claim", change)
+        return await self.send("claim", change)
 
     async def settle(self, receiver: Address, token: Address) -> TxResult:
         def change(world: World, now: int) -> tuple[World, Events]:
@@ -398,7 +403,7 @@ class MemoryChain:
             args = {"receiver": receiver, "token": token, "payout": payout, "amount": amount}
             return replace(world, escrow=state), [("Settled", args), *self._released(token, payout, amount)]
 
-        return await self._send("settle", change)
+        return await self.send("settle", change)
 
     async def close_channel(
         self,
@@ -410,8 +415,8 @@ class MemoryChain:
     ) -> TxResult:
         _fits(128, final=final, voucher=voucher)
         channel_id = self._id(config)
-        voucher_signer = _signer(Voucher(channel_id, voucher).digest(self.domain), voucher_signature)
-        close_signer = _signer(Close(channel_id, final).digest(self.domain), close_signature)
+        voucher_signer = signer_of(Voucher(channel_id, voucher).digest(self.domain), voucher_signature)
+        close_signer = signer_of(Close(channel_id, final).digest(self.domain), close_signature)
 
         def change(world: World, now: int) -> tuple[World, Events]:
             before = world.escrow.channel(channel_id)
@@ -423,7 +428,7 @@ class MemoryChain:
                 *self._released(config.token, config.payer, returned),
             ]
 
-        return await self._send("close", change)
+        return await self.send("close", change)
 
     async def initiate_withdraw(self, config: ChannelConfig) -> TxResult:
         channel_id, account = self._id(config), self._account
@@ -434,7 +439,7 @@ class MemoryChain:
             event = ("WithdrawInitiated", {"channelId": channel_id, "by": account, "withdrawAt": at})
             return replace(world, escrow=state), [event]
 
-        return await self._send("initiate_withdraw", change)
+        return await self.send("initiate_withdraw", change)
 
     async def finalize_withdraw(self, config: ChannelConfig) -> TxResult:
         channel_id = self._id(config)
@@ -448,7 +453,7 @@ class MemoryChain:
                 *self._released(config.token, config.payer, rest),
             ]
 
-        return await self._send("finalize_withdraw", change)
+        return await self.send("finalize_withdraw", change)
 
     async def register_worker(self, hot_key: Address, payout: Address, deadline: int, signature: bytes) -> TxResult:
         _fits(40, deadline=deadline)
@@ -456,12 +461,12 @@ class MemoryChain:
 
         def change(world: World, now: int) -> tuple[World, Events]:
             consent = HotKey(account, hot_key, payout, world.escrow.nonce_of(hot_key), deadline)
-            signer = _signer(consent.digest(domain), signature)
+            signer = signer_of(consent.digest(domain), signature)
             state = escrow.register(world.escrow, now, account, hot_key, payout, deadline, signer)
             event = ("Registered", {"hotKey": hot_key, "owner": account, "payout": payout})
             return replace(world, escrow=state), [event]
 
-        return await self._send("register", change)
+        return await self.send("register", change)
 
     async def set_payout(self, hot_key: Address, payout: Address) -> TxResult:
         account = self._account
@@ -473,7 +478,7 @@ class MemoryChain:
                 ("PayoutSet", {"hotKey": hot_key, "previous": before, "payout": payout})
             ]
 
-        return await self._send("set_payout", change)
+        return await self.send("set_payout", change)
 
     def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
         return _Events(self.ledger, self.ledger.head.number - REORG_DEPTH + 1 if start is None else start)

@@ -22,20 +22,27 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from node.client.chat import ChatStream
+from node.client.job_quotes import JobWish
+from node.client.jobs import ClientJobs, Job
 from node.client.settings import ClientSettings
 from node.client.wallet import ClientWallet
 from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
 from node.network.discovery import OfferBook, discover, fetch_offer
 from node.ports import Network, TxResult
+from node.store.batch import BatchBook
 from node.store.channels import ChannelBook
 from node.store.meter import Meter
-from protocol.channel import Change, ChannelState, apply
+from node.store.results import Results
+from protocol.channel import Change, ChannelState, Role, apply
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
 from protocol.keys import PrivateKey
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import Asset, ModelOffer, VerifiedOffer
-from protocol.selection import Candidate, Exclusion, History, Policy, Request, Selection, choose
+from protocol.selection import Candidate, Exclusion, History, Policy, Purse, Request, Selection, choose
+from protocol.signing import QuotedOrder
+from protocol.typed_data import Domain, Struct
+from protocol.workload import PLACE
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -78,6 +85,23 @@ class Client:
         """What failed when the bootstrap peers were dialled, in words."""
         self._bootstrap = bootstrap
         self._counter = counter
+
+        async def sign(struct: Struct | QuotedOrder, domain: Domain) -> bytes:
+            await trio.lowlevel.checkpoint()
+            return wallet.payer.sign(struct.digest(domain))
+
+        self.jobs = ClientJobs(
+            client=self,
+            network=network,
+            results=Results(wallet.book.ledger),
+            book=BatchBook.restore(wallet.book.ledger, Role.CLIENT),
+            sign=sign,
+            timing=settings.jobs,
+            now_ms=now_ms,
+            poll_s=settings.job_poll_s,
+            reread_s=settings.job_reread_s,
+        )
+        """Batch jobs; somebody has to `run` them."""
 
     @staticmethod
     def connect(config: Config, **options: Any) -> AbstractAsyncContextManager[Client]:
@@ -130,6 +154,24 @@ class Client:
         wanted = _params(params)
         return ChatStream(self, model, typed, wanted, lambda: self.select(model, typed, wanted, policy or Policy()))
 
+    async def post_job(
+        self,
+        model: str,
+        inputs: Sequence[str],
+        *,
+        id: str = "",  # noqa: A002 (the word that callers use)
+        messages: Sequence[Mapping[str, str] | ChatMessage] = ({"role": "user", "content": PLACE},),
+        policy: Policy | None = None,
+        wish: JobWish | None = None,
+        **params: Any,
+    ) -> Job:
+        """Order a batch job: the same messages around each input, in escrow. See `node.client.jobs.ClientJobs.post`.
+
+        `id`: the caller's name of the job; posting the same name again goes on with the same job. By default a random one.
+        """
+        name = id or self.random32()[:6].hex()
+        return await self.jobs.post(model, inputs, id=name, messages=messages, wish=wish, policy=policy, **params)
+
     async def open_channel(
         self,
         model: str,
@@ -163,7 +205,14 @@ class Client:
 
     def select(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
         """Workers for a request and what each would be paid with, best first. Raises `NoWorker` or `InsufficientFunds`."""
-        selection = self.explain(model, messages, params, policy)
+        return self._ranked(model, self.explain(model, messages, params, policy))
+
+    def takers(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
+        """As `select`, whatever our vaults hold and whatever a chat may cost: for a batch job, which has limits of its own."""
+        purses = [replace(purse, available=None, max_cost=None) for purse in self.wallet.purses()]
+        return self._ranked(model, self.explain(model, messages, params, policy, purses))
+
+    def _ranked(self, model: str, selection: Selection) -> list[Candidate]:
         if selection.ranked:
             return list(selection.ranked)
         if (Exclusion.NO_FUNDS,) in selection.rejected.values():
@@ -192,14 +241,22 @@ class Client:
             "configure one of theirs as a [chains.NAME], with a token of it in client.pay_with"
         )
 
-    def explain(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> Selection:
+    def explain(
+        self,
+        model: str,
+        messages: tuple[ChatMessage, ...],
+        params: Params,
+        policy: Policy,
+        purses: Sequence[Purse] | None = None,
+    ) -> Selection:
         """The whole choice: ranks and scores, and why not, per worker."""
         offers = self.offers.current()
         model_id = self._model_id(model, offers)
         known = next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
         tokens = self.count_tokens(known, messages, params.max_tokens) if known else 0
         request = Request(model_id, tokens, params)
-        return choose(offers, request, self.wallet.purses(), policy, self.history, self.now_ms())
+        purses = self.wallet.purses() if purses is None else purses
+        return choose(offers, request, purses, policy, self.history, self.now_ms())
 
     def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> int:
         """Prompt tokens: exact where the model's tokenizer is at hand, else an upper bound.
@@ -207,11 +264,19 @@ class Client:
         The bound holds for byte-level tokenizers, where no text has more tokens than bytes; and no worker accepts a prompt
         that leaves less than `max_tokens` of the context.
         """
+        return self.counted(model, messages, max_tokens)[0]
+
+    def counted(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> tuple[int, bool]:
+        """As `count_tokens`, and whether it is exact."""
         exact = self._counter(ModelId(model.model_id), messages) if self._counter else None
         if exact is not None:
-            return exact
+            return exact, True
         size = sum(len(m.content.encode()) + TOKENS_PER_MESSAGE for m in messages)
-        return min(size + TEMPLATE_TOKENS, max(0, model.context_length - max_tokens))
+        return min(size + TEMPLATE_TOKENS, max(0, model.context_length - max_tokens)), False
+
+    def model_id(self, model: str) -> ModelId:
+        """Of a name or an id; all zero when nobody offers a model of that name. Raises `ConfigError` when it is ambiguous."""
+        return self._model_id(model, self.offers.current())
 
     def _model_id(self, model: str, offers: Sequence[VerifiedOffer]) -> ModelId:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
+from protocol.batch import Timing
 from protocol.ids import Address
 from protocol.offers import Asset
 from protocol.selection import NO_LIMIT, PriceLimit
@@ -49,3 +50,9 @@ class ClientSettings:
     """Paid ahead to a slow worker too, where an offer's `tick_ms` would be less."""
     attempts: int = 3
     """Workers tried before the first token."""
+    jobs: Timing = field(default_factory=Timing)
+    """When batch jobs are brought forward."""
+    job_poll_s: float = 2.0
+    """How often a worker is asked how far a batch job is."""
+    job_reread_s: float = 5.0
+    """How often the contract is asked about one."""

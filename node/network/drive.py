@@ -20,10 +20,10 @@ import trio
 from node.errors import NetworkError, Timeout
 from node.ports import ByteStream, Network, StreamClosed
 from protocol.errors import GristmillError, RemoteProtocolError, WireCode
-from protocol.frames import CONTROL_LIMIT, FrameReader, encode_frame
+from protocol.frames import CONTROL_LIMIT, DATA_LIMIT, FrameReader, encode_frame
 from protocol.ids import PeerId
 from protocol.job import JobClient, JobWorker
-from protocol.messages import Abort, JobConversation, decode, encode
+from protocol.messages import BATCH_PROTOCOL, Abort, JobConversation, decode, encode
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", JobClient, JobWorker)
@@ -32,6 +32,8 @@ Answer = Callable[[PeerId, Any], Awaitable[msgspec.Struct]]
 
 FRAME_S: Final = 10.0
 """Seconds from the first byte of a question to its last."""
+LIMITS: Final = {BATCH_PROTOCOL: DATA_LIMIT}
+"""Largest frame of a conversation; `CONTROL_LIMIT` where none is named."""
 
 
 class Held:
@@ -155,8 +157,8 @@ class JobStream(Generic[M]):
 
 
 async def end_with(stream: ByteStream, frame: bytes) -> None:
-    """Last words, bounded in time, then close; reset when that fails."""
-    with trio.move_on_after(2) as scope:
+    """Last words, bounded in time by what they weigh (64 KiB a second is slow enough), then close; reset when that fails."""
+    with trio.move_on_after(2 + len(frame) / 65_536) as scope:
         scope.shield = True
         try:
             if frame:
@@ -176,7 +178,7 @@ async def converse(network: Network, peer: PeerId, protocol: str, question: msgs
     with trio.move_on_after(timeout_s):
         stream = await network.open_stream(peer, protocol)
         try:
-            await stream.send_all(encode_frame(encode(question)))
+            await stream.send_all(encode_frame(encode(question), LIMITS.get(protocol, CONTROL_LIMIT)))
             reply = await _read_one(stream, protocol, frame_s=timeout_s)
             await stream.aclose()
         except StreamClosed as error:
@@ -213,14 +215,14 @@ async def serve_one(
         except (StreamClosed, trio.TooSlowError):
             await stream.reset()
             return
-        await end_with(stream, encode_frame(encode(reply)))
+        await end_with(stream, encode_frame(encode(reply), LIMITS.get(protocol, CONTROL_LIMIT)))
     if scope.cancelled_caught:
         await stream.reset()
 
 
 async def _read_one(stream: ByteStream, protocol: str, *, frame_s: float) -> Any:
     """Raises `trio.TooSlowError` when the message takes longer than `frame_s` from its first byte on."""
-    reader, share = FrameReader(), _Share(stream.remote_peer, HELD)
+    reader, share = FrameReader(LIMITS.get(protocol, CONTROL_LIMIT)), _Share(stream.remote_peer, HELD)
     data = await stream.receive_some()
     try:
         with trio.fail_after(frame_s):

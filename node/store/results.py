@@ -5,13 +5,14 @@ Rules
   is forever. `keeping(...)` puts both into one transaction.
 - Bounded by bytes. Room is made by dropping what has expired, then what is acknowledged, oldest first; what still waits for its
   client is never dropped before its time, so a full store refuses new results.
-- One job id, one result: the same one again is fine, another one is a conflict.
+- One job id, one result: the same one again is fine and may be kept longer for it, another one is a conflict.
 - All times are Unix milliseconds given by the caller.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from typing import Any
 
 from node.store.errors import EntryInvalid, ResultConflict, ResultsFull
@@ -43,6 +44,9 @@ class Results:
             if kept is not None:
                 if kept[0] != payload:
                     raise ResultConflict(f"job {job_id.hex()} already has another result")
+                connection.execute(
+                    "UPDATE results SET expires_ms = MAX(expires_ms, ?) WHERE job_id = ?", (expires_ms, job_id)
+                )
                 return
             self._make_room(connection, len(payload), now_ms)
             connection.execute(
@@ -58,6 +62,22 @@ class Results:
             row = connection.execute("SELECT payload FROM results WHERE job_id = ?", (job_id,)).fetchone()
         return None if row is None else bytes(row[0])
 
+    def piece(self, job_id: bytes, offset: int, size: int) -> bytes | None:
+        """Some bytes of the result, fewer at its end; None when it is not kept."""
+        with self._ledger.reading() as connection:
+            row = connection.execute(
+                "SELECT substr(payload, ?, ?) FROM results WHERE job_id = ?", (offset + 1, size, job_id)
+            ).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def forgetting(self, job_ids: Sequence[bytes]) -> Work[None]:
+        """Work that drops these at once, whatever they waited for: pieces that have become a whole."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.executemany("DELETE FROM results WHERE job_id = ?", [(job_id,) for job_id in job_ids])
+
+        return work
+
     async def acknowledge(self, job_id: bytes, *, now_ms: int) -> bool:
         """The client has it: it may go when room is needed. False when the job is unknown. The first time counts."""
 
@@ -72,6 +92,10 @@ class Results:
     async def sweep(self, now_ms: int) -> int:
         """Drop what has expired; returns how many."""
         return await self._ledger.write(lambda connection: _drop_expired(connection, now_ms))
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
 
     def used_bytes(self) -> int:
         """Sum of the payloads kept."""

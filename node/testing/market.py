@@ -38,6 +38,7 @@ from node.store.errors import LedgerClosed
 from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
 from node.worker.accepted import Accepted
+from node.worker.batch_service import BatchSettings
 from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings
 from protocol.channel import Role
@@ -46,6 +47,8 @@ from protocol.keys import PrivateKey
 from protocol.pricing import Price, cost
 
 START_MS = 1_800_000_000_000
+PENALTY = 1_000
+"""The most that answers for one batch job."""
 
 
 def key(name: str) -> PrivateKey:
@@ -89,6 +92,7 @@ class Market:
         """To be paid in the token of a chain; by default of the first, at the market's price."""
         chain = ledger or self.ledger
         values.setdefault("token", chain.token)
+        values.setdefault("max_penalty", PENALTY)
         return Accepted(domain=chain.domain, price=price or self.price, **values)
 
     def means(self, ledger: MemoryLedger | None = None, **values: Any) -> Means:
@@ -98,8 +102,13 @@ class Market:
         return Means(domain=chain.domain, **{"rate": Fraction(1), **values})
 
     def settings(self, *accepts: Accepted, **serve: int) -> WorkerSettings:
-        """Defaults, but for these fields of `ServeSettings`; paid in the first chain's token unless told otherwise."""
-        return WorkerSettings(accepts=accepts or (self.accepted(),), serve=ServeSettings(**serve))
+        """Defaults, but for these fields of `ServeSettings`; paid in the first chain's token unless told otherwise. Batch jobs
+        are taken."""
+        return WorkerSettings(
+            accepts=accepts or (self.accepted(),),
+            serve=ServeSettings(**serve),
+            batch=BatchSettings(poll_s=0.1, reread_s=1.0),
+        )
 
     async def worker(
         self,
@@ -137,6 +146,14 @@ class Market:
                 await worker.run(task_status=task_status)
         except NodeError as error:
             self.failures[worker.key.peer_id] = error
+
+    async def _run_jobs(self, client: Client) -> None:
+        scope = self._scopes[client.network.peer_id] = trio.CancelScope()
+        try:
+            with scope:
+                await client.jobs.run()
+        except NodeError as error:
+            self.failures[client.network.peer_id] = error
 
     def crash(self, node: Worker | Client) -> None:
         """Kill a node as `kill -9` would, as far as one process can play it; the same `name` opens it again.
@@ -196,6 +213,7 @@ class Market:
             now_ms=self.now_ms,
             random32=lambda: next(randoms),
         )
+        self.nursery.start_soon(self._run_jobs, client)
         for channel_id in tuple(book.channels):
             if known.get(book.channels[channel_id].domain) is not None:
                 await wallet.refresh(channel_id)

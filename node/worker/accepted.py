@@ -28,6 +28,10 @@ class Accepted:
     """What an allocation must add; below it the gas of allocating and claiming is not worth it."""
     credit_limit: int = 0
     """Most that may be unpaid over all channels in this asset; 0 = no limit."""
+    min_job: int = 1
+    """What a batch job must be able to bring; below it the gas of opening, submitting and settling is not worth it."""
+    max_penalty: int = 0
+    """The most of the owner's stake that answers for one batch job."""
 
     @property
     def asset(self) -> Asset:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import msgspec
 import trio
@@ -75,6 +76,20 @@ class Stats:
     """How parts ended, by finish reason or wire code."""
 
 
+class Lodger(Protocol):
+    """Work that gives way to streams (`node.worker.batch_run`)."""
+
+    @property
+    def active(self) -> int:
+        """Places it uses now."""
+
+    def step_back(self) -> None:
+        """A stream has taken a place."""
+
+    async def make_way(self, fits: Callable[[], bool]) -> bool:
+        """Free memory until `fits`."""
+
+
 class JobServer:
     """Serves `/gristmill/job/1`."""
 
@@ -109,10 +124,20 @@ class JobServer:
         self._parts: set[tuple[ChannelId, JobId, int]] = set()
         self._serving: set[ServedPart] = set()
         self._crumbs: Counter[tuple[ChannelId, JobId, int]] = Counter()
+        self.lodger: Lodger | None = None
+        """Whoever uses free places until a stream comes."""
+
+    @property
+    def live(self) -> int:
+        """Parts that have a place now."""
+        return len(self._parts)
 
     @property
     def free_slots(self) -> int:
-        return 0 if self.draining else min(self.settings.max_streams - len(self._parts), self.backend.free_slots)
+        if self.draining:
+            return 0
+        lent = self.lodger.active if self.lodger else 0
+        return min(self.settings.max_streams - len(self._parts), self.backend.free_slots + lent)
 
     def wake(self, channel_id: ChannelId) -> None:
         """What is paid or booked on one stream of a channel may let the others go on."""
@@ -168,6 +193,8 @@ class JobServer:
             checked = self._check(ask)
             with self._slot((checked.channel.channel_id, JobId(ask.job_id), ask.part)) as part:
                 prompt = await self._prepare(ask)
+                if self.lodger:
+                    await self.lodger.make_way(lambda: self.backend.fits(prompt, ask.params.max_tokens))
                 terms = self._agree(checked, part, prompt)
                 serving = ServedPart(self, link, checked, prompt, terms)
                 receipt = await serving.run()
@@ -230,6 +257,8 @@ class JobServer:
             raise Rejected(RefusalReason.DUPLICATE_JOB, "this part is being served")
         self._parts.add(part)
         try:
+            if self.lodger:
+                self.lodger.step_back()
             yield part
         finally:
             self._parts.discard(part)

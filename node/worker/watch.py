@@ -30,13 +30,16 @@ class ChainWatch:
         follow: Callable[[ChannelId], Awaitable[None]],
         poll_ms: int,
         reread_ms: int,
+        heard: Callable[[ChainEvent], None] = lambda event: None,
     ) -> None:
+        """`heard`: whoever else wants to know of the chain's events."""
         self.name = name
         self.chain = chain
         self._book = book
         self._follow = follow
         self._poll_s = poll_ms / 1000
         self._reread_s = reread_ms / 1000
+        self._heard = heard
         self._seen = -1e9
         self._events_from = 0
         """Block from which a new reading of events misses nothing."""
@@ -92,6 +95,7 @@ class ChainWatch:
         state = self._book.get(ChannelId(raw)) if isinstance(raw, bytes) and len(raw) == 32 else None
         if state is not None and state.domain == self.chain.domain:
             await self._follow(state.channel_id)
+        self._heard(event)
 
     async def _look_at_all(self) -> None:
         for state in list(self._book.channels.values()):

@@ -19,12 +19,14 @@ from node.errors import LedgerError, NetworkError
 from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
 from node.network.groups import plain_errors
-from node.ports import Backend, ByteStream, Chain, Network
+from node.ports import Backend, ByteStream, Chain, ChainEvent, Network
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
 from node.store.meter import Meter
 from node.store.results import Results
 from node.worker.accepted import Accepted, AcceptedAssets
+from node.worker.batch_quotes import BatchAsset
+from node.worker.batch_service import BatchService, BatchSettings
 from node.worker.channels import ChannelDesk, ChannelRules
 from node.worker.claims import Claimer, ClaimPolicy, ClaimReport, claim_all
 from node.worker.desk import HONOURED, OfferDesk, Speed, Terms
@@ -35,6 +37,7 @@ from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import ModelId, PeerId
 from protocol.keys import PrivateKey
 from protocol.messages import (
+    BATCH_PROTOCOL,
     CHANNEL_PROTOCOL,
     JOB_PROTOCOL,
     OFFER_PROTOCOL,
@@ -43,7 +46,7 @@ from protocol.messages import (
     OfferMessage,
     Params,
 )
-from protocol.typed_data import Domain
+from protocol.typed_data import Domain, Struct
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class WorkerSettings:
     """How often every channel is read again, whether or not an event told of it."""
     sweep_ms: int = 600_000
     """How often kept results past their time are dropped. (Room for a new one is made at once, whenever it is needed.)"""
+    batch: BatchSettings | None = None
+    """None: no batch jobs."""
     version: str = ""
 
 
@@ -131,6 +136,7 @@ class Worker:
                 follow=self.channels.follow,
                 poll_ms=settings.polls_ms.get(chain.domain, settings.chain_poll_ms),
                 reread_ms=settings.reread_ms,
+                heard=self._heard,
             )
             for chain in chains
         }
@@ -164,6 +170,34 @@ class Worker:
             now_ms=now_ms,
             chain_age_ms=lambda domain: self.age_of(domain),
         )
+        self.batch = self._batch_service(settings.batch, speeds or {}) if settings.batch else None
+        if self.batch:
+            self.server.lodger = self.batch.runner
+
+    def _batch_service(self, settings: BatchSettings, speeds: Mapping[ModelId, Speed]) -> BatchService:
+        async def sign(struct: Struct, domain: Domain) -> bytes:
+            await trio.lowlevel.checkpoint()
+            return self.key.sign(struct.digest(domain))
+
+        return BatchService(
+            worker=self.key.address,
+            sign=sign,
+            ledger=self.ledger,
+            results=self.results,
+            chains={chain.jobs.domain: chain for chain in self.chains if chain.jobs},
+            assets={
+                (jobs.domain, one.token): BatchAsset(one.price, one.min_job, one.max_penalty)
+                for one in self.accepted
+                if (jobs := self.chains.of(one.domain).jobs) is not None
+            },
+            backend=self.server.backend,
+            speeds=speeds,
+            settings=settings,
+            places=self.settings.serve.max_streams,
+            streams_live=lambda: self.server.live,
+            chain_age_ms=self.chain_age_ms,
+            now_ms=self.now_ms,
+        )
 
     @property
     def chain(self) -> Chain:
@@ -177,6 +211,10 @@ class Worker:
     def chain_age_ms(self) -> int:
         """Since the chain that was seen least lately was seen."""
         return max(watch.age_ms() for watch in self.watches.values())
+
+    def _heard(self, event: ChainEvent) -> None:
+        if self.batch:
+            self.batch.see(event)
 
     def _claim_now(self, effect: ClaimNow) -> None:
         state = self.book.channels[effect.channel_id]
@@ -197,6 +235,8 @@ class Worker:
         self.network.handle(OFFER_PROTOCOL, self._serve_offer)
         self.network.handle(CHANNEL_PROTOCOL, self._serve_channel)
         self.network.handle(JOB_PROTOCOL, self.server.handle)
+        if self.batch:
+            self.network.handle(BATCH_PROTOCOL, self.batch.handle)
         with plain_errors():
             await self._run_loops(task_status)
 
@@ -209,6 +249,8 @@ class Worker:
             nursery.start_soon(self._announce)
             nursery.start_soon(self._sweep)
             nursery.start_soon(self._watch_ledger)
+            if self.batch:
+                nursery.start_soon(self.batch.run)
             task_status.started()
 
     async def claim(self) -> ClaimReport:
@@ -218,6 +260,8 @@ class Worker:
     async def drain(self, timeout_s: float = 30) -> bool:
         """Take nothing new and let what runs end. False when the time was up first."""
         self.server.draining = self.channels.draining = True
+        if self.batch:
+            self.batch.desk.draining = True
         with trio.move_on_after(timeout_s):
             while self.server.busy:
                 await trio.sleep(0.05)

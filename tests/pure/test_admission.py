@@ -162,6 +162,13 @@ ELSEWHERE = {
     R.DUPLICATE_JOB: "node.worker.serve: it knows the kept results",
     R.PROMPT_INVALID: "node.worker.serve: the tokenizer says so",
     R.INTERNAL: "node.worker.serve: the runtime failed",
+    **dict.fromkeys(
+        (
+            *(R.NO_BATCH, R.JOB_UNKNOWN, R.OVER_BUDGET, R.BELOW_MINIMUM, R.FUNDS_INSUFFICIENT, R.JOB_TOO_LARGE),
+            *(R.TERMS_UNACCEPTABLE, R.RESULT_NOT_READY),
+        ),
+        "node.worker.batch: about batch jobs only; each is said in tests/effects/test_batch_jobs.py",
+    ),
 }
 
 

@@ -1,0 +1,450 @@
+"""Batch jobs of a client: order one, follow it, get its result verified and paid for.
+
+    job = await client.post_job("smollm2-135m-instruct", lines, messages=[...], max_tokens=64, reward=500_000, id="summaries")
+    texts = [item.text for item in await job.result()]
+
+Rules
+- A job has the caller's own name. Posting the same name again is the same job: it is ordered, run and paid at most once (B9).
+- Nothing is accepted that was not verified: bytes by hash, items by count, cost by the terms and the token ids (B4).
+- What is not done by the deadline is refunded by itself, whenever this client lives (B6).
+- The keeper does all of it step by step; a restart goes on where the journal ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from node.client import job_fetch, job_quotes
+from node.client.job_fetch import Told
+from node.client.job_quotes import JobWish
+from node.errors import ChainError, ConfigError, InsufficientFunds, JobFailed, NodeError, Timeout, WorkerFault
+from node.ports import Network
+from node.store.batch import BatchBook, refresh
+from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
+from node.store.errors import ResultsFull
+from node.store.results import Results
+from protocol.batch import (
+    BatchAccepted,
+    BatchCancelled,
+    BatchDisputed,
+    BatchOrdered,
+    BatchResultChecked,
+    BatchResultRefused,
+    BatchState,
+    Step,
+    Timing,
+    refuses,
+)
+from protocol.errors import InvalidValue, RemoteProtocolError
+from protocol.escrow import JobState
+from protocol.ids import Hash32, JobId
+from protocol.messages import (
+    AcceptJob,
+    ChatMessage,
+    OpenJob,
+    Params,
+    QueryJob,
+    RequestCancel,
+    amount_to_wire,
+    encode,
+    quote_to_wire,
+)
+from protocol.selection import Policy
+from protocol.signing import QuotedOrder
+from protocol.typed_data import Acceptance, Domain, Order, Struct
+from protocol.workload import PLACE, BatchSpec, ResultItem, check_result, content_hash, encode_spec, read_result
+
+if TYPE_CHECKING:
+    from node.client.client import Client
+
+log = logging.getLogger(__name__)
+LABEL_MOST: Final = 128
+ACCEPT_TRIES: Final = 3
+KEEP_RESULT_MS: Final = 30 * 24 * 3600 * 1000
+"""How long our own copy of a result is kept: a client's disk is its own."""
+Sign = Callable[[Struct | QuotedOrder, Domain], Awaitable[bytes]]
+
+
+class Job:
+    """One batch job of this client."""
+
+    def __init__(self, jobs: ClientJobs, job_id: JobId) -> None:
+        self._jobs = jobs
+        self.job_id = job_id
+
+    @property
+    def id(self) -> str:
+        """The caller's name of it."""
+        return self.state.label
+
+    @property
+    def state(self) -> BatchState:
+        return self._jobs.book.jobs[self.job_id]
+
+    @property
+    def told(self) -> Told | None:
+        """What the worker last said, in this process."""
+        return self._jobs.told.get(self.job_id)
+
+    async def status(self) -> BatchState:
+        """As the contracts and the worker have it now, as far as they can be asked."""
+        await self._jobs.look(self.job_id)
+        return self.state
+
+    async def result(self, timeout_s: float | None = None) -> tuple[ResultItem, ...]:
+        """Wait for the result; it is verified, kept and accepted when this returns.
+
+        Raises `JobFailed` when there will be none, `Timeout` after `timeout_s`; the job goes on then.
+        """
+        return await self._jobs.result(self.job_id, timeout_s)
+
+    async def cancel(self) -> None:
+        """Ask the worker to stop: what is finished by then is the result, and all that is paid. Raises `NodeError`."""
+        await self._jobs.cancel(self.job_id)
+
+    async def dispute(self, evidence: Hash32) -> None:
+        """Challenge what was submitted; locks a bond. Raises `ConfigError` when that cannot be, `ChainError`."""
+        await self._jobs.dispute(self.job_id, evidence)
+
+
+class ClientJobs:
+    """All jobs of one client. `run` for as long as it lives."""
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        network: Network,
+        results: Results,
+        book: BatchBook,
+        sign: Sign,
+        timing: Timing,
+        now_ms: Callable[[], int],
+        poll_s: float = 2.0,
+        reread_s: float = 5.0,
+    ) -> None:
+        self._client = client
+        self._network = network
+        self._results = results
+        self._sign = sign
+        self._now_ms = now_ms
+        self._poll_s = poll_s
+        self.book = book
+        self.told: dict[JobId, Told] = {}
+        self.troubles: dict[JobId, str] = {}
+        """Why the last question to a job's worker failed, in words."""
+        self._posting = trio.Lock()
+        self._vaults = {chain.jobs.domain: chain for chain in client.wallet.chains if chain.jobs}
+        self._chains = {
+            domain: JobsChain(chain.jobs, ChainClock(chain.head, lambda: now_ms() // 1000))
+            for domain, chain in self._vaults.items()
+            if chain.jobs
+        }
+        self.keeper = BatchKeeper(
+            book=book,
+            chains=self._chains,
+            timing=timing,
+            act=self._act,
+            poll_s=poll_s,
+            reread_s=reread_s,
+        )
+
+    async def run(self) -> None:
+        """Bring all jobs forward. Raises `LedgerError`."""
+        await self.keeper.run()
+
+    def chain_of(self, channels: Domain) -> JobsChain | None:
+        """The jobs of the chain with this Channels contract; None when that has none, or is not configured."""
+        chain = self._client.wallet.chains.get(channels)
+        return self._chains.get(chain.jobs.domain) if chain is not None and chain.jobs is not None else None
+
+    def _chain(self, state: BatchState) -> JobsChain:
+        """Raises `ChainError`."""
+        if state.domain not in self._chains:
+            raise ChainError(
+                f"job {state.label!r} is on chain {state.domain.chain_id}, which is not configured",
+                hint="write a [chains.NAME] with its rpc_urls and deployment",
+            )
+        return self._chains[state.domain]
+
+    def all(self) -> list[Job]:
+        return [Job(self, job_id) for job_id in self.book.jobs]
+
+    def get(self, name: str) -> Job:
+        """By the caller's name or by the job id. Raises `ConfigError`."""
+        state = self.book.named(name)
+        if state is None:
+            try:
+                state = self.book.get(Hash32(name))
+            except InvalidValue:
+                state = None
+        if state is None:
+            raise ConfigError(f"{name!r} is no job of this client", hint="gristmill job list")
+        return Job(self, state.job_id)
+
+    # --------------------------------------------------------------------------------------------------------- posting
+
+    async def post(
+        self,
+        model: str,
+        inputs: Sequence[str],
+        *,
+        id: str,  # noqa: A002 (the word that callers use)
+        messages: Sequence[Mapping[str, str] | ChatMessage] = ({"role": "user", "content": PLACE},),
+        wish: JobWish | None = None,
+        policy: Policy | None = None,
+        **params: object,
+    ) -> Job:
+        """Order a job, or go on with the one of that name. Returns when the contract has locked its amount.
+
+        Raises `ConfigError` for what cannot be asked, `NoWorker` (with every worker's reason), `InsufficientFunds`, `Refused`,
+        `ChainError`, `NetworkError` or `Timeout`. After an error the same call with the same `id` goes on where it stopped.
+        """
+        if not 1 <= len(id) <= LABEL_MOST or not id.isprintable():
+            raise ConfigError(f"a job's id has 1 to {LABEL_MOST} printable characters")
+        wish = wish or JobWish()
+        async with self._posting:
+            state = self.book.named(id)
+            spec, raw = self._spec(model, inputs, messages, params, state)
+            if state is not None and not state.void:
+                if state.quote.spec_hash != content_hash(raw):
+                    raise ConfigError(
+                        f"the id {id!r} is that of another job, {state.job_id}", hint="choose another --id"
+                    )
+            else:
+                state = await self._order(id, model, spec, raw, wish, policy or Policy())
+        return await self._opened(state, wish)
+
+    def _spec(
+        self,
+        model: str,
+        inputs: Sequence[str],
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        params: Mapping[str, object],
+        known: BatchState | None,
+    ) -> tuple[BatchSpec, bytes]:
+        model_id: Hash32 = self._client.model_id(model)
+        if known is not None and not any(model_id):
+            model_id = known.model_id  # nobody offers it now; the job of that name says which it was
+        try:
+            spec = BatchSpec(
+                model_id=bytes(model_id),
+                params=Params(**params),  # type: ignore[arg-type]
+                messages=tuple(m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in messages),  # type: ignore[arg-type]
+                inputs=tuple(inputs),
+            )
+            return spec, encode_spec(spec)
+        except (TypeError, InvalidValue) as error:
+            raise ConfigError(f"this job cannot be posted: {error}") from None
+
+    async def _order(
+        self, label: str, model: str, spec: BatchSpec, raw: bytes, wish: JobWish, policy: Policy
+    ) -> BatchState:
+        """The best quote, journaled as ordered. Nothing is signed yet."""
+        if not self._chains:
+            raise ChainError("no chain here has a Jobs contract", hint="use `gristmill chat`, or another network")
+        quoted = await job_quotes.best(self._client, model, spec, raw, wish, policy)
+        quote, domain = quoted.quote, quoted.domain
+        change = BatchOrdered(
+            job_id=quote.job_id(domain),
+            chain_id=domain.chain_id,
+            contract=domain.verifying_contract,
+            label=label,
+            peer=str(quoted.peer),
+            address=quoted.address,
+            model_id=Hash32(spec.model_id),
+            quote=encode(quote_to_wire(quote)),
+            quote_signature=quoted.signature,
+            terms=quoted.raw_terms,
+            order_signature=b"",
+        )
+        await self.book.change([change])
+        return self.book.jobs[change.job_id]
+
+    async def _opened(self, state: BatchState, wish: JobWish) -> Job:
+        """Wait until the contract has locked the amount. The keeper sends the order."""
+        job, until = Job(self, state.job_id), trio.current_time() + wish.open_s
+        while True:
+            state = self.book.jobs[job.job_id]
+            if state.chain is not JobState.NONE:
+                return job
+            trouble = self.troubles.get(job.job_id, "")
+            if state.void:
+                raise JobFailed(
+                    f"job {state.label!r} was not opened in time" + (f": {trouble}" if trouble else ""),
+                    hint="nothing was paid; post it again",
+                )
+            if trio.current_time() >= until:
+                raise Timeout(
+                    f"the worker has not opened job {state.label!r}" + (f": {trouble}" if trouble else ""),
+                    hint="post it again with the same --id; nothing is paid twice",
+                )
+            await self.book.changed(min(1.0, self._poll_s))
+
+    # --------------------------------------------------------------------------------------------------------- following
+
+    async def look(self, job_id: JobId) -> None:
+        """See one job as it is now. What cannot be asked is left as it was."""
+        state = await refresh(self.book, self._chain(self.book.jobs[job_id]).jobs, job_id)
+        if state.chain not in (JobState.NONE, JobState.REFUNDED) and state.checked is None:
+            try:
+                await self._ask(state)
+            except NodeError as error:
+                log.info("job %s: %s", state.label, error)
+
+    async def result(self, job_id: JobId, timeout_s: float | None) -> tuple[ResultItem, ...]:
+        until = float("inf") if timeout_s is None else trio.current_time() + timeout_s
+        while True:
+            state = self.book.jobs[job_id]
+            if state.checked is not None and (state.ended or state.accepted is not None):
+                return self.kept(state)
+            if state.void or state.chain is JobState.REFUNDED:
+                told = self.told.get(job_id)
+                why = told.failure if told and told.failure else "nothing was submitted in time"
+                raise JobFailed(f"job {state.label!r} has no result: {why}", hint="its amount is back in the vault")
+            if refuses(state):
+                raise JobFailed(
+                    f"what was submitted for job {state.label!r} is not its result: "
+                    + (state.refused.reason if state.refused else "more is claimed than it is worth"),
+                    hint=f"gristmill job dispute {state.label} before {state.window_end} (chain seconds)"
+                    if any(state.quote.resolver)
+                    else "the job names no resolver: it is paid when its window ends",
+                )
+            if state.chain is JobState.SETTLED and state.refused is None:
+                await self._fetch(state)
+                continue
+            if trio.current_time() >= until:
+                raise Timeout(f"job {state.label!r} is not done after {timeout_s:g} s", hint="it goes on; ask again")
+            await self.book.changed(min(self._poll_s, max(0.0, until - trio.current_time())))
+
+    def kept(self, state: BatchState) -> tuple[ResultItem, ...]:
+        """The verified result from this client's disk. Raises `JobFailed` when it was kept too long ago."""
+        raw = self._results.get(bytes(state.checked.result_hash)) if state.checked else None
+        if raw is None:
+            raise JobFailed(f"the result of job {state.label!r} is not kept any more")
+        return read_result(raw).items
+
+    async def cancel(self, job_id: JobId) -> None:
+        state = self.book.jobs[job_id]
+        if state.ended or state.accepted is not None:
+            raise ConfigError(f"job {state.label!r} has ended", hint=f"gristmill job show {state.label}")
+        if not state.cancelled:
+            await self.book.change([BatchCancelled(job_id)])
+        await self._ask(state, RequestCancel(job_id=bytes(job_id)))
+
+    async def dispute(self, job_id: JobId, evidence: Hash32) -> None:
+        jobs = self._chain(self.book.jobs[job_id]).jobs
+        state = await refresh(self.book, jobs, job_id)
+        if state.evidence is None:
+            bond = await jobs.dispute_bond(state.quote)
+            held = await self._vaults[state.domain].vault_balance(state.quote.token, state.quote.client)
+            if held < bond:
+                raise InsufficientFunds(
+                    f"a dispute locks a bond of {bond}, the vault holds {held} (smallest units)",
+                    hint="gristmill deposit AMOUNT",
+                )
+            await self.book.change([BatchDisputed(job_id, evidence)])
+        await self.keeper.step(job_id)
+        state = self.book.jobs[job_id]
+        if state.chain is not JobState.DISPUTED and not state.ended:
+            raise ChainError(f"the contract does not take the dispute of job {state.label!r} now")
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    async def _act(self, state: BatchState, step: Step) -> None:
+        try:
+            match step:
+                case Step.ORDER:
+                    await self._send_order(state)
+                case Step.FETCH:
+                    await self._fetch(state)
+                case Step.ACCEPT:
+                    await self._accept(state)
+            self.troubles.pop(state.job_id, None)
+        except NodeError as error:
+            self.troubles[state.job_id] = str(error)
+            raise
+
+    async def _send_order(self, state: BatchState) -> None:
+        order = await self._sign(QuotedOrder(state.quote, Order(state.job_id)), state.domain)
+        await self._ask(state, OpenJob(job_id=bytes(state.job_id), order=order))
+        # The worker's word is not enough: the contract says whether it is open.
+        await refresh(self.book, self._chain(state).jobs, state.job_id)
+
+    async def _ask(
+        self, state: BatchState, question: OpenJob | QueryJob | RequestCancel | AcceptJob | None = None
+    ) -> Told:
+        told = await job_fetch.ask(self._network, state, question or QueryJob(job_id=bytes(state.job_id)))
+        self.told[state.job_id] = told
+        self.book.nudge()
+        return told
+
+    async def _fetch(self, state: BatchState) -> None:
+        """Ask how far it is; when the result is there, fetch, verify and keep it."""
+        told = await self._ask(state)
+        if state.cancelled and told.result_hash is None:
+            told = await self._ask(state, RequestCancel(job_id=bytes(state.job_id)))
+        if told.result_hash is None:
+            if state.chain is not JobState.OPEN:
+                raise WorkerFault(f"{state.peer} has submitted a result and shows none")
+            return
+        submitted = state.chain is not JobState.OPEN
+        wanted = state.submitted_hash if submitted else told.result_hash
+        if state.refused is not None and state.refused.result_hash == wanted:
+            return
+        if state.checked is not None and state.checked.result_hash == wanted:
+            return
+        raw = await job_fetch.fetch(self._network, state, wanted)
+        claimed = told.claimed if state.chain in (JobState.OPEN, JobState.SETTLED) else state.claimed
+        await self._judge(self.book.jobs[state.job_id], raw, wanted, claimed)
+
+    async def _judge(self, state: BatchState, raw: bytes, wanted: Hash32, claimed: int) -> None:
+        try:
+            cost = await trio.to_thread.run_sync(
+                lambda: check_result(
+                    raw,
+                    quote=state.quote,
+                    terms=state.terms,
+                    result_hash=wanted,
+                    claimed=claimed,
+                    partial=state.cancelled,
+                )
+            )
+        except RemoteProtocolError as error:
+            log.error("job %s: what the worker shows is no result: %s", state.label, error.detail)
+            await self.book.change([BatchResultRefused(state.job_id, wanted, error.detail[:500])])
+            return
+        now = self._now_ms()
+        try:
+            await self._results.put(bytes(wanted), raw, now + KEEP_RESULT_MS, now_ms=now)
+        except ResultsFull as error:
+            raise NodeError(
+                f"there is no room for the result: {error.message}", hint="results are kept for a month"
+            ) from error
+        await self.book.change([BatchResultChecked(state.job_id, wanted, claimed, cost, len(raw))])
+
+    async def _accept(self, state: BatchState) -> None:
+        if state.checked is None:
+            return
+        amount = state.claimed if state.chain is JobState.SUBMITTED else state.quote.amount
+        change = BatchAccepted(state.job_id, state.checked.result_hash, amount, b"", self._chain(state).clock.now)
+        await self.book.change([change])
+        signature = await self._sign(Acceptance(state.job_id, change.result_hash, amount), state.domain)
+        question = AcceptJob(
+            job_id=bytes(state.job_id),
+            result_hash=bytes(change.result_hash),
+            amount=amount_to_wire(amount),
+            signature=signature,
+        )
+        for attempt in range(ACCEPT_TRIES):
+            try:
+                await self._ask(state, question)
+                await refresh(self.book, self._chain(state).jobs, state.job_id)
+                return
+            except NodeError as error:  # the plan has us hand it in ourselves after a while
+                log.info("job %s: the acceptance did not arrive: %s", state.label, error)
+                await trio.sleep(2**attempt)

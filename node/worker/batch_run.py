@@ -1,0 +1,367 @@
+"""Runs the inputs of batch jobs through the model: the job with the nearest deadline first, live streams before any.
+
+Rules
+- Only what the contract has locked is computed (B8): the keeper says so, look by look, by `want`.
+- Finished items are on disk in pieces, so a restart goes on where they end; progress is not money, so it is not in the journal.
+- The result is durable before the journal has its hash and claim, and that before anything is signed. There is one, ever (B2).
+- Live streams come first: a batch item never takes a place that a stream could have, steps back when one comes, and pauses while
+  any runs, unless its own deadline presses.
+- A job that cannot be done is given up while that still can be said (`batch_pace.hopeless`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import trio
+
+from node.errors import ModelError, PromptInvalid
+from node.ports import Backend, Prompt
+from node.store.batch import BatchBook
+from node.store.errors import ResultConflict, ResultsFull
+from node.store.results import KEEP_MS, Results
+from node.worker.batch_pace import Pace, hopeless, pressed
+from node.worker.batch_quotes import HeldQuote, parts_of, spec_key
+from protocol.batch import BatchGivenUp, BatchResultKept, BatchState
+from protocol.errors import InvalidValue, ProtocolError
+from protocol.escrow import JobState
+from protocol.ids import Hash32, JobId, ModelId, keccak256
+from protocol.typed_data import Domain
+from protocol.workload import (
+    NOT_BEGUN,
+    BatchResult,
+    BatchSpec,
+    ResultItem,
+    claim_of,
+    content_hash,
+    encode_result,
+    read_result,
+)
+
+log = logging.getLogger(__name__)
+TRIES: Final = 3
+"""How often an item may fail in the runtime before the job is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    streams: int = 2
+    """Items at once, over all jobs."""
+    margin_s: int = 120
+    """Before the deadline by which the result must be there."""
+    piece_items: int = 16
+    """Finished items that make a piece on disk ..."""
+    piece_s: float = 5.0
+    """... or those that have waited so long."""
+    pause_s: float = 0.25
+    """How often a paused item looks whether it may go on."""
+    quiet_s: float = 0.5
+    """How long nothing begins after memory was freed for a live stream."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """One job under way, in memory."""
+
+    job_id: JobId
+    domain: Domain
+    spec: BatchSpec
+    deadline: int
+    until_ms: int
+    """How long its pieces are kept."""
+    guess_s: float
+    items: dict[int, ResultItem] = field(default_factory=dict)
+    waiting: deque[int] = field(default_factory=deque)
+    running: dict[int, trio.CancelScope] = field(default_factory=dict)
+    unsaved: list[int] = field(default_factory=list)
+    unsaved_since: float = 0.0
+    pieces: int = 0
+    failures: int = 0
+    finished: int = 0
+    busy_s: float = 0.0
+    busy_since: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return len(self.spec.inputs)
+
+
+def piece_key(job_id: JobId, number: int) -> Hash32:
+    """Under which name a piece of finished items is kept."""
+    return Hash32(keccak256(b"gristmill batch items" + job_id + number.to_bytes(4)))
+
+
+_Piece = tuple[tuple[int, ResultItem], ...]
+
+
+class BatchRunner:
+    """`chain_now`: chain seconds, by Jobs contract. `streams_live`: live streams being served. `places`: how many the model
+    runtime has in all."""
+
+    def __init__(
+        self,
+        *,
+        book: BatchBook,
+        results: Results,
+        backend: Backend,
+        settings: RunSettings,
+        now_ms: Callable[[], int],
+        chain_now: Callable[[Domain], int],
+        streams_live: Callable[[], int],
+        places: int,
+        seconds_per_item: Callable[[ModelId, int], float] = lambda model, tokens: 0.0,
+    ) -> None:
+        self._book = book
+        self._results = results
+        self._backend = backend
+        self._settings = settings
+        self._now_ms = now_ms
+        self._chain_now = chain_now
+        self._streams_live = streams_live
+        self._places = places
+        self._seconds_per_item = seconds_per_item
+        self._jobs: dict[JobId, _Job] = {}
+        self._broken: dict[JobId, str] = {}
+        """Jobs that cannot even begin, and why."""
+        self._quiet_until = -1e9
+        """No item begins before: memory that was freed for a stream is not to be taken back at once."""
+        self._wake = trio.Event()
+
+    # ------------------------------------------------------------------------------------------------------- for others
+
+    def want(self, state: BatchState) -> None:
+        """The contract has locked this job's amount and there is no result yet: compute. Said again at each look."""
+        if state.job_id in self._jobs or state.job_id in self._broken or state.result is not None or state.failure:
+            return
+        try:
+            self._jobs[state.job_id] = self._take_up(state)
+        except (ModelError, ProtocolError, msgspec.MsgspecError) as error:
+            self._broken[state.job_id] = f"it cannot be taken up: {error}"
+        self.notify()
+
+    def look(self, job_id: JobId) -> None:
+        """Something about a job has changed."""
+        self.notify()
+
+    def done(self, job_id: JobId) -> int:
+        """Items that are finished."""
+        job = self._jobs.get(job_id)
+        return len(job.items) if job else 0
+
+    @property
+    def active(self) -> int:
+        """Items being computed now."""
+        return sum(len(job.running) for job in self._jobs.values())
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of work that the jobs taken up still mean, as far as one can tell."""
+        return sum(self._pace(job).needed_s for job in self._jobs.values())
+
+    def notify(self) -> None:
+        self._wake.set()
+        self._wake = trio.Event()
+
+    def step_back(self) -> None:
+        """A live stream has taken a place: give up those that are not ours any more."""
+        while self.active > self._allowed and self._drop_one():
+            pass
+        self.notify()
+
+    async def make_way(self, fits: Callable[[], bool]) -> bool:
+        """Free memory for a live stream, item by item, the newest of the least urgent job first. False when that was not
+        enough."""
+        while not fits():
+            self._quiet_until = trio.current_time() + self._settings.quiet_s
+            if not self._drop_one():
+                return fits()
+            with trio.move_on_after(1):
+                while not fits():
+                    await trio.sleep(0.005)
+        return True
+
+    # ---------------------------------------------------------------------------------------------------------- the loop
+
+    async def run(self) -> None:
+        """For as long as the worker lives. Raises `LedgerError`."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                wake = self._wake  # before we look, so that news in between is not missed
+                for job_id, reason in list(self._broken.items()):
+                    await self._give_up(job_id, reason)
+                for job in sorted(self._jobs.values(), key=lambda job: job.deadline):
+                    await self._advance(job, nursery)
+                with trio.move_on_after(1.0):
+                    await wake.wait()
+
+    async def _advance(self, job: _Job, nursery: trio.Nursery) -> None:
+        state = self._book.jobs[job.job_id]
+        if state.chain not in (JobState.OPEN, JobState.NONE) or state.result is not None or state.failure:
+            self._drop(job)  # settled, refunded or done while we computed
+            return
+        try:
+            if job.failures >= TRIES:
+                await self._give_up(job.job_id, "the model runtime failed")
+            elif len(job.items) == job.total or (state.cancelled and job.items):
+                await self._conclude(job)
+            elif hopeless(self._pace(job), self._time_left(job)):
+                await self._give_up(job.job_id, f"{len(job.items)} of {job.total} inputs are done, time is too short")
+            elif state.chain is JobState.OPEN:
+                await self._save(job)
+                # A cancelled job goes on to its first item: who computes is not to end with nothing for the gas.
+                while job.waiting and self.active < self._allowed and not (state.cancelled and job.running):
+                    self._start(job, nursery)
+        except (ResultsFull, ResultConflict, InvalidValue) as error:
+            await self._give_up(job.job_id, f"the result cannot be kept: {error}")
+
+    @property
+    def _allowed(self) -> int:
+        """Items that may run now. One place stays free for the next stream, where there is more than one."""
+        if trio.current_time() < self._quiet_until:
+            return 0
+        free = self._places - self._streams_live() - (1 if self._places > 1 else 0)
+        return max(0, min(self._settings.streams, free))
+
+    def _start(self, job: _Job, nursery: trio.Nursery) -> None:
+        index = job.waiting.popleft()
+        scope = job.running[index] = trio.CancelScope()
+        if len(job.running) == 1:
+            job.busy_since = trio.current_time()
+        nursery.start_soon(self._item, job, index, scope)
+
+    async def _item(self, job: _Job, index: int, scope: trio.CancelScope) -> None:
+        item: ResultItem | None = None
+        try:
+            with scope:
+                item = await self._compute(job, index)
+        except (ModelError, PromptInvalid) as error:
+            log.error("input %d of batch job %s failed: %s", index, job.job_id, error)
+            job.failures += 1
+        finally:
+            job.running.pop(index, None)
+            if not job.running:
+                job.busy_s += trio.current_time() - job.busy_since
+        if item is None:  # stepped back, or failed: once more, from its beginning
+            job.waiting.appendleft(index)
+        else:
+            job.items[index] = item
+            job.finished += 1
+            if not job.unsaved:
+                job.unsaved_since = trio.current_time()
+            job.unsaved.append(index)
+        self.notify()
+
+    async def _compute(self, job: _Job, index: int) -> ResultItem | None:
+        """None when there is no memory for it now."""
+        prompt = await trio.to_thread.run_sync(self._prepare, job, index)
+        if not self._backend.fits(prompt, job.spec.params.max_tokens):
+            await trio.sleep(self._settings.pause_s)
+            return None
+        ids: list[int] = []
+        text: list[str] = []
+        async with aclosing(self._backend.generate(prompt, job.spec.params)) as steps:
+            async for step in steps:
+                ids.extend(step.token_ids)
+                text.append(step.text)
+                if step.finish_reason is not None:
+                    return ResultItem(tuple(ids), "".join(text), step.finish_reason)
+                await self._turn(job)
+        raise ModelError("the runtime ended without a reason of the model's")
+
+    async def _turn(self, job: _Job) -> None:
+        """While live streams run, this item waits, unless its deadline presses: the engine goes on without it."""
+        while self._streams_live() and not pressed(self._pace(job), self._time_left(job)):
+            await trio.sleep(self._settings.pause_s)
+
+    def _prepare(self, job: _Job, index: int) -> Prompt:
+        return self._backend.prepare(ModelId(job.spec.model_id), job.spec.prompt(index))
+
+    # ------------------------------------------------------------------------------------------------------ on the disk
+
+    def _take_up(self, state: BatchState) -> _Job:
+        """A job from its specification and what is on disk of its result. Raises `ModelError`, or what reading raises."""
+        raw = self._results.get(spec_key(state.job_id))
+        if raw is None:
+            raise ModelError("its specification is not on disk")
+        _, _, spec = parts_of(msgspec.msgpack.decode(raw, type=HeldQuote))
+        ends_in = state.quote.deadline + state.quote.window - self._chain_now(state.domain)
+        until_ms = self._now_ms() + ends_in * 1000 + KEEP_MS
+        guess_s = self._seconds_per_item(ModelId(spec.model_id), spec.params.max_tokens)
+        job = _Job(state.job_id, state.domain, spec, state.quote.deadline, until_ms, guess_s)
+        whole = self._results.get(bytes(state.job_id))
+        if whole is not None:  # we died between the bytes and the journal: these bytes are the result, no others
+            job.items.update(enumerate(read_result(whole).items))
+            return job
+        while (piece := self._results.get(piece_key(state.job_id, job.pieces))) is not None:
+            job.items.update(msgspec.msgpack.decode(piece, type=_Piece))
+            job.pieces += 1
+        job.waiting.extend(index for index in range(job.total) if index not in job.items)
+        if job.items:
+            log.info("batch job %s goes on: %d of %d inputs are done", job.job_id, len(job.items), job.total)
+        return job
+
+    async def _save(self, job: _Job) -> None:
+        """Put finished items on disk, some at a time. Raises `LedgerError`."""
+        old = job.unsaved and trio.current_time() >= job.unsaved_since + self._settings.piece_s
+        if len(job.unsaved) < self._settings.piece_items and not old:
+            return
+        indexes, job.unsaved = job.unsaved, []
+        piece: _Piece = tuple((index, job.items[index]) for index in indexes)
+        key, number = piece_key(job.job_id, job.pieces), job.pieces
+        job.pieces = number + 1
+        await self._results.put(key, msgspec.msgpack.encode(piece), job.until_ms, now_ms=self._now_ms())
+
+    async def _conclude(self, job: _Job) -> None:
+        """The result becomes durable, then what the journal says of it; the pieces go with that. Raises `LedgerError`."""
+        for scope in list(job.running.values()):
+            scope.cancel()
+        state = self._book.jobs[job.job_id]
+        items = tuple(job.items.get(index, NOT_BEGUN) for index in range(job.total))
+        raw = encode_result(BatchResult(spec_hash=bytes(state.quote.spec_hash), items=items))
+        now = self._now_ms()
+        kept = BatchResultKept(
+            job.job_id, content_hash(raw), claim_of(state.terms, items), len(raw), self._chain_now(job.domain)
+        )
+        # First the bytes, because a full store may refuse them; a journaled result must not be refused any more.
+        await self._results.put(bytes(job.job_id), raw, job.until_ms, now_ms=now)
+        forget = self._results.forgetting([piece_key(job.job_id, number) for number in range(job.pieces)])
+        await self._book.change([kept], also=forget)
+        log.info("batch job %s is done: %d inputs, %d bytes", job.job_id, job.total, len(raw))
+        self._drop(job)
+
+    async def _give_up(self, job_id: JobId, reason: str) -> None:
+        log.error("batch job %s is given up: %s", job_id, reason)
+        if job_id in self._jobs:
+            self._drop(self._jobs[job_id])
+        self._broken.pop(job_id, None)
+        await self._book.change([BatchGivenUp(job_id, reason[:200])])
+
+    # ------------------------------------------------------------------------------------------------------------ pieces
+
+    def _drop(self, job: _Job) -> None:
+        for scope in list(job.running.values()):
+            scope.cancel()
+        self._jobs.pop(job.job_id, None)
+
+    def _drop_one(self) -> bool:
+        """Stop the newest item of the least urgent job; False when none runs."""
+        for job in sorted(self._jobs.values(), key=lambda job: -job.deadline):
+            for index in reversed(job.running):
+                if not job.running[index].cancel_called:
+                    job.running[index].cancel()
+                    del job.running[index]
+                    return True
+        return False
+
+    def _time_left(self, job: _Job) -> float:
+        return job.deadline - self._settings.margin_s - self._chain_now(job.domain)
+
+    def _pace(self, job: _Job) -> Pace:
+        busy = job.busy_s + (trio.current_time() - job.busy_since if job.running else 0.0)
+        return Pace(job.total - len(job.items), job.finished, busy, job.guess_s)
