@@ -39,7 +39,7 @@ from protocol.messages import (
     encode,
     sampling_params,
 )
-from protocol.pricing import Price, batch_cost
+from protocol.pricing import TOKENS_MAX, Price, batch_cost
 from protocol.typed_data import Quote
 
 INPUTS_LIMIT: Final = 10_000
@@ -173,7 +173,11 @@ def encode_terms(terms: Terms) -> bytes:
 
 def decode_terms(raw: bytes) -> Terms:
     """Raises `RemoteProtocolError`."""
-    return _canonical(Terms, raw)
+    terms = _canonical(Terms, raw)
+    most = len(terms.input_tokens) * terms.max_tokens
+    if sum(terms.input_tokens) > TOKENS_MAX or most > OUTPUT_LIMIT:
+        raise RemoteProtocolError(WireCode.MALFORMED, "the terms count more tokens than a job can have")
+    return terms
 
 
 def encode_result(result: BatchResult) -> bytes:

@@ -369,8 +369,7 @@ class EvmChain:
         return await self._sender.send("set_payout", self.deployment.workers, data)
 
     async def _change(self, purpose: str, function: str, *args: object, derived: bool = False) -> TxResult:
-        data = self._channels.encode(function, *args)
-        return await self._sender.send(purpose, self.deployment.channels, data, derived=derived)
+        return await self.change(purpose, "Channels", function, *args, derived=derived)
 
     async def view(
         self, name: str, function: str, *args: object, block: str | bytes = "latest", at: Address | None = None
@@ -380,10 +379,10 @@ class EvmChain:
         address = self.deployment.address_of(name) if at is None else at
         return await self._view(contract(name), address, function, *args, block=block)
 
-    async def change(self, purpose: str, name: str, function: str, *args: object) -> TxResult:
-        """Send a transaction to the contract called `name`."""
+    async def change(self, purpose: str, name: str, function: str, *args: object, derived: bool = False) -> TxResult:
+        """Send a transaction to the contract called `name`. `derived`: it follows from what the chain shows."""
         data = contract(name).encode(function, *args)
-        return await self._sender.send(purpose, self.deployment.address_of(name), data)
+        return await self._sender.send(purpose, self.deployment.address_of(name), data, derived=derived)
 
     async def block_hash(self, number: int) -> bytes:
         """Raises `ChainError` when there is no such block (any more)."""
@@ -407,8 +406,8 @@ class EvmChain:
             self.deployment.workers: self._workers,
             self.deployment.channels: self._channels,
         }
-        if self._jobs is not None:
-            for name in ("Jobs", "Disputes"):
+        for name in ("Jobs", "Disputes"):
+            if self.deployment.has(name):
                 sources[self.deployment.address_of(name)] = contract(name)
         return Watcher(
             Eth(self.nodes),

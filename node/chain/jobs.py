@@ -54,7 +54,7 @@ class EvmJobs:
     def __init__(self, chain: EvmChain, *, confirmations: int) -> None:
         self._chain = chain
         self._confirmations = confirmations
-        self._domain = Domain(chain.chain_id, chain.deployment.address_of("Jobs"))
+        self._domain = chain.deployment.jobs_domain
 
     @property
     def domain(self) -> Domain:
@@ -131,13 +131,14 @@ class EvmJobs:
         return await self._change("fail", quote)
 
     async def open_dispute(self, quote: Quote, evidence: Hash32) -> TxResult:
-        return await self._chain.change("job_dispute", "Disputes", "open", quote_tuple(quote), evidence)
+        return await self._chain.change("job_dispute", "Disputes", "open", quote_tuple(quote), evidence, derived=True)
 
     async def resolve_dispute(self, quote: Quote) -> TxResult:
-        return await self._chain.change("job_resolve", "Disputes", "resolve", quote_tuple(quote))
+        return await self._chain.change("job_resolve", "Disputes", "resolve", quote_tuple(quote), derived=True)
 
     async def _change(self, function: str, quote: Quote, *args: Any) -> TxResult:
-        return await self._chain.change(f"job_{function}", "Jobs", function, quote_tuple(quote), *args)
+        # Every step follows from a look at the job: one that a reorganisation threw out comes again by itself, not twice.
+        return await self._chain.change(f"job_{function}", "Jobs", function, quote_tuple(quote), *args, derived=True)
 
 
 _NO_JOB: Final = JobOnChain(JobState.NONE, 0, 0, Hash32(bytes(32)))
