@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from node.audit_jobs import audit_jobs
 from node.chains import Chains
 from node.ports import Chain
-from node.store.channels import fold_record
+from node.store.channels import ChannelBook, fold_record
 from node.store.ledger import Ledger, Record
 from protocol.channel import ChannelState, JobEnded, Role, VoucherAdded
 from protocol.errors import GristmillError, RemoteProtocolError
@@ -30,6 +30,8 @@ async def audit(ledger: Ledger, role: Role, chains: Chains, only: Chain | None =
     """
     records = list(ledger.records())
     states, findings = fold(records, role, chains.domains)
+    if not findings and ChannelBook.restore(ledger, role, chains.domains).channels != states:
+        findings = ["the snapshot that a start begins with is not what the records lead to"]
     findings += check_signatures(records, states)
     for state in states.values():
         chain = chains.get(state.domain)

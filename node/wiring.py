@@ -79,11 +79,7 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
         if kind == "tx_signed":
             fault_point("send.transaction")
 
-    history = [
-        (record.kind, msgspec.msgpack.decode(record.body))
-        for record in ledger.records()
-        if record.kind.startswith("tx_")
-    ]
+    history = [(record.kind, msgspec.msgpack.decode(record.body)) for record in ledger.records(prefix="tx_")]
     poll = given.poll_ms / 1000
     policy = TxPolicy(
         poll=min(poll, 0.02) if devnet else poll,

@@ -4,12 +4,14 @@ One codec for every change, derived from the fields once, so a new change needs 
 because msgpack ends at 64 bits. Reading is on the way of every start, half a million times: each kind has a reader of its own.
 
 A field that came later may be absent from records before it, and is None then; so old journals fold to what they folded to.
+
+States have the same codec, for a snapshot of the fold. It is no record: whoever reads it must be able to fold instead.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any, Final
@@ -36,10 +38,19 @@ KINDS: Final[dict[str, type[Change]]] = {kind_of(c): c for c in CHANGES}
 BATCH_KINDS: Final[dict[str, type[batch.Change]]] = {kind_of(c): c for c in batch.CHANGES}
 
 
-def to_body(change: Change | batch.Change) -> dict[str, Any]:
+def to_body(change: Change | batch.Change | ChannelState) -> dict[str, Any]:
     """Plain values for the journal."""
     values = {name: getattr(change, name) for name in change.__struct_fields__}
     return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def decode_state(body: bytes) -> ChannelState:
+    """Back from `msgspec.msgpack.encode(to_body(state))`. Raises `LocalProtocolError`."""
+    try:
+        state: ChannelState = _STATE(body)
+        return state
+    except (ValueError, msgspec.DecodeError, LocalProtocolError) as error:
+        raise LocalProtocolError(f"the state of a channel is unreadable: {error}") from None
 
 
 def encode_body(change: Change | batch.Change) -> bytes:
@@ -91,6 +102,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(getattr(value, name)) for name in _DOMAIN}
     if isinstance(value, bool | str):
         return value
+    if isinstance(value, Mapping):  # parts under way
+        return [(bytes(job_id), _plain(part), _plain(limit)) for (job_id, part), limit in value.items()]
     if isinstance(value, int):
         if not 0 <= value < 1 << 8 * _INT_BYTES:
             raise InvalidValue(f"{value} does not fit the journal's uint128")
@@ -106,9 +119,10 @@ def _integer(value: bytes) -> int:
 
 _CONFIG: Final = {field.name: str(field.type) for field in fields(ChannelConfig)}
 _DOMAIN: Final = {"chain_id": "int", "verifying_contract": "Address"}
-_LATER: Final = "Domain | None"
-"""Annotation of a field that records may lack."""
-_PLAIN_TYPES: Final[dict[str, Any]] = {"bool": bool, "str": str}
+_ABSENT: Final = ("Domain | None", "int | None")
+"""Annotations of fields that a body may lack."""
+_PARTS: Final = "Mapping[Part, int]"
+_PLAIN_TYPES: Final[dict[str, Any]] = {"bool": bool, "str": str, "Role": str, _PARTS: list[tuple[bytes, bytes, bytes]]}
 """What a field is in the body, by its annotation; bytes unless it stands here."""
 _TYPED: Final[dict[str, _Reader]] = {
     "ChannelId": ChannelId,
@@ -119,6 +133,8 @@ _TYPED: Final[dict[str, _Reader]] = {
     "bool": bool,
     "str": str,
     "int": _integer,
+    "Role": Role,
+    _PARTS: lambda parts: {(JobId(job_id), _integer(part)): _integer(limit) for job_id, part, limit in parts},
 }
 
 
@@ -127,8 +143,8 @@ def _wire(name: str, annotations: dict[str, str]) -> type[msgspec.Struct]:
     types: list[Any] = []
     for field, annotation in annotations.items():
         kind = _PLAIN_TYPES.get(annotation, bytes)
-        types.append((field, kind | msgspec.UnsetType, msgspec.UNSET) if annotation == _LATER else (field, kind))
-    return msgspec.defstruct(name, types, forbid_unknown_fields=True)
+        types.append((field, kind | msgspec.UnsetType, msgspec.UNSET) if annotation in _ABSENT else (field, kind))
+    return msgspec.defstruct(name, types, forbid_unknown_fields=True, kw_only=True)
 
 
 def _typed(cls: Callable[..., Any], annotations: dict[str, str]) -> _Reader:
@@ -143,20 +159,22 @@ def _typed(cls: Callable[..., Any], annotations: dict[str, str]) -> _Reader:
     return typed
 
 
-def _reader(cls: type[Change] | type[batch.Change]) -> _Reader:
+def _reader(cls: type[Change] | type[batch.Change] | type[ChannelState]) -> _Reader:
     annotations = dict(cls.__annotations__)
     decoder = msgspec.msgpack.Decoder(_wire(cls.__name__, annotations))
     typed = _typed(cls, annotations)
     return lambda body: typed(decoder.decode(body))
 
 
-def _later(reader: _Reader) -> _Reader:
+def _absent(reader: _Reader) -> _Reader:
     return lambda value: None if value is msgspec.UNSET else reader(value)
 
 
-_PLAIN_TYPES[_LATER] = _wire("Domain", _DOMAIN)
-_TYPED[_LATER] = _later(_typed(Domain, _DOMAIN))
+_PLAIN_TYPES["Domain | None"] = _wire("Domain", _DOMAIN)
+_TYPED["Domain | None"] = _absent(_typed(Domain, _DOMAIN))
+_TYPED["int | None"] = _absent(_integer)
 _PLAIN_TYPES["ChannelConfig"] = _wire("ChannelConfig", _CONFIG)
 _TYPED["ChannelConfig"] = _typed(ChannelConfig, _CONFIG)
 _READERS: Final[dict[str, _Reader]] = {kind: _reader(cls) for kind, cls in KINDS.items()}
 _BATCH_READERS: Final[dict[str, _Reader]] = {kind: _reader(cls) for kind, cls in BATCH_KINDS.items()}
+_STATE: Final = _reader(ChannelState)

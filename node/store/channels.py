@@ -2,7 +2,8 @@
 
 `change` applies in memory and queues the record in one synchronous step, so the journal's order is the order of
 application; it returns when the record is durable, and only then may the caller speak. It cannot be cancelled in between.
-At start the book is the fold of the journal (L1).
+At start the book is the fold of the journal (L1); a snapshot of it (`node.store.snapshot`) saves a start the folding, never
+the verifying, of what came before.
 
 `refresh` is the one way in for what the contract says. A sight holds absolute values, so an answer that was slow on its way
 must never be applied after a newer one: per channel, asking and applying are one step.
@@ -11,11 +12,18 @@ must never be applied after a newer one: per channel, asking and applying are on
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
+import msgspec
 import trio
 
+import protocol.channel
+import protocol.records
 from node.chains import Chains
+from node.store import snapshot
+from node.store.errors import LedgerError
 from node.store.fold import replay
 from node.store.ledger import ADOPTED, Entry, Ledger, Record
 from node.store.writer import Work
@@ -34,10 +42,22 @@ from protocol.channel import (
 from protocol.errors import LocalProtocolError, ProtocolError
 from protocol.ids import ChannelId, JobId
 from protocol.payment import recovered_costs, unsecured
-from protocol.records import KINDS, decode_body, fold, kind_of, to_body
+from protocol.records import KINDS, decode_body, decode_state, fold, kind_of, to_body
 from protocol.typed_data import Domain
 
 log = logging.getLogger(__name__)
+SNAPSHOT_EVERY = 20_000
+"""Records; so many are folded in a fraction of a second."""
+_FOLDING = (protocol.channel, protocol.records, sys.modules[__name__])
+
+
+class _Fold(msgspec.Struct, array_like=True):
+    """A snapshot's payload."""
+
+    states: list[bytes]
+    cut_off: list[tuple[bytes, bytes, int]]
+    adopted: bool
+    frozen: list[bytes]
 
 
 class ChannelBook:
@@ -56,6 +76,9 @@ class ChannelBook:
         """Parts that ended without a receipt: a worker may not serve them again, because they have been charged for."""
         self.adopted = False
         """This journal went on although a later one had been lost: there may be channels that it does not know."""
+        self._since = 0
+        """Records folded or applied since the last snapshot."""
+        self._code = snapshot.code_of(_FOLDING, *(domain.separator for domain in self._domains))
         self.frozen: set[ChannelId] = set()
         """Channels from before that: what the lost journal signed on them would be signed again, so no job is opened."""
 
@@ -66,12 +89,43 @@ class ChannelBook:
         `domains`: the chains that we know. A channel from before journals named its chain is on the one that its id fits.
         """
         book = cls(ledger, role, domains)
-        replay(ledger, book._fold, None)
+        replay(ledger, book._fold, None, after=book._resume())
         for state in book._states.values():
             book._weigh(state)
+        book._keep()
         return book
 
+    def _resume(self) -> int:
+        """Begin with the snapshot, if there is one that can be used: up to which record it goes."""
+        kept = snapshot.load(self.ledger, self.role.value, self._code)
+        if kept is None:
+            return 0
+        seq, payload = kept
+        fold = msgspec.msgpack.decode(payload, type=_Fold)
+        self._states = {state.channel_id: state for state in map(decode_state, fold.states)}
+        self.cut_off = {(ChannelId(channel), JobId(job), part) for channel, job, part in fold.cut_off}
+        self.adopted, self.frozen = fold.adopted, set(map(ChannelId, fold.frozen))
+        return seq
+
+    def _keep(self) -> None:
+        """Take a snapshot when so much has been folded or applied since the last one that a start would notice.
+
+        What is applied in memory and what is queued for the journal are the same here, in one synchronous step.
+        """
+        if self._since < SNAPSHOT_EVERY or not self.ledger.writable:
+            return
+        self._since = 0
+        fold = _Fold(
+            [msgspec.msgpack.encode(to_body(state)) for state in self._states.values()],
+            [(bytes(channel), bytes(job), part) for channel, job, part in self.cut_off],
+            self.adopted,
+            [bytes(channel) for channel in self.frozen],
+        )
+        with suppress(LedgerError):  # a failed journal is told by the appends
+            self.ledger.post(snapshot.keeping(self.role.value, self._code, msgspec.msgpack.encode(fold)))
+
     def _fold(self, _: None, record: Record) -> None:
+        self._since += 1
         if record.kind in KINDS:
             change = decode_body(record.kind, record.body)
             fold(self.role, self._states, change, self._domains)
@@ -144,6 +198,8 @@ class ChannelBook:
             for change in changes:
                 self._note_end(change)
             await self.ledger.append(entries, also=also)
+        self._since += len(entries)
+        self._keep()
         return effects
 
 

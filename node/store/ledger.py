@@ -197,6 +197,11 @@ class Ledger:
         return self._head
 
     @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing, is open, and has not failed."""
+        return self._connection is not None and self.failure is None
+
+    @property
     def failure(self) -> str | None:
         """Why the journal takes no more records, or None while it does."""
         return self._writer.failure if self._writer else None
@@ -236,6 +241,10 @@ class Ledger:
         with trio.CancelScope(shield=True):
             await done.wait()
         return future.result()
+
+    def post(self, work: Work[object]) -> None:
+        """`write` without waiting, for what may as well not be written. Raises LedgerClosed, LedgerFailed."""
+        self._submit(work)
 
     def write_sync(self, work: Work[T]) -> T:
         """`write` for code outside trio."""
