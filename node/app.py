@@ -20,7 +20,8 @@ from node.worker.claims import ClaimPolicy
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings, self_test
-from protocol.ids import Address
+from protocol.claiming import COIN, ClaimTerms
+from protocol.ids import ZERO_ADDRESS, Address
 from protocol.keys import PrivateKey
 from protocol.pricing import Price
 
@@ -58,13 +59,28 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
     )
 
 
+def claim_terms(config: Config, accepted: Accepted, name: str) -> ClaimTerms:
+    """When claims in a token of `worker.accept` are worth their gas. The chain's own coin is worth itself."""
+    given = config.worker
+    value = given.coin_value
+    if name != DEFAULT:
+        token = config.tokens[name]
+        value = token.coin_value
+    return ClaimTerms(
+        minimum=accepted.min_allocation,
+        coin_value=COIN if accepted.token == ZERO_ADDRESS else value,
+        gain_percent=given.claim_gain_percent,
+        at_loss=given.claim_at_loss,
+    )
+
+
 def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     given = config.worker
     accepts = tuple(accepted_asset(config, chains, name) for name in given.accept)
     claims = ClaimPolicy(
-        minimum=given.claim_min,
+        own={one.asset: claim_terms(config, one, name) for one, name in zip(accepts, given.accept, strict=True)},
         every_s=given.claim_every_s,
-        minimums={one.asset: one.min_allocation for one in accepts},
+        least_delay=given.min_withdraw_delay_s,
     )
     return WorkerSettings(
         accepts=accepts,

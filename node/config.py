@@ -49,6 +49,7 @@ NOT_SETTINGS: Final = frozenset(
 PROJECT_FILE: Final = "gristmill.toml"
 MAX_FILE_BYTES: Final = 1 << 20
 AMOUNT_MAX: Final = 2**63 - 1
+VALUE_MAX: Final = 10**30
 CREDIT_TOKENS_MAX: Final = 65_536
 """Most output on credit that an offer can state."""
 CONFIRMATIONS_MAX: Final = 63
@@ -141,6 +142,14 @@ class TokenConfig:
         unit="smallest unit",
         low=0,
         high=AMOUNT_MAX,
+    )
+    coin_value: int = setting(
+        0,
+        "Worker: what one whole coin of the chain, with which gas is paid, is worth in this token: with it claims are weighed "
+        "against their gas. 0: they are not. The chain's own coin is worth itself.",
+        unit="smallest unit",
+        low=0,
+        high=VALUE_MAX,
     )
     allocation: int = setting(
         0,
@@ -252,8 +261,33 @@ class WorkerConfig:
     claim_min: int = setting(
         100_000, "Claim a channel when this much has accrued.", unit="smallest unit", low=0, high=AMOUNT_MAX
     )
+    coin_value: int = setting(
+        0,
+        "What one whole coin of the chain, with which gas is paid, is worth in this token: with it claims are weighed against "
+        "their gas. 0: they are not, and `worker.claim_min` alone decides.",
+        unit="smallest unit",
+        low=0,
+        high=VALUE_MAX,
+    )
+    claim_gain_percent: int = setting(
+        1000,
+        "How much a claim must be worth, in percent of its gas, as long as neither a leaving client nor the age of the money "
+        "forces it. Only where the coin's value is set.",
+        unit="%",
+        low=100,
+        high=1_000_000,
+    )
+    claim_at_loss: bool = setting(
+        False,
+        "Claim money that would be lost otherwise even when its gas costs more than it is worth. Whoever leaves many crumbs can "
+        "make such a worker burn gas.",
+    )
     claim_every_s: int = setting(
-        300, "How often accrued vouchers are looked at for a claim.", unit="s", low=1, high=604_800
+        300,
+        "How often accrued vouchers are looked at for a claim; more often where a withdraw delay is short.",
+        unit="s",
+        low=1,
+        high=604_800,
     )
     stall_ms: int = setting(
         10_000, "How long a stream waits for an overdue voucher before it ends unpaid.", unit="ms", low=10, high=600_000

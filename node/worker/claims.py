@@ -1,9 +1,11 @@
-"""Turning vouchers into money: when to claim, and the claim itself.
+"""Turning vouchers into money: the claim itself. When to claim is `protocol.claiming`.
 
-Policy (`due`, pure): claim a channel when its payer has begun to leave, when what accrued is worth a transaction, or when it
-is a quarter of the withdraw delay old. A claim asks for what the receipts add up to, never for what the client paid ahead.
-Claims go in batches; a bad entry is skipped by the contract and does not hold up the others. A claimer is of one chain: a batch
-is one transaction, and trouble on one chain keeps no other from claiming.
+A claim asks for what the receipts add up to, never for what the client paid ahead. A bad entry is skipped by the contract and
+does not hold up the others. A claimer is of one chain: a batch is one transaction, and trouble on one chain keeps no other from
+claiming.
+
+Each round first brings to its end what was sent before (`Chain.catch_up`), then looks at the channels, then decides: a claim that
+a reorganisation threw out is on its way again by itself, and is not made a second time.
 """
 
 from __future__ import annotations
@@ -14,53 +16,36 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.errors import ChainError
+from node.errors import ChainError, ChainMoved
 from node.ports import Chain, ClaimEntry, TxResult
 from node.store.channels import ChannelBook
 from protocol.channel import ChannelState, ClaimNow
+from protocol.claiming import ClaimTerms, due, look_within, worth_settling
 from protocol.ids import Address, ChannelId
 from protocol.offers import Asset
+from protocol.typed_data import Domain
 
 log = logging.getLogger(__name__)
-BATCH = 400
-"""Channels in one transaction: EIP-7825 ends a transaction at 2**24 gas."""
+LOOKS_AGAIN = 3
+"""How often a round starts anew when the chain moved under it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimPolicy:
-    minimum: int = 100_000
-    """Smallest unit: below it a claim is not worth its gas."""
-    minimums: Mapping[Asset, int] = field(default_factory=dict)
-    """Of assets that have one of their own."""
+    """What the operator decides."""
+
+    terms: ClaimTerms = field(default_factory=ClaimTerms)
+    """Of assets without terms of their own."""
+    own: Mapping[Asset, ClaimTerms] = field(default_factory=dict)
     every_s: float = 300
-    """How often channels are looked at."""
+    """How often channels are looked at, at least."""
     retry_s: float = 10
     """How soon again after the chain failed us: a leaving payer does not wait."""
+    least_delay: int = 900
+    """The shortest withdraw delay of a channel that we take, seconds."""
 
-    def least(self, state: ChannelState) -> int:
-        """Smallest unit of the channel's token."""
-        own = None if state.domain is None else self.minimums.get(Asset.of(state.domain, state.config.token))
-        return self.minimum if own is None else own
-
-
-def due(
-    channels: Iterable[ChannelState],
-    policy: ClaimPolicy,
-    since: Mapping[ChannelId, float],
-    now_s: float,
-    *,
-    everything: bool = False,
-) -> list[ChannelState]:
-    """The channels to claim now, largest first. `since`: when each began to have something to claim."""
-    chosen = []
-    for state in channels:
-        if not state.claimable or state.closed:
-            continue
-        age = now_s - since.get(state.channel_id, now_s)
-        old = age * 4 >= state.config.withdraw_delay
-        if everything or state.withdraw_at or state.claimable >= policy.least(state) or old:
-            chosen.append(state)
-    return sorted(chosen, key=lambda state: -state.claimable)
+    def of(self, domain: Domain | None, token: Address) -> ClaimTerms:
+        return self.terms if domain is None else self.own.get(Asset.of(domain, token), self.terms)
 
 
 @dataclass(slots=True)
@@ -107,7 +92,8 @@ class Claimer:
         self._follow = follow
         self._now_s = now_s
         self._receiver = receiver
-        self._since: dict[ChannelId, float] = {}
+        # What there was before we began has waited for nobody knows how long: it counts as old.
+        self._since = {state.channel_id: float("-inf") for state in self._here() if state.claimable}
         self._urgent = trio.Event()
         self._lock = trio.Lock()
 
@@ -117,31 +103,60 @@ class Claimer:
         self._urgent.set()
 
     async def run(self) -> None:
-        """Look at the channels every `every_s`, and at once when told to hurry. Survives chain trouble."""
-        pause = self._policy.every_s
+        """Look at the channels every `every_s` or more often, and at once when told to hurry. Survives chain trouble."""
+        failed = False
         while True:
-            with trio.move_on_after(pause):
+            pause = look_within(self._here(), self._policy.every_s, self._policy.least_delay)
+            with trio.move_on_after(min(pause, self._policy.retry_s) if failed else pause):
                 await self._urgent.wait()
             self._urgent = trio.Event()
-            pause = self._policy.every_s
+            failed = False
             try:
                 await self.claim()
             except ChainError as error:
                 log.warning("claiming failed, will try again: %s", error)
-                pause = min(pause, self._policy.retry_s)
+                failed = True
 
     async def claim(self, *, everything: bool = False) -> ClaimReport:
         """One round. Raises `ChainError`."""
+        report = ClaimReport()
         async with self._lock:
-            for state in [s for s in self._here() if s.claimable and not s.closed]:
-                await self._look(state.channel_id)  # who has begun to leave without our hearing of it is claimed first
-            self._note_ages()
-            states = due(self._here(), self._policy, self._since, self._now_s(), everything=everything)
-            report = ClaimReport()
-            for start in range(0, len(states), BATCH):
-                await self._claim_batch(states[start : start + BATCH], report)
-            await self._settle(report)
-            return report
+            for again in range(LOOKS_AGAIN, -1, -1):
+                try:
+                    await self._round(report, everything)
+                    break
+                except ChainMoved as moved:
+                    if not again:
+                        raise
+                    log.info("%s", moved)
+        return report
+
+    async def _round(self, report: ClaimReport, everything: bool) -> None:
+        await self._chain.catch_up()
+        seen, unseen = await self._look_at_all()
+        self._note_ages()
+        fee = await self._chain.fee()
+        for batch in due(seen, self._terms, self._since, self._now_s(), fee, everything=everything):
+            await self._claim_batch(batch, report)
+        await self._settle(report, fee, everything)
+        if unseen is not None:
+            raise unseen
+
+    async def _look_at_all(self) -> tuple[list[ChannelState], ChainError | None]:
+        """The channels with something to claim as they are now, and why others could not be seen: those wait.
+
+        Who has begun to leave without our hearing of it is found here and claimed first.
+        """
+        seen, failed = [], None
+        for state in [s for s in self._here() if s.claimable and not s.closed]:
+            try:
+                seen.append(await self._look(state.channel_id))
+            except ChainError as error:
+                failed = error
+        return seen, failed
+
+    def _terms(self, state: ChannelState) -> ClaimTerms:
+        return self._policy.of(state.domain, state.config.token)
 
     def _here(self) -> list[ChannelState]:
         return [state for state in self._book.channels.values() if state.domain == self._chain.domain]
@@ -166,10 +181,12 @@ class Claimer:
         await self._follow(channel_id)
         return self._book.channels[channel_id]
 
-    async def _settle(self, report: ClaimReport) -> None:
+    async def _settle(self, report: ClaimReport, fee: int, everything: bool) -> None:
         """Move what is owed to us in the contract to our payout's vault balance, once per token."""
         for token in {state.config.token for state in self._here()}:
-            if await self._chain.owed(self._receiver, token):
+            owed = await self._chain.owed(self._receiver, token)
+            terms = self._policy.of(self._chain.domain, token)
+            if worth_settling(owed, terms, fee, everything=everything):
                 result = await self._chain.settle(self._receiver, token)
                 report.transactions.append(result)
                 if not result.ok:

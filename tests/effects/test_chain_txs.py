@@ -21,6 +21,7 @@ from node.errors import ChainError, TxTimeout
 from node.ports import ClaimEntry, TxResult
 from node.worker.claims import Claimer, ClaimPolicy
 from protocol.channel import ChannelState, Role
+from protocol.claiming import ClaimTerms
 from protocol.ids import Address, ChannelId, Hash32, keccak256
 from protocol.keys import PrivateKey
 from protocol.transactions import SignedTransaction, Transaction, rlp
@@ -417,11 +418,17 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
             self.sender, self.rounds, self.domain = sender, 0, Domain(CHAIN, TO)
 
         async def claim(self, entries: Sequence[ClaimEntry]) -> TxResult:
-            self.rounds += 1
             return await self.sender.send("claim", TO, b"".join(entry.amount.to_bytes(16) for entry in entries))
 
         async def owed(self, receiver: Address, token: Address) -> int:
             return 0
+
+        async def fee(self) -> int:
+            return 1
+
+        async def catch_up(self) -> None:
+            self.rounds += 1
+            await self.sender.catch_up()
 
     state = ChannelState(
         Role.WORKER,
@@ -448,7 +455,7 @@ def test_a_claimer_goes_on_over_a_claim_that_is_never_mined() -> None:
         claimer = Claimer(
             book=cast(Any, SimpleNamespace(channels=channels)),
             chain=cast(Any, chain),
-            policy=ClaimPolicy(minimum=1, every_s=1000, retry_s=5),
+            policy=ClaimPolicy(ClaimTerms(minimum=1), every_s=1000, retry_s=5),
             follow=follow,
             now_s=trio.current_time,
             receiver=KEY.address,

@@ -23,6 +23,7 @@ from node.config import FAMILIES, FAMILY_MAX, KEYS, Config, family_keys, find_ke
 from node.errors import ConfigError
 from node.settings import PARSERS
 from node.worker.accepted import Accepted
+from protocol.claiming import COIN, ClaimTerms
 from protocol.ids import Address
 from protocol.messages import decode_value, encode
 from protocol.offers import OFFER_TTL_MAX_MS, Asset, ModelOffer, OfferDocument, Payment
@@ -131,6 +132,11 @@ def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]
         accept = ["coin", "default", "theirs"]
         price_output = 5
         claim_min = 6
+        claim_every_s = 60
+        claim_gain_percent = 300
+        claim_at_loss = true
+        coin_value = 3000000000
+        min_withdraw_delay_s = 901
         global_credit = 7
         [client]
         pay_with = ["theirs", "coin"]
@@ -149,6 +155,7 @@ def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]
         chain = "two"
         price_output = 12
         claim_min = 13
+        coin_value = 17
         global_credit = 14
         allocation = 15
         [chains.two]
@@ -163,11 +170,12 @@ def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]
         Accepted(one, chains.first.token, Price(0, 100_000, 5), 6, 7),
         Accepted(two, token, Price(0, 0, 12), 13, 14),
     )
-    assert settings.claims.minimums == {
-        Asset.of(one, native): 4,
-        Asset.of(one, chains.first.token): 6,
-        Asset.of(two, token): 13,
+    assert settings.claims.own == {
+        Asset.of(one, native): ClaimTerms(4, COIN, 300, True),  # the coin is worth itself
+        Asset.of(one, chains.first.token): ClaimTerms(6, 3_000_000_000, 300, True),
+        Asset.of(two, token): ClaimTerms(13, 17, 300, True),
     }
+    assert settings.claims.least_delay == 901 and settings.claims.every_s == 60
     assert settings.polls_ms == {one: 200, two: 500}
     theirs, coin = client_means(made, chains)
     assert (theirs.domain, theirs.token, theirs.allocation, theirs.rate, theirs.name) == (
