@@ -92,7 +92,8 @@ class ClientWallet:
         self._settings = settings
         self._random32 = random32
         self._now_s = now_s
-        self._opening = trio.Lock()
+        self._opening = {asset: trio.Lock() for asset in self.means}
+        """One each: a chain that hangs holds up nothing on another."""
         self._seen: dict[Asset, int] = {}
         """What the vaults held when last looked at, less what was allocated since."""
 
@@ -192,7 +193,7 @@ class ClientWallet:
         state = self.channel_to(offer, payment, needed)
         if state is not None:
             return state, b""
-        async with self._opening:  # many jobs at once open one channel, not many
+        async with self._opening[payment.asset]:  # many jobs at once open one channel, not many
             state = self.channel_to(offer, payment, needed)
             if state is not None:
                 return state, b""

@@ -93,7 +93,7 @@ class GasBudget:
 
 
 class ChannelDesk:
-    """Answers `/gristmill/channel/1` and follows the chain for every open channel."""
+    """Answers `/gristmill/channel/2` and follows the chain for every open channel."""
 
     def __init__(
         self,

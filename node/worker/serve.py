@@ -91,7 +91,7 @@ class Lodger(Protocol):
 
 
 class JobServer:
-    """Serves `/gristmill/job/1`."""
+    """Serves `/gristmill/job/2`."""
 
     def __init__(
         self,

@@ -186,6 +186,28 @@ def test_one_worker_two_chains_two_tokens_each(world: World) -> None:
         assert all(row["chain"] == "default" and row["claimed"] == row["spent"] for row in rows)
 
 
+def test_commands_are_about_the_chain_and_the_token_that_they_name(world: World) -> None:
+    client, two = world.clients["one"], world.states["two"]
+    both = [
+        *("--set", f"chains.two.rpc_urls={two['url']}", "--set", f"chains.two.deployment={two['deployment']}"),
+        *("--set", "tokens.usd2.chain=two"),
+    ]
+    (taken,) = gristmill(client, "withdraw", "1000", "--token", "coin")
+    assert (taken["chain"], taken["token"], taken["withdrawn"]) == ("default", COIN, "1000")
+    (taken,) = gristmill(client, "withdraw", "1000", "--chain", "default")
+    assert (taken["chain"], taken["token"]) == ("default", world.states["one"]["token"])
+    # This client's account has nothing on the second chain: a deposit there does not reach into the first.
+    for named in (["--chain", "two"], ["--token", "usd2"], ["--chain", "two", "--token", "usd2"]):
+        (error,) = gristmill(client, *both, "deposit", "1000", *named, status=8)
+        assert "holds 0" in error["error"]["message"]
+    for wrong in (["--chain", "none"], ["--token", "none"], ["--chain", "default", "--token", "usd2"]):
+        (error,) = gristmill(client, *both, "deposit", "1000", *wrong, status=3)
+        assert error["error"]["code"] == "config"
+    assert gristmill(client, *both, "channels", "list", "--chain", "two") == []
+    (shown,) = gristmill(world.worker, "payout", "show", "--chain", "two")
+    assert shown["chain"] == "two" and shown["payout"] == shown["worker"]
+
+
 def test_a_worker_whose_second_chain_is_away_does_not_start(world: World) -> None:
     """With a chain missing, money could be overlooked."""
     (error,) = gristmill(world.worker, "--set", "chains.two.rpc_urls=http://127.0.0.1:9", "start", status=6)

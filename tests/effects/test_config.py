@@ -18,6 +18,7 @@ from node import config as module
 from node.app import worker_settings
 from node.chain.memory import MemoryChain, MemoryLedger
 from node.chains import Chains
+from node.cli.init import template
 from node.client.connect import client_means
 from node.config import FAMILIES, FAMILY_MAX, KEYS, Config, family_keys, find_key, find_variable, load
 from node.errors import ConfigError
@@ -366,6 +367,23 @@ def test_a_family_of_tables(world: Callable[..., Config]) -> None:
         made.chain_named("other")
     with pytest.raises(TypeError):
         made.chains["new"] = base  # type: ignore[index]
+
+
+def test_what_init_was_given_comes_back_out_of_its_file(world: Callable[..., Config]) -> None:
+    given = {
+        "chains.two.rpc_urls": "http://two,http://deux",
+        "chains.two.poll_ms": "7",
+        "chains.one1.confirmations": "3",
+        "tokens.usd2.chain": "two",
+        "tokens.usd2.rate": "1/3",
+        "worker.tick_ms": "30",
+    }
+    made = world(flag=given)
+    again = world(user=template(made))
+    assert (again.chains, again.tokens, again.worker) == (made.chains, made.tokens, made.worker)
+    assert (
+        again.origins["tokens.usd2.rate"].endswith("config.toml") and again.origins["tokens.usd2.address"] == "default"
+    )
 
 
 def test_every_variable_of_a_family_has_one_meaning() -> None:
