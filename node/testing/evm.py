@@ -19,6 +19,7 @@ from typing import Any
 from eth_abi.abi import decode, encode
 
 from protocol.ids import Address, keccak256
+from protocol.transactions import rlp
 
 ARTIFACTS = Path(__file__).resolve().parent.parent / "chain" / "abi"
 _BUILT_IN = {
@@ -93,22 +94,6 @@ def artifact(path: Path) -> tuple[list[dict[str, Any]], bytes]:
     return read["abi"], bytes.fromhex(read["bytecode"][2:])
 
 
-def _big_endian(value: int) -> bytes:
-    return value.to_bytes((value.bit_length() + 7) // 8)
-
-
-def rlp_list(fields: list[bytes]) -> bytes:
-    """RLP (Yellow Paper, appendix B) of a flat list of byte strings."""
-
-    def prefixed(short: int, body: bytes) -> bytes:
-        if len(body) < 56:
-            return bytes((short + len(body),)) + body
-        size = _big_endian(len(body))
-        return bytes((short + 55 + len(size),)) + size + body
-
-    return prefixed(0xC0, b"".join(f if len(f) == 1 and f[0] < 0x80 else prefixed(0x80, f) for f in fields))
-
-
 class Evm:
     """One chain in memory. Times are Unix seconds; amounts the smallest unit."""
 
@@ -148,9 +133,8 @@ class Evm:
         """
         if not 0 < self.block - number <= 8191 or self.block - number <= 256:
             raise ValueError(f"block {number} is not 257 to 8,191 blocks before block {self.block}")
-        fields = [bytes(32), bytes(32), bytes(20), *([bytes(32)] * 3), bytes(256), b"", _big_endian(number)]
-        fields += [_big_endian(30_000_000), b"", _big_endian(self.now), b"gristmill", randao, bytes(8), b"\x07"]
-        header = rlp_list(fields)
+        fields: list[bytes | int] = [bytes(32), bytes(32), bytes(20), *([bytes(32)] * 3), bytes(256), 0, number]
+        header = rlp([*fields, self.gas_limit, 0, self.now, b"gristmill", randao, bytes(8), 7])
         self._evm.insert_account_storage("0x" + _HISTORY.hex(), number, int.from_bytes(keccak256(header)))
         return header
 
