@@ -483,7 +483,7 @@ class Config:
         return self.data_dir / "devnet" / "state.json"
 
     def journal(self, role: str) -> Path:
-        """The journal of a role: `worker`, `client` or `owner`."""
+        """The journal of a role: `worker`, `client`, `owner` or `deployer`."""
         return self.data_dir / "journal" / f"{role}.sqlite"
 
     def fence(self, role: str, account: str) -> Path:

@@ -37,6 +37,7 @@ ROLES: Final = {
     "owner": "the worker's cold owner: registers the hot key and its payout address",
     "payer": "holds the client's funds; signs transactions and allocations",
     "session": "the client's session key: signs vouchers and asks, holds no funds",
+    "deployer": "puts the contracts on a chain and hands them over; needed by no worker and no client",
 }
 """The key files we use, by name."""
 PASSWORD_FILE: Final = "password"  # noqa: S105  (a file's name)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from node.chain.client import EvmChain
     from node.chain.deployment import Deployment
     from node.chain.endpoints import Rules
+    from node.chain.eth import Eth
+    from node.chain.txs import Journal, TxPolicy, TxSender
 
 
 def now_ms() -> int:
@@ -68,39 +70,81 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
     Raises `ConfigError` when none is configured, `ChainError` when the chain or the contracts are not what they should be.
     """
     from node.chain.client import EvmChain
-    from node.chain.txs import TxPolicy
 
     given = config.chain_named(name)
     deployment = _deployment(config, name)
-    devnet = config.network == "devnet" and name == DEFAULT
-
-    async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
-        await ledger.append([Entry(kind, subject, body)])
-        if kind == "tx_signed":
-            fault_point("send.transaction")
-
-    history = [(record.kind, msgspec.msgpack.decode(record.body)) for record in ledger.records(prefix="tx_")]
-    poll = given.poll_ms / 1000
-    policy = TxPolicy(
-        poll=min(poll, 0.02) if devnet else poll,
-        bump_after=5.0 if devnet else 45.0,
-        give_up_after=given.tx_timeout_s,
-        confirmations=given.confirmations,
-    )
     chain = await EvmChain.connect(
         given.rpc_urls,
         deployment,
         key,
-        journal=journal,
-        history=history,
-        policy=policy,
-        poll=poll,
+        journal=_journal(ledger),
+        history=_transactions(ledger),
+        policy=_policy(config, name),
+        poll=given.poll_ms / 1000,
         rules=endpoint_rules(config, name),
     )
     try:
         yield chain
     finally:
         await chain.aclose()
+
+
+@asynccontextmanager
+async def open_sender(
+    config: Config, key: PrivateKey, ledger: Ledger, name: str, chain_id: int
+) -> AsyncIterator[tuple[Eth, TxSender]]:
+    """Transactions to contracts that no deployment file names, or none yet. Raises as `open_chain` does."""
+    from node.chain.agreed import AgreedEth
+    from node.chain.artifacts import error_name
+    from node.chain.endpoints import Endpoints
+    from node.chain.txs import TxSender
+
+    urls = config.chain_named(name).rpc_urls
+    nodes = Endpoints.over_http(urls, chain_id=chain_id, rules=endpoint_rules(config, name))
+    try:
+        await nodes.meet()
+        eth = AgreedEth(nodes)
+        first = await eth.header(0)
+        sender = TxSender(
+            eth,
+            key,
+            chain_id,
+            anchor=b"" if first is None else first.hash,
+            journal=_journal(ledger),
+            error_name=error_name,
+            policy=_policy(config, name),
+        )
+        await sender.resume(_transactions(ledger))
+        yield eth, sender
+    finally:
+        await nodes.aclose()
+
+
+def _journal(ledger: Ledger) -> Journal:
+    async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
+        await ledger.append([Entry(kind, subject, body)])
+        if kind == "tx_signed":
+            fault_point("send.transaction")
+
+    return journal
+
+
+def _transactions(ledger: Ledger) -> list[tuple[str, Any]]:
+    """(kind, body) of what was sent before."""
+    return [(record.kind, msgspec.msgpack.decode(record.body)) for record in ledger.records(prefix="tx_")]
+
+
+def _policy(config: Config, name: str) -> TxPolicy:
+    from node.chain.txs import TxPolicy
+
+    given, devnet = config.chain_named(name), config.network == "devnet" and name == DEFAULT
+    poll = given.poll_ms / 1000
+    return TxPolicy(
+        poll=min(poll, 0.02) if devnet else poll,
+        bump_after=5.0 if devnet else 45.0,
+        give_up_after=given.tx_timeout_s,
+        confirmations=given.confirmations,
+    )
 
 
 @asynccontextmanager

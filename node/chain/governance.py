@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from node.chain.artifacts import contract
+from node.chain.eth import Eth
 from node.chain.txs import TxSender
 from node.errors import ChainError
 from node.ports import TxResult
@@ -86,11 +87,12 @@ def steps(vault: Address, governance: Governance, account: Address, terms: Terms
 
     wait = max(terms.timelock_delay, admin_delay + 1)
     found = [
+        # First: from here on a second hand-over beside this one is refused, and two timelocks would share the roles.
+        on_vault("begin to hand on the admin's role", "beginDefaultAdminTransfer", timelock),
         on_timelock("let the governor propose", "grantRole", PROPOSER, governance.governor),
         on_timelock("let the governor cancel", "grantRole", CANCELLER, governance.governor),
         on_vault("let the timelock list tokens", "grantRole", TOKEN_ADMIN, timelock),
         on_vault("let the guardian pause", "grantRole", GUARDIAN, terms.guardian),
-        on_vault("begin to hand on the admin's role", "beginDefaultAdminTransfer", timelock),
         on_timelock("propose for a moment", "grantRole", PROPOSER, account),
         on_timelock("schedule the acceptance", "schedule", *_acceptance(vault), wait),
         on_timelock("propose no more", "renounceRole", PROPOSER, account),
@@ -106,13 +108,30 @@ def last_step(vault: Address, timelock: Address) -> Step:
     return Step("accept the admin's role", "TimelockController", timelock, "execute", _acceptance(vault))
 
 
-async def hand_over(
-    sender: TxSender, vault: Address, terms: Terms, admin_delay: int
-) -> tuple[Governance, list[TxResult]]:
+async def hand_over(sender: TxSender, eth: Eth, vault: Address, terms: Terms) -> tuple[Governance, list[TxResult]]:
     """Deploy votes, timelock and governor and send the steps. `sender` holds all of the vault's roles.
 
-    Raises `ChainError` when a step fails. What is left is `accept`, after the delays.
+    Raises `ChainError` when the sender is not the vault's admin, a hand-over has begun before, or a step fails. What is left
+    is `accept`, after the delays.
     """
+    shipped = contract("Vault")
+
+    async def ask(function: str, *args: object) -> tuple[Any, ...]:
+        return shipped.decode(function, await eth.eth_call(vault, shipped.encode(function, *args)))
+
+    (admin,) = await ask("defaultAdmin")
+    if admin != sender.account:
+        raise ChainError(f"{sender.account} is not the admin of the vault at {vault}: {admin} is")
+    pending, _ = await ask("pendingDefaultAdmin")
+    if pending != ZERO_ADDRESS:
+        raise ChainError(
+            f"a hand-over to {pending} has begun and is not over",
+            hint="finish it by its own timelock, or deploy anew: two timelocks would share the vault's roles",
+        )
+    for role, name in ((TOKEN_ADMIN, "TOKEN_ADMIN"), (GUARDIAN, "GUARDIAN")):
+        if not (await ask("hasRole", role, sender.account))[0]:
+            raise ChainError(f"{sender.account} does not hold {name} of the vault any more")
+    (admin_delay,) = await ask("defaultAdminDelay")
     results: list[TxResult] = []
 
     async def create(name: str, *args: object) -> Address:

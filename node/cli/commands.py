@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "config": "Show the configuration.",
     "doctor": "Check this installation; each finding comes with the command that mends it.",
     "journal": "Read the journal; go on with an old one.",
+    "deploy": "Put the contracts on a chain, and hand them over to their users.",
     "devnet": "A local chain with our contracts, for development.",
     "version": "Show the versions of Gristmill, Python and what matters below.",
     "completion": "Print a shell completion script.",

@@ -150,7 +150,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "tickets of today count",
         "Committee.sol",
         "ticket < _tickets[juror].upperLookupRecent(record.snapshot)",
-        "ticket < _jurors[juror].tickets",
+        "ticket < _jurors[juror].tickets && record.snapshot != 0",
     ),
     (
         "every ticket has a seat",
