@@ -156,15 +156,6 @@ class Attacker(Judge):
         quote = dice.choice(list(self.quotes.values())) if self.quotes else work.new_quote(self, dice)
         return quote_tuple(quote)
 
-    def unclaimed(self, token: Address) -> bool:
-        """Whether a seat that won has not taken its share of a fee in this token."""
-        return any(
-            self.quotes[job].token == token
-            and self.state.dispute(job).fee
-            and escrow.wins(seat.state, self.state.dispute(job).outcome)
-            for (job, _, _), seat in self.state.seats.items()
-        )
-
     # --------------------------------------------------------------------------------------------------------- resolvers
 
     def set_mood(self, dice: Dice, resolver: Address, answer: Outcome) -> None:

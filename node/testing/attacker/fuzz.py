@@ -97,6 +97,14 @@ def explain(zoo: Zoo, seed: int, steps: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def hunt(zoo: Zoo, runs: int, steps: int) -> tuple[int, Disagreement] | None:
+    """The first failure of up to `runs` short attacks, in this process, and its seed."""
+    for seed in range(runs):
+        if found := failing(zoo, seed, range(steps)):
+            return seed, found
+    return None
+
+
 def _one(zoo: Zoo, seed: int, steps: int) -> tuple[int, float, Counter[tuple[str, str]], bool]:
     outcomes: Counter[tuple[str, str]] = Counter()
     begun = time.process_time()

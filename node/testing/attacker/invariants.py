@@ -80,7 +80,7 @@ def check(judge: Judge, seen: Seen) -> None:
     _ledger(judge)
     kinds = {kind for kind, _ in seen.changed}
     if seen.call in ADMIN:
-        judge.require(kinds <= {"paused", "locked stake"}, f"I14: {seen.call} changed {sorted(kinds)}")
+        judge.require(kinds <= {"paused", "locked stake"}, f"I14: {seen.call} changed more", str(sorted(kinds)))
     for (_, account), before, now in seen.of("balance"):
         judge.require(now[0] >= before[0] or account in seen.consent, f"I10: {seen.call} took money from a stranger")
     for kind, one in CHECKS.items():
@@ -115,7 +115,8 @@ def _ledger(judge: Judge) -> None:
         parts[Module.COMMITTEE, judge.tokens[0]] += words[0] * judge.state.terms.seat_bond + words[1]
     locked, owes = of("locked"), of("liabilities")
     for name, amount in parts.items():
-        require(locked[name][0] == amount, f"I1: {name[0].name} has locked {locked[name]}, its parts are {amount}")
+        lock = locked[name][0]
+        require(lock == amount, f"I1: the lock of {name[0].name} is not the sum of its parts", f"{lock}, {amount}")
     for token in judge.tokens:
         all_locks = sum(locked[module, token][0] for module in Module)
         require(owes[token][0] == free[token] + all_locks, "I1: liabilities are not the sum of balances and locks")
@@ -137,7 +138,7 @@ def _channel(judge: Judge, seen: Seen, key: bytes, before: Words, now: Words) ->
         require(seen.sender in (config.payer, config.payer_authorizer), "I4: somebody else began a withdrawal")
         judge.seen["withdraw", key] = judge.now + config.withdraw_delay
     if seen.call == "Channels.finalizeWithdraw":
-        require(judge.now >= judge.seen["withdraw", key], "I5: a withdrawal ended before its delay")
+        require(judge.now >= judge.when("withdraw", key), "I5: a withdrawal ended before its delay")
     if seen.call in ("Channels.finalizeWithdraw", "Channels.close"):
         paid_now = claimed - before[1]
         rest = before[0] - claimed
@@ -164,7 +165,7 @@ def _job(judge: Judge, seen: Seen, key: JobId, before: Words, now: Words) -> Non
         judge.seen["window", key] = judge.now + quote.window
     elif move[1] is JobState.DISPUTED:
         require(seen.sender == quote.client, "I4: a dispute that is not the client's")
-        require(judge.now < judge.seen["window", key], "I5: disputed after the window")
+        require(judge.now < judge.when("window", key), "I5: disputed after the window")
         judge.seen["disputed", key] = judge.now
     else:
         _paid(judge, seen, key, quote, move, before, result)
@@ -189,7 +190,7 @@ def _paid(
     require({a for a, gain in gains.items() if gain} <= allowed, "I6: a job paid somebody else")
     to_worker = gains.get(payout, 0) if payout != quote.client else None
     if seen.call == "Jobs.finalize":
-        require(judge.now >= judge.seen["window", key], "I5: finalized within the window")
+        require(judge.now >= judge.when("window", key), "I5: finalized within the window")
         require(to_worker in (before[2], None), "I6: silence paid something else than was claimed")
     elif seen.call == "Jobs.refund":
         require(judge.now >= quote.deadline, "I5: refunded before the deadline")
@@ -213,7 +214,7 @@ def _dispute(judge: Judge, seen: Seen, key: JobId, before: Words, now: Words) ->
     require(not before[2], "I6: an ended dispute changed")
     if now[2] and not before[2]:
         require(now[0] == 0, "I3: the bond stays locked after the end")
-        late = judge.now >= judge.seen["disputed", key] + 14 * 86400
+        late = judge.now >= judge.when("disputed", key) + 14 * 86400
         require(now[3] != 0 or late, "I5: ended as silence before its time")
         require(now[4] * 2 in (before[0], before[0] - 1) if now[3] else now[4] == 0, "I11: the fee is not half")
         payout = _payout(judge, quote.worker)
@@ -237,7 +238,7 @@ def _stake(judge: Judge, seen: Seen, key: tuple[Address, Address], before: Words
         n[2] for _, b, n in seen.of("slash") if b[6] == 0 and n[0] == int.from_bytes(owner) and n[1] == _word(token)
     )
     held = sum(q.penalty for q in _open_jobs(judge, owner, token))
-    require(now[2] == held, f"I8: {now[2]} is held for jobs that hold {held}")
+    require(now[2] == held, "I8: what is held is not what open jobs hold", f"{now[2]}, {held}")
     if now[1] > before[1]:
         require(seen.call == "Workers.unstake" and seen.sender == owner, "I8: stake began to leave by another's hand")
         judge.seen["unstaked", key] = judge.now
@@ -246,7 +247,7 @@ def _stake(judge: Judge, seen: Seen, key: tuple[Address, Address], before: Words
         require(now[0] == before[0] or now[1] == 0, "I7: active stake was slashed before what is leaving")
     elif total < was:
         require(seen.call == "Workers.withdrawStake" and seen.sender == owner, f"I8: {seen.call} took stake away")
-        require(judge.now >= judge.seen["unstaked", key] + UNBONDING, "I8: stake left before its delay")
+        require(judge.now >= judge.when("unstaked", key) + UNBONDING, "I8: stake left before its delay")
         require(now[0] == before[0], "I8: active stake left")
         earned = sum(n for at, n in judge.earned.get(key, ()) if judge.now < at + 7 * 86400)
         require(total >= min(was, held + earned), "I8: stake left that was held or locked by earnings")
@@ -279,7 +280,7 @@ def _slash(judge: Judge, seen: Seen, key: int, before: Words, now: Words) -> Non
         return
     require(before[:6] == now[:6] and before[7] == now[7], "I6: a booked slash changed")
     if move[1] is SlashState.MOVED:
-        require(judge.now >= judge.seen["booked", key] + SLASH_DELAY, "I5: a slash moved before its delay")
+        require(judge.now >= judge.when("booked", key) + SLASH_DELAY, "I5: a slash moved before its delay")
         gains, wanted = seen.gains(token), {BURNT: amount}
         for who, part in ((now[3], amount // 2), (now[4], amount // 4)):
             if who:
@@ -288,7 +289,7 @@ def _slash(judge: Judge, seen: Seen, key: int, before: Words, now: Words) -> Non
                 wanted[BURNT] -= part
         require(gains == {who: part for who, part in wanted.items() if part}, "I7: a slash was shared out wrongly")
     else:
-        require(judge.now < judge.seen["booked", key] + SLASH_DELAY, "I5: a slash was cancelled too late")
+        require(judge.now < judge.when("booked", key) + SLASH_DELAY, "I5: a slash was cancelled too late")
         require(seen.sender in judge.guardians, "I7: a slash was cancelled by a stranger")
         require(not any(True for _ in seen.of("balance")), "I14: cancelling moved a balance")
 
@@ -302,7 +303,7 @@ def _juror(judge: Judge, seen: Seen, key: Address, before: Words, now: Words) ->
     if now[1] > before[1]:
         judge.seen["left", key] = judge.now
     if seen.call == "Committee.withdrawBond":
-        late = judge.now >= judge.seen["left", key] + judge.state.terms.leave_delay
+        late = judge.now >= judge.when("left", key) + judge.state.terms.leave_delay
         require(seen.sender == key and late, "I8: a bond left before its delay")
     elif seen.call == "Committee.forfeit":
         require(0 <= was - total <= bond // 10, "I7: a forfeit took more than a tenth of a ticket")

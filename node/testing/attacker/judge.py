@@ -31,6 +31,7 @@ HURRIED = {
     "leave_delay": 8 * 86400,
 }
 """A committee whose cases are over before everything else is."""
+NEVER = 2**62
 PURSE = 10**9
 """Coins that each of the crowd has outside the vault."""
 TOKEN_ERRORS = ("ERC20", "ERC2612", "ERC3009", "ECDSA")
@@ -56,6 +57,14 @@ class Disagreement(Exception):
 
     trace: Sequence[Step] = ()
     """The calls up to it."""
+
+    def __str__(self) -> str:
+        return ": ".join(map(str, self.args))
+
+    @property
+    def what(self) -> str:
+        """Without values: the same for the same fault."""
+        return str(self.args[0])
 
 
 def _int(value: bytes) -> int:
@@ -146,7 +155,7 @@ class Judge:
 
     def __init__(self, artifacts: Path, outcomes: Counter[tuple[str, str]], *, trusts_model: bool = True) -> None:
         """`trusts_model`: False judges by the invariants alone, to see what they are worth without it."""
-        self._trusts_model = trusts_model
+        self.trusts_model = trusts_model
         self.world = world = Deployment(artifacts, committee=HURRIED)
         self.evm = world.evm
         self.contracts: dict[str, Contract] = {
@@ -304,25 +313,25 @@ class Judge:
             self.evm.gas_limit = usual
         self.outcomes[call, actual] += 1
         self.trace.append(Step(self.now, sender, call, args, actual))
-        if actual != expected and self._trusts_model and not (gas is not None and actual in STARVED):
-            raise Disagreement(f"{call}: contract says {actual!r}, the model {expected!r}")
+        if actual != expected and self.trusts_model and not (gas is not None and actual in STARVED):
+            raise Disagreement(f"{call} is {actual}, the model says {expected}")
         self.count += 1
         if logs is not None:
             before, self.state = self.state, after
             self._look(before, sender, call, consent)
         elif self.count % 16 == 0:
             changed = {kind for kind, _ in self.numbers.read()} - {"locked stake"}  # which time alone changes
-            self.require(not changed, f"a refused call changed {sorted(changed)}")
+            self.require(not changed, "a refused call changed something", str(sorted(changed)))
         return logs
 
-    def require(self, holds: bool, what: str) -> None:
+    def require(self, holds: bool, what: str, detail: str = "") -> None:
         if not holds:
-            raise Disagreement(what)
+            raise Disagreement(what, detail) if detail else Disagreement(what)
 
     def _look(self, before: Escrow, sender: Address, call: str, consent: Collection[Address]) -> None:
         self._watch_new()
         changed = self.numbers.read()
-        if self._trusts_model:
+        if self.trusts_model:
             self._compare(before, changed, call)
         invariants.check(self, invariants.Seen(sender, call, changed, frozenset(consent)))
         self._put_aside(changed)
@@ -337,12 +346,17 @@ class Judge:
         for name in names:
             says = MODEL[name[0]][1](state, now, name[1])
             if values[name] != says:
-                raise Disagreement(f"{call}: {name[0]} of {named(name[1])} is {values[name]}, the model says {says}")
+                detail = f"of {named(name[1])} is {values[name]}, the model says {says}"
+                raise Disagreement(f"{call}: {name[0]} differs", detail)
 
     def coins(self, token: Address) -> int:
         if token == NATIVE:
             return self.evm.native_balance(self.world.vault.address)
         return self.numbers.values["coins", token][0]
+
+    def when(self, what: str, key: Any) -> int:
+        """The time noted for something; what was never noted never comes."""
+        return self.seen.get((what, key), NEVER)
 
     def note_earnings(self, key: tuple[Address, Address], locked: int) -> None:
         if locked > 0:

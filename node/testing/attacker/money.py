@@ -210,7 +210,8 @@ def claim(a: Attacker, dice: Dice) -> None:
     logs = a.step(sender, "Channels.claim", (entries,), lambda s: escrow.claim(s, claims)[0])
     if logs is not None:
         said = [values.get("reason", 0) for _, values in a.evm.decode_events(logs)]
-        a.require(said == list(escrow.claim(before, claims)[1]), f"I13: skip reasons differ: {said}")
+        if a.trusts_model:
+            a.require(said == list(escrow.claim(before, claims)[1]), "I13: skip reasons differ", str(said))
         a.outcomes.update(("claim entry", SkipReason(reason).name) for reason in said)
 
 

@@ -181,6 +181,9 @@ def open_dispute(a: Attacker, dice: Dice) -> None:
     if dice.randint(0, 5) == 0:
         a.maybe_wait(dice, a.state.job(job_id).window_end)
     evidence = RESULTS[1]
+    if sender == quote.client and dice.randint(0, 15) == 0 and (rest := a.state.balance_of(quote.token, sender)):
+        model = lambda s: escrow.withdraw(s, sender, quote.token, rest, sender)  # noqa: E731
+        a.step(sender, "Vault.withdraw", (quote.token, rest, sender), model, consent={sender})
     gas = dice.choice((100_000, 300_000, 420_000, 470_000, 520_000, 600_000)) if dice.randint(0, 3) == 0 else None
     logs = a.step(
         sender,
