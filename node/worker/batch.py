@@ -83,7 +83,7 @@ class BatchDesk:
         rules: BatchRules,
         timing: Timing,
         now_ms: Callable[[], int],
-        chain_age_ms: Callable[[], int],
+        chain_age_ms: Callable[[Domain], int],
     ) -> None:
         """`chains` and `jobs`: by the domain of the Jobs contract."""
         self._worker = worker
@@ -130,14 +130,19 @@ class BatchDesk:
 
     async def _quote(self, peer: PeerId, question: RequestQuote) -> msgspec.Struct:
         self._check_ready()
+        self._check_fresh(Domain(question.chain_id, Address(question.contract)))
         quote, terms, domain = await self._quotes.quote(peer, question)
         return message_of(quote, terms, await self._sign(quote, domain))
 
     def _check_ready(self) -> None:
         if self.draining:
             raise Rejected(RefusalReason.DRAINING, "the worker is shutting down")
-        if self._chain_age_ms() > self._rules.chain_age_limit_ms:
-            raise Rejected(RefusalReason.CHAIN_STALE, f"the chain was last seen {self._chain_age_ms()} ms ago")
+
+    def _check_fresh(self, domain: Domain) -> None:
+        """A chain that is away stops new jobs on it and on no other."""
+        age = self._chain_age_ms(domain) if domain in self._jobs else 0
+        if age > self._rules.chain_age_limit_ms:
+            raise Rejected(RefusalReason.CHAIN_STALE, f"the chain was last seen {age} ms ago")
 
     async def _open(self, peer: PeerId, question: OpenJob) -> JobStatus:
         job_id = JobId(question.job_id)
@@ -172,6 +177,7 @@ class BatchDesk:
         chain = self._chains.get(domain)
         if chain is None or domain not in self._jobs:
             raise Rejected(RefusalReason.NO_BATCH, "the chain of this quote is not served any more")
+        self._check_fresh(domain)
         await self._jobs[domain].clock.look()
         if quote.valid_before <= self._jobs[domain].clock.now:
             raise Rejected(RefusalReason.JOB_UNKNOWN, "the quote is past its time")

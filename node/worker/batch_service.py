@@ -56,11 +56,12 @@ class BatchService:
         settings: BatchSettings,
         places: int,
         streams_live: Callable[[], int],
-        chain_age_ms: Callable[[], int],
+        chain_age_ms: Callable[[Domain], int],
         now_ms: Callable[[], int],
         random16: Callable[[], bytes] = lambda: os.urandom(16),
     ) -> None:
-        """`chains`: by the domain of their Jobs contract. `assets`: what jobs are paid in, by that domain and token."""
+        """`chains`: by the domain of their Jobs contract. `assets`: what jobs are paid in, by that domain and token.
+        `chain_age_ms`: since the chain of that domain was last seen."""
         jobs = {
             domain: JobsChain(chain.jobs, ChainClock(chain.head, lambda: now_ms() // 1000))
             for domain, chain in chains.items()

@@ -179,12 +179,13 @@ class Worker:
             await trio.lowlevel.checkpoint()
             return self.key.sign(struct.digest(domain))
 
+        by_jobs = {chain.jobs.domain: chain for chain in self.chains if chain.jobs}
         return BatchService(
             worker=self.key.address,
             sign=sign,
             ledger=self.ledger,
             results=self.results,
-            chains={chain.jobs.domain: chain for chain in self.chains if chain.jobs},
+            chains=by_jobs,
             assets={
                 (jobs.domain, one.token): BatchAsset(one.price, one.min_job, one.max_penalty)
                 for one in self.accepted
@@ -195,7 +196,7 @@ class Worker:
             settings=settings,
             places=self.settings.serve.max_streams,
             streams_live=lambda: self.server.live,
-            chain_age_ms=self.chain_age_ms,
+            chain_age_ms=lambda jobs: self.age_of(by_jobs[jobs].domain),
             now_ms=self.now_ms,
         )
 

@@ -17,6 +17,7 @@ from node.audit import audit
 from node.chain.memory import MemoryLedger
 from node.client import wallet as wallet_module
 from node.client.client import Client
+from node.client.settings import ClientSettings
 from node.errors import ChainError, ConfigError, InsufficientFunds, NoWorker, Refused, VerificationFailed
 from node.network.drive import converse
 from node.ports import ClaimEntry
@@ -26,9 +27,12 @@ from node.testing.cheaters import Hand, corrupt
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
 from node.worker.accepted import Accepted, AcceptedAssets
+from node.worker.batch import BatchRules
+from node.worker.batch_run import RunSettings
 from node.worker.claims import Claimer
 from node.worker.worker import Worker
 from protocol import records as records_module
+from protocol.batch import Timing
 from protocol.channel import ChannelOpened, ChannelState, Role, VoucherAdded
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import ZERO_ADDRESS
@@ -290,6 +294,45 @@ def test_a_chain_that_is_away_stops_its_own_channels_only() -> None:
 
 async def failing(*_: object) -> Any:
     raise ChainError("away")
+
+
+def test_a_batch_job_on_one_chain_is_run_while_the_other_is_away() -> None:
+    """Quoted, locked, run, paid and audited on the second chain; on the first new jobs are refused meanwhile."""
+
+    async def test(market: Market) -> None:
+        two = market.add_chain("two", 2)
+        fast = Timing(submit_margin=2, accept_grace=1, settle_patience=1, finalize_patience=1, dispute_margin=2)
+        usual = market.settings(market.accepted(), market.accepted(ledger=two))
+        assert usual.batch is not None
+        batch = replace(
+            usual.batch,
+            quotes=replace(usual.batch.quotes, margin_s=2, min_duration=4),
+            run=RunSettings(margin_s=2, pause_s=0.02, piece_s=0.05),
+            timing=fast,
+            rules=BatchRules(chain_age_limit_ms=200),
+        )
+        settings = replace(usual, batch=batch, chain_poll_ms=10)
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=6)), settings, chains=BOTH)
+        quick = ClientSettings(jobs=fast, job_poll_s=0.05, job_reread_s=0.1)
+        one = await market.client(settings=quick)
+        other = await market.client(settings=quick, means=[market.means(two)], chains=["two"])
+        assert worker.batch is not None
+        worker.chains.first.head = failing  # type: ignore[method-assign]
+        await until(lambda: worker.age_of(market.ledger.domain) > 200)
+        with pytest.raises(NoWorker) as caught:
+            await one.post_job("fake", ["a line"], max_tokens=8)
+        assert "chain_stale" in str(caught.value.reasons)
+        job = await other.post_job("fake", ["a line", "another line"], max_tokens=8)
+        assert job.state.domain == two.jobs_domain
+        assert len(await job.result(20)) == 2
+        await until(lambda: job.state.ended)
+        assert two.world.escrow.balance_of(two.token, worker.key.address) == job.state.paid > 0
+        assert market.ledger.world.escrow.balance_of(market.ledger.token, worker.key.address) == 0
+        del worker.chains.first.head  # type: ignore[attr-defined]
+        await until(lambda: all(one.ended for one in worker.batch.book.jobs.values()))  # type: ignore[union-attr]
+        await clean(worker, other)
+
+    run_market(test)
 
 
 def test_who_leaves_on_one_chain_is_claimed_there_and_nowhere_else() -> None:
