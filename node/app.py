@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import trio
@@ -14,6 +14,7 @@ import node
 from node.chains import Chains
 from node.config import DEFAULT, Config
 from node.errors import ModelError
+from node.ports import Backend
 from node.wiring import now_ms, open_chains, open_journal, token_of
 from node.worker.accepted import Accepted
 from node.worker.claims import ClaimPolicy
@@ -100,24 +101,42 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-@asynccontextmanager
-async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: None) -> AsyncIterator[Running]:
-    """A worker that serves for the length of the block. `say` hears what is going on, in words.
-
-    Raises `ConfigError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that cannot be right does not start.
-    """
+def _engine(config: Config) -> AbstractAsyncContextManager[Backend]:
+    """The torch engine on the configured models. Raises `ModelError`."""
     # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
-    from node.network.host import open_host
     from node.runtime.backend import EngineSettings, open_backend
 
     store = ModelStore(config.models_dir)
     manifests = [store.resolve(name) for name in config.worker.models] or list(store.list())
     if not manifests:
         raise ModelError("the model store is empty", hint="gristmill models add smollm2-135m-instruct")
+    settings = EngineSettings(
+        device=config.engine.device,
+        dtype=config.engine.dtype,
+        threads=config.engine.threads,
+        cache_bytes=config.engine.kv_bytes,
+        max_streams=config.worker.max_streams,
+    )
+    return open_backend(store, manifests, settings)
+
+
+@asynccontextmanager
+async def open_worker(
+    config: Config, key: PrivateKey, *, say: Say = lambda _: None, backend: Backend | None = None
+) -> AsyncIterator[Running]:
+    """A worker that serves for the length of the block. `say` hears what is going on, in words.
+
+    `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
+
+    Raises `ConfigError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that cannot be right does not start.
+    """
+    from node.network.host import open_host
+
+    engine = _engine(config) if backend is None else nullcontext(backend)
     async with AsyncExitStack() as stack:
         ledger = open_journal(config, "worker", key)
         stack.callback(ledger.close)
@@ -127,14 +146,7 @@ async def open_worker(config: Config, key: PrivateKey, *, say: Say = lambda _: N
         network = await stack.enter_async_context(
             open_host(key, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
-        engine = EngineSettings(
-            device=config.engine.device,
-            dtype=config.engine.dtype,
-            threads=config.engine.threads,
-            cache_bytes=config.engine.kv_bytes,
-            max_streams=config.worker.max_streams,
-        )
-        backend = await stack.enter_async_context(open_backend(store, manifests, engine))
+        backend = await stack.enter_async_context(engine)
         speeds = await self_test(backend)
         for model, speed in speeds.items():
             info = backend.models[model]

@@ -1,0 +1,207 @@
+"""A worker without a model, and a client that asks it without pause: real nodes in processes of their own, to be killed.
+
+    python -m node.testing.market_process worker --data-dir DIR --set KEY=VALUE ...
+    python -m node.testing.market_process client --data-dir DIR --set KEY=VALUE ... --worker MULTIADDR
+    python -m node.testing.market_process serve
+
+Journal, fence, network, chain, keys and signatures are the node's own, wired as `gristmill start` and the client library wire
+them; only the language model is the fake one. Each line of stdout is an event in JSON: `ready` with how long it took; of the
+client `paid` for each answer whose receipt it has verified and acknowledged, `failed` with the error's code for any other end;
+`ended` with the error that ended the process, if one did. They run until SIGTERM.
+
+`serve` starts them as forks of itself, because importing libp2p takes seconds and a test kills hundreds. Each line of stdin is a
+start, `{"argv": [...], "env": {...}, "out": FILE}`; it answers `{"pid"}`, and `{"pid", "status"}` when one has ended (negative:
+by that signal).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import trio
+
+from node.app import open_worker
+from node.cli.main import blame
+from node.client.client import Client
+from node.config import Config, load
+from node.errors import NodeError
+from node.keystore import Keystore, read_private
+from node.store import faults
+from node.store.ledger import Entry, Ledger, Record
+from node.store.writer import Work, Writer
+from node.testing.fake_backend import FakeBackend, FakeSettings
+from protocol.errors import GristmillError
+from protocol.keys import PrivateKey
+
+TOKENS = 40
+"""Of one answer."""
+PAUSE_S = 0.05
+"""After a failure, before the next try."""
+
+
+def say(**event: Any) -> None:
+    os.write(1, json.dumps(event).encode() + b"\n")
+
+
+async def until_sigterm() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            return
+
+
+def key(config: Config, name: str) -> PrivateKey:
+    password = read_private(config.keys_dir / "password", 1024).removesuffix(b"\n")
+    return Keystore(config.keys_dir, scrypt_n=config.keys.scrypt_n).load(name, password)
+
+
+async def worker(config: Config, began: float) -> None:
+    backend = FakeBackend(FakeSettings(tokens=TOKENS, seconds_per_token=0.002))
+    async with open_worker(config, key(config, "worker"), backend=backend) as running:
+        say(event="ready", ms=int((time.monotonic() - began) * 1000), records=running.worker.ledger.head.seq)
+        await until_sigterm()
+        await running.worker.drain(5)
+
+
+async def client(config: Config, began: float, addresses: list[str], streams: int) -> None:
+    async with Client.connect(config, workers=addresses, wait_s=20) as node, trio.open_nursery() as nursery:
+        say(event="ready", ms=int((time.monotonic() - began) * 1000), records=node.book.ledger.head.seq)
+        for number in range(streams):
+            nursery.start_soon(_ask_for_ever, node, addresses, number)
+        await until_sigterm()
+        nursery.cancel_scope.cancel()
+
+
+async def _ask_for_ever(node: Client, addresses: list[str], number: int) -> None:
+    for n in range(1_000_000):
+        try:
+            async with node.chat("fake", [{"role": "user", "content": f"{os.getpid()} {number} {n}"}]) as stream:
+                await stream.text()
+            receipt = stream.receipt
+            if receipt is not None:
+                say(event="paid", job=str(receipt.job_id), sequence=receipt.sequence, cost=receipt.cost)
+        except (NodeError, GristmillError) as error:
+            say(event="failed", code=getattr(error, "code", type(error).__name__), message=str(error)[:200])
+            if node.book.ledger.failure is not None:
+                raise
+            await trio.sleep(PAUSE_S)
+            await _meet_again(node, addresses)
+
+
+async def _meet_again(node: Client, addresses: list[str]) -> None:
+    node.history.clear()  # there is nobody else to ask
+    for address in addresses:
+        try:
+            with trio.fail_after(5):
+                await node.meet(address)
+        except (NodeError, GristmillError, trio.TooSlowError):
+            pass
+
+
+def live(argv: list[str], began: float) -> None:
+    """One node, until SIGTERM or an error."""
+    parser = argparse.ArgumentParser(prog="market_process", description=__doc__.split("\n")[0])
+    parser.add_argument("role", choices=["worker", "client"])
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--worker", action="append", default=[], metavar="MULTIADDR")
+    parser.add_argument("--streams", type=int, default=3, help="jobs at once")
+    parser.add_argument("--speak-first", action="store_true", help="the planted bug: nobody waits for the journal")
+    given = parser.parse_args(argv)
+    if given.speak_first:
+        _speak_first()
+    config = load({"data_dir": given.data_dir, **dict(one.split("=", 1) for one in given.set)})
+    try:
+        if given.role == "worker":
+            trio.run(worker, config, began)
+        else:
+            trio.run(partial(client, config, began, given.worker, given.streams))
+    except BaseException as error:
+        one = blame(error)  # as the commands choose it
+        if not isinstance(one, NodeError):
+            raise
+        say(event="ended", code=one.code, message=one.message)
+        raise SystemExit(one.exit_status) from None
+
+
+def _speak_first() -> None:
+    commit = Writer._commit
+
+    async def append(self: Ledger, entries: Sequence[Entry], *, also: Work[object] | None = None) -> tuple[Record, ...]:
+        self._submit(self._appending(entries, also))
+        return ()
+
+    def late(self: Writer, group: Any) -> None:
+        time.sleep(0.3)
+        commit(self, group)
+
+    Ledger.append, Writer._commit = append, late  # type: ignore[method-assign]
+
+
+def serve() -> None:
+    for name in ("node.network.host", "node.client.connect", "node.chain.client"):  # what each start would import
+        importlib.import_module(name)
+    running: set[int] = set()
+    buffer = b""
+    while True:
+        for pid in tuple(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.discard(pid)
+                say(pid=pid, status=os.waitstatus_to_exitcode(status))
+        if not select.select([0], [], [], 0.01)[0]:
+            continue
+        more = os.read(0, 65536)
+        if not more:
+            break
+        buffer += more
+        *lines, buffer = buffer.split(b"\n")
+        for line in lines:
+            start = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                _become(start)
+            running.add(pid)
+            say(pid=pid)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _become(start: dict[str, Any]) -> NoReturn:
+    began, status = time.monotonic(), 1
+    try:
+        out = os.open(start["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(out, 1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(start["env"])
+        faults._armed = faults.Fault.from_environment(os.environ)
+        live(start["argv"], began)
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        live(sys.argv[1:], time.monotonic())
+
+
+if __name__ == "__main__":
+    main()
