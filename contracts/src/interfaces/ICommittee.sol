@@ -26,7 +26,8 @@ interface ICommittee is IResolver {
     /// @param seatBond Behind each ticket, at least ten units.
     /// @param seats Seats of a case, on average.
     /// @param quorum Reveals below which a case stays silent.
-    /// @param commitWindow Seconds from `begin` in which seats commit; the wait for the seed is part of it.
+    /// @param commitWindow Seconds from `begin` in which seats commit. The wait for the seed is part of it: SEED_DELAY blocks,
+    /// which on a slow chain are longer than the least window. What is left must be enough to run a job again.
     /// @param revealWindow Seconds after that in which they reveal.
     /// @param leaveDelay Seconds between `resign` and `withdrawBond`: both windows and a week for `forfeit`, at least.
     struct Parameters {

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from node.testing.devnet.evm_chain import (
     CHAIN_ID,
@@ -29,6 +29,7 @@ from node.testing.devnet.evm_chain import (
 from node.testing.devnet.keys import FUNDED_KEYS, FUNDED_WEI
 from protocol.ids import Address
 
+T = TypeVar("T")
 MAX_BODY: Final = 8 << 20
 _CLIENT: Final = "gristmill-embedded (py-evm, simulated chain)"
 
@@ -79,8 +80,8 @@ class Methods:
             "eth_getBalance": lambda a, tag="latest": hex(self._state(tag).get_balance(_bytes(a, 20))),
             "eth_getTransactionCount": lambda a, tag="latest": hex(self._state(tag).get_nonce(_bytes(a, 20))),
             "eth_getCode": lambda a, tag="latest": "0x" + self._state(tag).get_code(_bytes(a, 20)).hex(),
-            "eth_call": lambda call, tag="latest": "0x" + self._simulate(call, tag)[0].hex(),
-            "eth_estimateGas": lambda call, tag="latest": hex(self._simulate(call, tag)[1]),
+            "eth_call": lambda call, tag="latest": "0x" + self._simulate(chain.call, call, tag)[0].hex(),
+            "eth_estimateGas": lambda call, tag="latest": hex(self._simulate(chain.estimate, call, tag)),
             "eth_sendRawTransaction": self._send_raw,
             "eth_getTransactionByHash": lambda h: self._transaction(chain.txs.get(_bytes(h, 32))),
             "eth_getTransactionReceipt": lambda h: self._receipt(chain.txs.get(_bytes(h, 32))),
@@ -146,7 +147,7 @@ class Methods:
             "transactions": ["0x" + tx.hash.hex() for tx in self._chain.block_txs[number]],
         }
 
-    def _simulate(self, call: Any, tag: Any) -> tuple[bytes, int]:
+    def _simulate(self, how: Callable[[Call, int | None], T], call: Any, tag: Any) -> T:
         if not isinstance(call, dict):
             raise _Failure(-32602, "a call is an object")
         request = Call(
@@ -160,7 +161,7 @@ class Methods:
         if number is None:
             raise _Failure(-32000, "unknown block")
         try:
-            return self._chain.call(request, None if number == self._chain.head.block_number else number)
+            return how(request, None if number == self._chain.head.block_number else number)
         except CallFailed as error:
             if error.data is None:
                 raise _Failure(-32000, str(error)) from error
