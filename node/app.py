@@ -12,11 +12,14 @@ import trio
 
 import node
 from node.chains import Chains
-from node.config import DEFAULT, Config
+from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
 from node.ports import Backend
 from node.wiring import now_ms, open_chains, open_journal, token_of
 from node.worker.accepted import Accepted
+from node.worker.batch_quotes import QuoteRules
+from node.worker.batch_run import RunSettings
+from node.worker.batch_service import BatchSettings
 from node.worker.claims import ClaimPolicy
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
@@ -49,6 +52,8 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
             price=Price(request=given.price_request, input=given.price_input, output=given.price_output),
             min_allocation=given.claim_min,
             credit_limit=given.global_credit,
+            min_job=given.batch_min,
+            max_penalty=given.batch_penalty,
         )
     token = config.tokens[name]
     return Accepted(
@@ -57,6 +62,20 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
         price=Price(request=token.price_request, input=token.price_input, output=token.price_output),
         min_allocation=token.claim_min,
         credit_limit=token.global_credit,
+        min_job=token.batch_min,
+        max_penalty=token.batch_penalty,
+    )
+
+
+def batch_settings(config: Config, chains: Chains) -> BatchSettings:
+    """What the operator says about batch jobs."""
+    given = config.worker
+    named = {Address(name) for name in given.batch_resolvers if name != COMMITTEE}
+    if COMMITTEE in given.batch_resolvers:
+        named |= {chain.jobs.committee for chain in chains if chain.jobs is not None}
+    return BatchSettings(
+        quotes=QuoteRules(resolvers=frozenset(named | {ZERO_ADDRESS}), max_jobs=given.batch_jobs),
+        run=RunSettings(streams=given.batch_streams),
     )
 
 
@@ -96,6 +115,7 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
         tick_ms=given.tick_ms,
         credit_ticks=given.credit_ticks,
         min_withdraw_delay=given.min_withdraw_delay_s,
+        batch=batch_settings(config, chains),
         polls_ms={chains.named(name).domain: max(config.chain_named(name).poll_ms, 100) for name in chains.names},
         version=node.__version__,
     )

@@ -60,8 +60,16 @@ DELAY_MAX: Final = 30 * 24 * 3600
 
 DEFAULT: Final = "default"
 """What `[chain]` is called among the chains, and the token of its deployment among the tokens."""
+COMMITTEE: Final = "committee"
+"""What the deployment's committee is called where a resolver is named."""
 _NAME: Final = "[a-z][a-z0-9]{0,15}"
 _name = matching(_NAME, "a name of at most 16 lower-case letters and digits")
+
+
+def _resolver(value: str) -> str:
+    return value if value == COMMITTEE else account(value)
+
+
 _multiaddrs = each(matching(r"/\S+", "a multiaddr such as /ip4/127.0.0.1/tcp/4001"))
 
 
@@ -150,6 +158,20 @@ class TokenConfig:
         unit="smallest unit",
         low=0,
         high=VALUE_MAX,
+    )
+    batch_min: int = setting(
+        0,
+        "Worker: the least that a batch job in this token must be able to bring; 0: no batch jobs in it.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    batch_penalty: int = setting(
+        0,
+        "Worker: the most of the owner's stake in this token that answers for one batch job.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
     )
     allocation: int = setting(
         0,
@@ -291,6 +313,35 @@ class WorkerConfig:
     )
     stall_ms: int = setting(
         10_000, "How long a stream waits for an overdue voucher before it ends unpaid.", unit="ms", low=10, high=600_000
+    )
+    batch_min: int = setting(
+        1_000,
+        "The least that a batch job must be able to bring: what its two or three transactions are worth. 0: no batch jobs.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    batch_penalty: int = setting(
+        0,
+        "The most of the owner's stake that answers for one batch job; clients may ask for that much.",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
+    batch_streams: int = setting(
+        2,
+        "Inputs of batch jobs that are computed at once, in places that no stream uses.",
+        unit="streams",
+        low=1,
+        high=4096,
+    )
+    batch_jobs: int = setting(16, "Batch jobs that are open at once.", unit="jobs", low=1, high=1024)
+    batch_resolvers: tuple[str, ...] = setting(
+        (),
+        "Contracts that may judge disputes about our batch jobs: addresses, or `committee` for that of the deployment. Empty: "
+        "none, and a submission is paid when its window ends.",
+        check=each(_resolver),
+        values="addresses or `committee`",
     )
     payout: str = setting(
         "",

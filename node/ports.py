@@ -183,6 +183,10 @@ class Jobs(Protocol):
     @property
     def domain(self) -> Domain: ...
 
+    @property
+    def committee(self) -> Address:
+        """The deployment's committee, which quotes may name as their resolver; the zero address when it has none."""
+
     async def job(self, job_id: JobId) -> JobOnChain:
         """What begins or ends a job counts when it is confirmed, the rest at once."""
 

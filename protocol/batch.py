@@ -451,7 +451,7 @@ class Step(StrEnum):
     FETCH = "fetch"
     """Client: ask the worker, and verify what is there."""
     ACCEPT = "accept"
-    """Client: sign the acceptance and send it."""
+    """Client: sign the acceptance and send it (again)."""
     VOID = "void"
     """Journal that the quote can never be opened any more."""
 
@@ -535,7 +535,7 @@ def _settles(state: BatchState) -> bool:
 def _plan_client(state: BatchState, now: int, timing: Timing) -> Plan:
     if _settles(state) and state.accepted is not None:  # who has accepted does not take the money back
         ours = state.accepted.at + timing.settle_patience
-        return Plan(Step.SETTLE if now >= ours else None, ours)
+        return Plan(Step.SETTLE if now >= ours else Step.ACCEPT, ours)
     if state.chain is JobState.OPEN:
         if now >= state.quote.deadline:
             return Plan(Step.REFUND, state.quote.deadline)

@@ -60,6 +60,10 @@ class EvmJobs:
     def domain(self) -> Domain:
         return self._domain
 
+    @property
+    def committee(self) -> Address:
+        return self._chain.deployment.committee
+
     # --------------------------------------------------------------------------------------------------------- looking
 
     async def job(self, job_id: JobId) -> JobOnChain:

@@ -10,7 +10,7 @@ from node.ports import DisputeOnChain, JobOnChain, TxResult
 from protocol import escrow
 from protocol.errors import RemoteProtocolError
 from protocol.escrow import Escrow, JobState
-from protocol.ids import Address, Hash32, JobId
+from protocol.ids import ZERO_ADDRESS, Address, Hash32, JobId
 from protocol.keys import recover
 from protocol.typed_data import Acceptance, Domain, Order, Quote, Submission
 
@@ -36,6 +36,10 @@ class MemoryJobs:
     @property
     def domain(self) -> Domain:
         return self._ledger.jobs_domain
+
+    @property
+    def committee(self) -> Address:
+        return ZERO_ADDRESS
 
     # --------------------------------------------------------------------------------------------------------- looking
 

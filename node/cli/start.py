@@ -132,6 +132,7 @@ async def report(worker: Worker) -> dict[str, Any]:
             {"name": watch.name, "chain_id": watch.chain.chain_id, "age_ms": watch.age_ms()}
             for watch in worker.watches.values()
         ],
+        "batch": worker.batch.report() if worker.batch else [],
         "journal_records": worker.ledger.head.seq,
     }
 

@@ -44,6 +44,11 @@ def _asset(one: dict[str, Any]) -> str:
     )
 
 
+def _job(one: dict[str, Any]) -> str:
+    failure = f", given up: {one['failure']}" if one["failure"] else ""
+    return f"batch     {one['job'][:12]}  {one['state']}, {one['done']} of {one['total']} inputs done{failure}"
+
+
 def _text(status: dict[str, Any]) -> str:
     refused = ", ".join(f"{reason} {count}" for reason, count in status["refused"].items()) or "none"
     return "\n".join(
@@ -55,6 +60,7 @@ def _text(status: dict[str, Any]) -> str:
             f"refused   {refused}",
             f"channels  {status['channels']}",
             *(_asset(one) for one in status["assets"]),
+            *(_job(one) for one in status["batch"]),
             *(f"chain     {one['name']} seen {one['age_ms']} ms ago" for one in status["chains"]),
         ]
     )

@@ -100,6 +100,7 @@ async def connect(
                 await trio.sleep(0.1)
                 client.problems = await client.discover()
             nursery.start_soon(_keep_fresh, client)
+            nursery.start_soon(client.jobs.run)
         try:
             yield client
         finally:

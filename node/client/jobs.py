@@ -13,60 +13,59 @@ Rules
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from node.client import job_fetch, job_quotes
+from node.client import job_quotes
 from node.client.job_fetch import Told
 from node.client.job_quotes import JobWish
-from node.errors import ChainError, ConfigError, InsufficientFunds, JobFailed, NodeError, Timeout, WorkerFault
+from node.client.job_steps import JobSteps, Sign
+from node.errors import (
+    ChainError,
+    ConfigError,
+    InsufficientFunds,
+    JobFailed,
+    NetworkError,
+    NodeError,
+    Refused,
+    Timeout,
+    WorkerFault,
+)
 from node.ports import Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
-from node.store.errors import ResultsFull
 from node.store.results import Results
 from protocol.batch import (
-    BatchAccepted,
     BatchCancelled,
     BatchDisputed,
     BatchOrdered,
-    BatchResultChecked,
-    BatchResultRefused,
     BatchState,
-    Step,
     Timing,
     refuses,
 )
-from protocol.errors import InvalidValue, RemoteProtocolError
+from protocol.errors import InvalidValue
 from protocol.escrow import JobState
 from protocol.ids import Hash32, JobId
 from protocol.messages import (
-    AcceptJob,
     ChatMessage,
-    OpenJob,
     Params,
-    QueryJob,
     RequestCancel,
-    amount_to_wire,
     encode,
     quote_to_wire,
 )
 from protocol.selection import Policy
-from protocol.signing import QuotedOrder
-from protocol.typed_data import Acceptance, Domain, Order, Struct
-from protocol.workload import PLACE, BatchSpec, ResultItem, check_result, content_hash, encode_spec, read_result
+from protocol.typed_data import Domain
+from protocol.workload import PLACE, BatchSpec, ResultItem, content_hash, encode_spec, read_result
 
 if TYPE_CHECKING:
     from node.client.client import Client
 
 log = logging.getLogger(__name__)
 LABEL_MOST: Final = 128
-ACCEPT_TRIES: Final = 3
-KEEP_RESULT_MS: Final = 30 * 24 * 3600 * 1000
-"""How long our own copy of a result is kept: a client's disk is its own."""
-Sign = Callable[[Struct | QuotedOrder, Domain], Awaitable[bytes]]
+DELIVERY_S: Final = 10.0
+"""How long `result` waits for an acceptance to reach the worker."""
 
 
 class Job:
@@ -88,7 +87,7 @@ class Job:
     @property
     def told(self) -> Told | None:
         """What the worker last said, in this process."""
-        return self._jobs.told.get(self.job_id)
+        return self._jobs.steps.told.get(self.job_id)
 
     async def status(self) -> BatchState:
         """As the contracts and the worker have it now, as far as they can be asked."""
@@ -128,15 +127,9 @@ class ClientJobs:
         reread_s: float = 5.0,
     ) -> None:
         self._client = client
-        self._network = network
         self._results = results
-        self._sign = sign
-        self._now_ms = now_ms
         self._poll_s = poll_s
         self.book = book
-        self.told: dict[JobId, Told] = {}
-        self.troubles: dict[JobId, str] = {}
-        """Why the last question to a job's worker failed, in words."""
         self._posting = trio.Lock()
         self._vaults = {chain.jobs.domain: chain for chain in client.wallet.chains if chain.jobs}
         self._chains = {
@@ -144,11 +137,13 @@ class ClientJobs:
             for domain, chain in self._vaults.items()
             if chain.jobs
         }
+        self.steps = JobSteps(book=book, network=network, results=results, sign=sign, chain=self._chain, now_ms=now_ms)
         self.keeper = BatchKeeper(
             book=book,
             chains=self._chains,
             timing=timing,
-            act=self._act,
+            act=self.steps.act,
+            first=self.steps.first,
             poll_s=poll_s,
             reread_s=reread_s,
         )
@@ -156,6 +151,19 @@ class ClientJobs:
     async def run(self) -> None:
         """Bring all jobs forward. Raises `LedgerError`."""
         await self.keeper.run()
+
+    async def tend(self) -> list[str]:
+        """One look at every job whose money is not settled, and what is due: for a client that does not stay. Returns what
+        failed, in words. Raises `LedgerError`."""
+        failed = []
+        for state in self.book.running:
+            try:
+                await self.keeper.step(state.job_id)
+            except (NetworkError, Timeout, Refused, WorkerFault) as error:
+                log.info("job %s: %s", state.label, error)  # the worker is not needed for the money
+            except ChainError as error:
+                failed.append(f"job {state.label}: {error}")
+        return failed
 
     def chain_of(self, channels: Domain) -> JobsChain | None:
         """The jobs of the chain with this Channels contract; None when that has none, or is not configured."""
@@ -272,7 +280,7 @@ class ClientJobs:
             state = self.book.jobs[job.job_id]
             if state.chain is not JobState.NONE:
                 return job
-            trouble = self.troubles.get(job.job_id, "")
+            trouble = self.steps.troubles.get(job.job_id, "")
             if state.void:
                 raise JobFailed(
                     f"job {state.label!r} was not opened in time" + (f": {trouble}" if trouble else ""),
@@ -292,18 +300,22 @@ class ClientJobs:
         state = await refresh(self.book, self._chain(self.book.jobs[job_id]).jobs, job_id)
         if state.chain not in (JobState.NONE, JobState.REFUNDED) and state.checked is None:
             try:
-                await self._ask(state)
+                await self.steps.ask(state)
             except NodeError as error:
                 log.info("job %s: %s", state.label, error)
 
     async def result(self, job_id: JobId, timeout_s: float | None) -> tuple[ResultItem, ...]:
         until = float("inf") if timeout_s is None else trio.current_time() + timeout_s
+        patience = float("inf")
         while True:
             state = self.book.jobs[job_id]
-            if state.checked is not None and (state.ended or state.accepted is not None):
+            if state.accepted is not None:  # a moment for the acceptance to arrive, since our caller may go now
+                patience = min(patience, trio.current_time() + DELIVERY_S)
+            sent = job_id in self.steps.delivered or trio.current_time() >= patience
+            if state.checked is not None and (state.ended or (state.accepted is not None and sent)):
                 return self.kept(state)
             if state.void or state.chain is JobState.REFUNDED:
-                told = self.told.get(job_id)
+                told = self.steps.told.get(job_id)
                 why = told.failure if told and told.failure else "nothing was submitted in time"
                 raise JobFailed(f"job {state.label!r} has no result: {why}", hint="its amount is back in the vault")
             if refuses(state):
@@ -315,7 +327,7 @@ class ClientJobs:
                     else "the job names no resolver: it is paid when its window ends",
                 )
             if state.chain is JobState.SETTLED and state.refused is None:
-                await self._fetch(state)
+                await self.steps.fetch(state)
                 continue
             if trio.current_time() >= until:
                 raise Timeout(f"job {state.label!r} is not done after {timeout_s:g} s", hint="it goes on; ask again")
@@ -334,7 +346,7 @@ class ClientJobs:
             raise ConfigError(f"job {state.label!r} has ended", hint=f"gristmill job show {state.label}")
         if not state.cancelled:
             await self.book.change([BatchCancelled(job_id)])
-        await self._ask(state, RequestCancel(job_id=bytes(job_id)))
+        await self.steps.ask(state, RequestCancel(job_id=bytes(job_id)))
 
     async def dispute(self, job_id: JobId, evidence: Hash32) -> None:
         jobs = self._chain(self.book.jobs[job_id]).jobs
@@ -352,99 +364,3 @@ class ClientJobs:
         state = self.book.jobs[job_id]
         if state.chain is not JobState.DISPUTED and not state.ended:
             raise ChainError(f"the contract does not take the dispute of job {state.label!r} now")
-
-    # ------------------------------------------------------------------------------------------------------------ steps
-
-    async def _act(self, state: BatchState, step: Step) -> None:
-        try:
-            match step:
-                case Step.ORDER:
-                    await self._send_order(state)
-                case Step.FETCH:
-                    await self._fetch(state)
-                case Step.ACCEPT:
-                    await self._accept(state)
-            self.troubles.pop(state.job_id, None)
-        except NodeError as error:
-            self.troubles[state.job_id] = str(error)
-            raise
-
-    async def _send_order(self, state: BatchState) -> None:
-        order = await self._sign(QuotedOrder(state.quote, Order(state.job_id)), state.domain)
-        await self._ask(state, OpenJob(job_id=bytes(state.job_id), order=order))
-        # The worker's word is not enough: the contract says whether it is open.
-        await refresh(self.book, self._chain(state).jobs, state.job_id)
-
-    async def _ask(
-        self, state: BatchState, question: OpenJob | QueryJob | RequestCancel | AcceptJob | None = None
-    ) -> Told:
-        told = await job_fetch.ask(self._network, state, question or QueryJob(job_id=bytes(state.job_id)))
-        self.told[state.job_id] = told
-        self.book.nudge()
-        return told
-
-    async def _fetch(self, state: BatchState) -> None:
-        """Ask how far it is; when the result is there, fetch, verify and keep it."""
-        told = await self._ask(state)
-        if state.cancelled and told.result_hash is None:
-            told = await self._ask(state, RequestCancel(job_id=bytes(state.job_id)))
-        if told.result_hash is None:
-            if state.chain is not JobState.OPEN:
-                raise WorkerFault(f"{state.peer} has submitted a result and shows none")
-            return
-        submitted = state.chain is not JobState.OPEN
-        wanted = state.submitted_hash if submitted else told.result_hash
-        if state.refused is not None and state.refused.result_hash == wanted:
-            return
-        if state.checked is not None and state.checked.result_hash == wanted:
-            return
-        raw = await job_fetch.fetch(self._network, state, wanted)
-        claimed = told.claimed if state.chain in (JobState.OPEN, JobState.SETTLED) else state.claimed
-        await self._judge(self.book.jobs[state.job_id], raw, wanted, claimed)
-
-    async def _judge(self, state: BatchState, raw: bytes, wanted: Hash32, claimed: int) -> None:
-        try:
-            cost = await trio.to_thread.run_sync(
-                lambda: check_result(
-                    raw,
-                    quote=state.quote,
-                    terms=state.terms,
-                    result_hash=wanted,
-                    claimed=claimed,
-                    partial=state.cancelled,
-                )
-            )
-        except RemoteProtocolError as error:
-            log.error("job %s: what the worker shows is no result: %s", state.label, error.detail)
-            await self.book.change([BatchResultRefused(state.job_id, wanted, error.detail[:500])])
-            return
-        now = self._now_ms()
-        try:
-            await self._results.put(bytes(wanted), raw, now + KEEP_RESULT_MS, now_ms=now)
-        except ResultsFull as error:
-            raise NodeError(
-                f"there is no room for the result: {error.message}", hint="results are kept for a month"
-            ) from error
-        await self.book.change([BatchResultChecked(state.job_id, wanted, claimed, cost, len(raw))])
-
-    async def _accept(self, state: BatchState) -> None:
-        if state.checked is None:
-            return
-        amount = state.claimed if state.chain is JobState.SUBMITTED else state.quote.amount
-        change = BatchAccepted(state.job_id, state.checked.result_hash, amount, b"", self._chain(state).clock.now)
-        await self.book.change([change])
-        signature = await self._sign(Acceptance(state.job_id, change.result_hash, amount), state.domain)
-        question = AcceptJob(
-            job_id=bytes(state.job_id),
-            result_hash=bytes(change.result_hash),
-            amount=amount_to_wire(amount),
-            signature=signature,
-        )
-        for attempt in range(ACCEPT_TRIES):
-            try:
-                await self._ask(state, question)
-                await refresh(self.book, self._chain(state).jobs, state.job_id)
-                return
-            except NodeError as error:  # the plan has us hand it in ourselves after a while
-                log.info("job %s: the acceptance did not arrive: %s", state.label, error)
-                await trio.sleep(2**attempt)

@@ -33,6 +33,10 @@ PAUSE_MOST_S: Final = 15.0
 Act = Callable[[BatchState, Step], Awaitable[None]]
 
 
+async def nothing(_: BatchState, __: Step) -> None:
+    """Nobody has anything to do first."""
+
+
 class ChainClock:
     """The best guess at chain time: our own clock, or the chain's where that is ahead."""
 
@@ -76,7 +80,7 @@ class _Memory:
 
 
 class BatchKeeper:
-    """`act` does the steps that are no transaction."""
+    """`act` does the steps that are no transaction; `first` is done before each transaction."""
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class BatchKeeper:
         chains: Mapping[Domain, JobsChain],
         timing: Timing,
         act: Act,
+        first: Act = nothing,
         leave: frozenset[Step] = frozenset(),
         poll_s: float = 1.0,
         reread_s: float = 30.0,
@@ -93,6 +98,7 @@ class BatchKeeper:
         self._chains = chains
         self._timing = timing
         self._act = act
+        self._first = first
         self._leave = leave
         self._poll_s = poll_s
         self._reread_s = reread_s
@@ -149,7 +155,8 @@ class BatchKeeper:
             return None if step in self._leave else step
 
         step = planned(state)
-        if step in TRANSACTIONS:
+        if step in TRANSACTIONS and step is not None:
+            await self._first(state, step)
             result = await transact(self._book, chain.jobs, job_id, planned)
             memory.looked = trio.current_time()
             return result is None or result.ok

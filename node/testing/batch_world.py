@@ -370,10 +370,13 @@ class BatchWorld:
     def _accept(self, held: real.BatchState, crash: bool, lost: bool) -> None:
         if held.checked is None:
             raise AssertionError("what was not verified is to be accepted (B4)")
-        amount = held.claimed if held.chain is JobState.SUBMITTED else held.quote.amount
-        change = real.BatchAccepted(self.job_id, held.checked.result_hash, amount, bytes(65), self.now)
-        self.client.note(change)
-        if not crash and not lost and self.worker_lives and self.worker_state is not None:
+        change = held.accepted
+        if change is None:
+            amount = held.claimed if held.chain is JobState.SUBMITTED else held.quote.amount
+            change = real.BatchAccepted(self.job_id, held.checked.result_hash, amount, bytes(65), self.now)
+            self.client.note(change)
+        worker = self.worker_state
+        if not crash and not lost and self.worker_lives and worker is not None and worker.accepted is None:
             try:
                 self.worker.note(change)
             except RemoteProtocolError:

@@ -29,7 +29,7 @@ class Accepted:
     credit_limit: int = 0
     """Most that may be unpaid over all channels in this asset; 0 = no limit."""
     min_job: int = 1
-    """What a batch job must be able to bring; below it the gas of opening, submitting and settling is not worth it."""
+    """What a batch job must be able to bring; below it the gas of opening, submitting and settling is not worth it. 0: none."""
     max_penalty: int = 0
     """The most of the owner's stake that answers for one batch job."""
 

@@ -189,7 +189,7 @@ class Worker:
             assets={
                 (jobs.domain, one.token): BatchAsset(one.price, one.min_job, one.max_penalty)
                 for one in self.accepted
-                if (jobs := self.chains.of(one.domain).jobs) is not None
+                if one.min_job and (jobs := self.chains.of(one.domain).jobs) is not None
             },
             backend=self.server.backend,
             speeds=speeds,

@@ -416,7 +416,7 @@ def test_an_order_journaled_and_never_sent_is_sent_after_the_restart() -> None:
             market.crash(client)
             raise WorkerFault("planted")
 
-        client.jobs._send_order = die  # type: ignore[method-assign]
+        client.jobs.steps._send_order = die  # type: ignore[method-assign]
         with pytest.raises((NodeError, ExceptionGroup)):
             await client.post_job("fake", LINES, id="mine", max_tokens=8, wish=JobWish(open_s=1))
         assert events(market) == []
@@ -524,7 +524,7 @@ def test_a_worker_that_serves_wrong_bytes_at_first_is_asked_again(monkeypatch: p
         with monkeypatch.context() as patch:
             other_bytes(market, worker, patch)
             job = await client.post_job("fake", LINES, max_tokens=8)
-            await until(lambda: "not those of the result" in client.jobs.troubles.get(job.job_id, ""))
+            await until(lambda: "not those of the result" in client.jobs.steps.troubles.get(job.job_id, ""))
         await job.result(20)
         await until(lambda: job.state.ended)
         await clean(market, worker, client)

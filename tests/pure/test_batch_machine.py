@@ -470,7 +470,7 @@ PLANTED: dict[str, tuple[str, str]] = {
         "due = state.outcome is not Outcome.NONE or now >= state.resolve_by",
         "due = state.outcome is not Outcome.NONE",
     ),
-    "B7 the client keeps an acceptance to itself": ("Plan(Step.SETTLE if now >= ours else None, ours)", "Plan(None, ours)"),
+    "B7 the client keeps an acceptance to itself": ("Plan(Step.SETTLE if now >= ours else Step.ACCEPT, ", "Plan(None, "),
     "B7 a challenge is not sent": ("Plan(Step.DISPUTE if now < state.window_end else None, last)", "Plan(None, last)"),
     "B8 computing before the money is locked": ("Step.OPEN if state.role is", "Step.RUN if state.role is"),
     "B9 void while it can be opened": ("if change.head < state.quote.valid_before:  # B9", "if False:"),
