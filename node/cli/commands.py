@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "stake": "Put money behind this owner's workers, or show what is there.",
     "unstake": "Take a stake home, after its delay.",
     "chat": "Chat with a model: the answer on stdout, usage and cost on stderr.",
+    "job": "Batch jobs in escrow: post a file of inputs, follow it, get the verified result.",
     "offers": "What workers sell now, and why one would be chosen.",
     "deposit": "Put tokens into the vault.",
     "withdraw": "Take tokens out of the vault.",

@@ -1,4 +1,4 @@
-"""Kinds of arguments: addresses, amounts. What does not parse is a usage error, told before anything happens."""
+"""Kinds of arguments: addresses, amounts, durations. What does not parse is a usage error, told before anything happens."""
 
 from __future__ import annotations
 
@@ -37,5 +37,19 @@ class AmountType(click.ParamType):
         return int(text)
 
 
+class DurationType(click.ParamType):
+    """Seconds, or a number with a unit: ``90``, ``15m``, ``1h``, ``2d``."""
+
+    name = "duration"
+    UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d{1,9})([smhd]?)", str(value), re.ASCII)
+        if found is None:
+            self.fail(f"{str(value)[:60]!r} is no duration such as 90, 15m, 1h or 2d", param, ctx)
+        return int(found[1]) * self.UNITS[found[2]]
+
+
 ADDRESS = AddressType()
 AMOUNT = AmountType()
+DURATION = DurationType()

@@ -33,7 +33,7 @@ from node.errors import (
     Timeout,
     WorkerFault,
 )
-from node.ports import Network
+from node.ports import Chain, Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
 from node.store.results import Results
@@ -169,6 +169,15 @@ class ClientJobs:
         """The jobs of the chain with this Channels contract; None when that has none, or is not configured."""
         chain = self._client.wallet.chains.get(channels)
         return self._chains.get(chain.jobs.domain) if chain is not None and chain.jobs is not None else None
+
+    def vault_of(self, state: BatchState) -> Chain | None:
+        """The chain that a job is on; None when it is not configured."""
+        return self._vaults.get(state.domain)
+
+    async def bond(self, job_id: JobId) -> int:
+        """What a dispute of this job locks. Raises `ChainError`."""
+        state = self.book.jobs[job_id]
+        return await self._chain(state).jobs.dispute_bond(state.quote)
 
     def _chain(self, state: BatchState) -> JobsChain:
         """Raises `ChainError`."""
@@ -349,10 +358,9 @@ class ClientJobs:
         await self.steps.ask(state, RequestCancel(job_id=bytes(job_id)))
 
     async def dispute(self, job_id: JobId, evidence: Hash32) -> None:
-        jobs = self._chain(self.book.jobs[job_id]).jobs
-        state = await refresh(self.book, jobs, job_id)
+        state = await refresh(self.book, self._chain(self.book.jobs[job_id]).jobs, job_id)
         if state.evidence is None:
-            bond = await jobs.dispute_bond(state.quote)
+            bond = await self.bond(job_id)
             held = await self._vaults[state.domain].vault_balance(state.quote.token, state.quote.client)
             if held < bond:
                 raise InsufficientFunds(
