@@ -25,6 +25,8 @@ async def shower(client: Client, state: BatchState) -> Callable[[int], str]:
 
 def data_of(client: Client, job: Job) -> dict[str, Any]:
     """For `--json`. Amounts are decimal strings in the token's smallest unit."""
+    from protocol.ids import ModelId
+
     state, told = job.state, job.told
     quote, chain = state.quote, client.jobs.vault_of(state)
     data: dict[str, Any] = {
@@ -32,12 +34,12 @@ def data_of(client: Client, job: Job) -> dict[str, Any]:
         "job": state.job_id,
         "status": status_of(state),
         "chain": client.wallet.chains.name(chain.domain) if chain else f"chain {state.domain.chain_id}",
-        "contract": state.domain.verifying_contract,
+        "contract": str(state.domain.verifying_contract),
         "worker": state.peer,
-        "model": str(state.model_id),
+        "model": str(ModelId(state.model_id)),
         "inputs": len(state.terms.input_tokens),
         "done": told.done if told else None,
-        "token": quote.token,
+        "token": str(quote.token),
         "amount": str(quote.amount),
         "claimed": str(state.claimed) if state.window_end else None,
         "paid": str(state.paid) if state.chain.name == "SETTLED" else None,
@@ -45,7 +47,7 @@ def data_of(client: Client, job: Job) -> dict[str, Any]:
         "deadline": quote.deadline,
         "window": quote.window,
         "window_end": state.window_end or None,
-        "resolver": quote.resolver if any(quote.resolver) else None,
+        "resolver": str(quote.resolver) if any(quote.resolver) else None,
         "spec_hash": quote.spec_hash,
         "result_hash": state.checked.result_hash if state.checked else None,
         "cancelled": state.cancelled,
