@@ -25,7 +25,7 @@ from node.errors import ConfigError
 from node.settings import PARSERS
 from node.worker.accepted import Accepted
 from protocol.claiming import COIN, ClaimTerms
-from protocol.ids import Address
+from protocol.ids import ZERO_ADDRESS, Address
 from protocol.messages import decode_value, encode
 from protocol.offers import OFFER_TTL_MAX_MS, Asset, ModelOffer, OfferDocument, Payment
 from protocol.pricing import Price
@@ -138,6 +138,11 @@ def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]
         claim_at_loss = true
         coin_value = 3000000000
         min_withdraw_delay_s = 901
+        batch_min = 31
+        batch_penalty = 32
+        batch_streams = 3
+        batch_jobs = 5
+        batch_resolvers = ["committee", "0x0000000000000000000000000000000000000033"]
         global_credit = 7
         [client]
         pay_with = ["theirs", "coin"]
@@ -155,6 +160,8 @@ def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]
         [tokens.theirs]
         chain = "two"
         price_output = 12
+        batch_min = 34
+        batch_penalty = 35
         claim_min = 13
         coin_value = 17
         global_credit = 14
@@ -167,10 +174,13 @@ def test_the_amounts_of_each_token_reach_both_sides(world: Callable[..., Config]
     one, two = chains.first.domain, chains.named("two").domain
     token = chains.named("two").token
     assert settings.accepts == (
-        Accepted(one, native, Price(1, 2, 3), 4, 8),
-        Accepted(one, chains.first.token, Price(0, 100_000, 5), 6, 7),
-        Accepted(two, token, Price(0, 0, 12), 13, 14),
+        Accepted(one, native, Price(1, 2, 3), 4, 8, min_job=0),
+        Accepted(one, chains.first.token, Price(0, 100_000, 5), 6, 7, 31, 32),
+        Accepted(two, token, Price(0, 0, 12), 13, 14, 34, 35),
     )
+    batch = settings.batch
+    assert batch is not None and (batch.run.streams, batch.quotes.max_jobs) == (3, 5)
+    assert batch.quotes.resolvers == {ZERO_ADDRESS, Address(bytes(19) + b"\x33")}  # this deployment has no committee
     assert settings.claims.own == {
         Asset.of(one, native): ClaimTerms(4, COIN, 300, True),  # the coin is worth itself
         Asset.of(one, chains.first.token): ClaimTerms(6, 3_000_000_000, 300, True),
@@ -220,6 +230,7 @@ def other_value(name: str, salt: int) -> Any:
         "p2p.listen": (f"/ip4/127.0.0.1/tcp/{salt + 1}",),
         "p2p.bootstrap": (f"/ip4/127.0.0.1/tcp/{salt + 1}/p2p/x",),
         "worker.payout": f"0x{salt + 1:040x}",
+        "worker.batch_resolvers": (f"0x{salt + 1:040x}", "committee"),
         "engine.device": f"cuda:{salt}",
         "engine.dtype": ("float32", "bfloat16", "float16", "float32")[salt],
         "keys.scrypt_n": 1 << (12 + salt),
