@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from node.testing.attacker import abi, invariants
 from node.testing.attacker.crowd import CROWD, GUARD, JURORS, MALLORY, NAMES, OWNERS, PAYOUT, WORKERS, Voices
@@ -37,6 +37,13 @@ PURSE = 10**9
 TOKEN_ERRORS = ("ERC20", "ERC2612", "ERC3009", "ECDSA")
 STARVED = frozenset({"", "Halt", "Disputes_NotEnoughGas", "FailedCall"})
 """How a call may end when its sender gave it too little gas."""
+
+
+ROLE_CALLS: Final[dict[str, Callable[[set[Address], set[Address]], set[Address]]]] = {
+    "Vault.grantRole": set.union,
+    "Vault.revokeRole": set.difference,
+}
+"""What a call about GUARDIAN, the only role that is attacked, does to those who hold it."""
 
 
 class Step(NamedTuple):
@@ -318,6 +325,8 @@ class Judge:
         self.count += 1
         if logs is not None:
             before, self.state = self.state, after
+            if call in ROLE_CALLS:  # here and not in `guard`: a replay makes the call too
+                self.guardians = ROLE_CALLS[call](self.guardians, {args[1]})
             self._look(before, sender, call, consent)
         elif self.count % 16 == 0:
             changed = {kind for kind, _ in self.numbers.read()} - {"locked stake"}  # which time alone changes
@@ -365,10 +374,10 @@ class Judge:
     def guard(self, yes: bool) -> None:
         """The admin makes the guard a guardian, or takes it back."""
         function = "grantRole" if yes else "revokeRole"
-        guards = self.state.guardians | {GUARD} if yes else self.state.guardians - {GUARD}
+        change = ROLE_CALLS[f"Vault.{function}"]
         role = (keccak256(b"GUARDIAN"), GUARD)
-        self.step(self.world.admin, f"Vault.{function}", role, lambda s: replace(s, guardians=guards))
-        self.guardians = set(guards)
+        model = lambda s: replace(s, guardians=frozenset(change(set(s.guardians), {GUARD})))  # noqa: E731
+        self.step(self.world.admin, f"Vault.{function}", role, model)
 
 
 def named(value: Any) -> str:
