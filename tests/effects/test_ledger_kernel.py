@@ -11,7 +11,6 @@ import random
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,19 +30,6 @@ def test_a_file_that_may_not_grow_stops_the_writer(tmp_path: Path) -> None:
     assert went_on(lines) == []  # although the space is back after the first failure
     assert len(acks) + sum(line.startswith("failed") for line in lines) == 600
     assert lost(acks, found(path)) == {}
-
-
-def mounted(kind: str) -> str:
-    """Why this machine cannot mount such a thing, or ""."""
-    if os.geteuid() != 0:
-        return "only root may mount a file system"
-    if kind == "ext4" and shutil.which("mkfs.ext4") is None:
-        return "mkfs.ext4 is not installed"
-    try:
-        with tempfile.TemporaryDirectory() as name, mount(kind, Path(name), 4):
-            return ""
-    except subprocess.CalledProcessError as error:
-        return f"{kind} cannot be mounted here: {error.stderr.decode().strip()}"
 
 
 @contextmanager
@@ -70,28 +56,49 @@ def run(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True)
 
 
-NO_TMPFS, NO_EXT4 = mounted("tmpfs"), mounted("ext4")
+def disk(kind: str, folder: Path, megabytes: int) -> Iterator[Path]:
+    """Such a file system, or a skip that says why not."""
+    if os.geteuid() != 0:
+        pytest.skip(f"only root may mount {kind}")
+    for tool in ("mount", *(["mkfs.ext4"] if kind == "ext4" else [])):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    mounting = mount(kind, folder, megabytes)
+    try:
+        where = mounting.__enter__()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"{kind} cannot be mounted here: {error.stderr.decode().strip()}")
+    yield where
+    mounting.__exit__(None, None, None)
 
 
-@pytest.mark.skipif(bool(NO_TMPFS), reason=NO_TMPFS)
-def test_a_full_disk_of_one_megabyte(tmp_path: Path) -> None:
-    with mount("tmpfs", tmp_path, 1) as disk:
-        path, fence = disk / "data" / "journal.sqlite", tmp_path / "fence" / "fence.json"
-        lines = finish(start(path, "--rounds", "600", "--pad", "2000", "--fence", str(fence)))
-        acks = acknowledged(lines)
-        assert len(acks) > 20
-        assert went_on(lines) == []
-        (disk / "filler").write_bytes(b"")
-        try:
-            with (disk / "filler").open("wb", buffering=0) as filler:
-                while True:
-                    filler.write(bytes(4096))
-        except OSError:
-            pass
-        refused = finish(start(path, "--fence", str(fence)))  # a start on the full disk says so, and harms nothing
-        assert refused[0] in ("refused journal_failed", f"ready {max(acks)} 2")
-        run("mount", "-o", "remount,size=16m", str(disk))
-        assert lost(acks, found(path, fence)) == {}
+@pytest.fixture
+def megabyte(tmp_path: Path) -> Iterator[Path]:
+    yield from disk("tmpfs", tmp_path, 1)
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[Path]:
+    yield from disk("ext4", tmp_path, 48)
+
+
+def test_a_full_disk_of_one_megabyte(megabyte: Path, tmp_path: Path) -> None:
+    path, fence = megabyte / "data" / "journal.sqlite", tmp_path / "fence" / "fence.json"
+    lines = finish(start(path, "--rounds", "600", "--pad", "2000", "--fence", str(fence)))
+    acks = acknowledged(lines)
+    assert len(acks) > 20
+    assert went_on(lines) == []
+    (megabyte / "filler").write_bytes(b"")
+    try:
+        with (megabyte / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+    except OSError:
+        pass
+    refused = finish(start(path, "--fence", str(fence)))  # a start on the full megabyte says so, and harms nothing
+    assert refused[0] in ("refused journal_failed", f"ready {max(acks)} 2")
+    run("mount", "-o", "remount,size=16m", str(megabyte))
+    assert lost(acks, found(path, fence)) == {}
 
 
 SHUTDOWN, NO_FLUSH = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN, EXT4_GOING_FLAGS_NOLOGFLUSH (Linux, fs/ext4/ext4.h)
@@ -121,30 +128,26 @@ def shut_down(disk: Path, path: Path, rng: random.Random, *options: str) -> tupl
         return before + after, {}, error.code
 
 
-@pytest.mark.skipif(bool(NO_EXT4), reason=NO_EXT4)
-def test_20_shutdowns_of_a_file_system_lose_nothing(tmp_path: Path) -> None:
+def test_20_shutdowns_of_a_file_system_lose_nothing(ext4: Path) -> None:
     rng = random.Random(5)
-    with mount("ext4", tmp_path, 48) as disk:
-        path = disk / "data" / "journal.sqlite"
-        acks: dict[int, str] = {}
-        for _ in range(20):
-            lines, hashes, refusal = shut_down(disk, path, rng)
-            assert went_on(lines) == []
-            acks |= acknowledged(lines)
-            assert refusal == ""
-            assert lost(acks, hashes) == {}
+    path = ext4 / "data" / "journal.sqlite"
+    acks: dict[int, str] = {}
+    for _ in range(20):
+        lines, hashes, refusal = shut_down(ext4, path, rng)
+        assert went_on(lines) == []
+        acks |= acknowledged(lines)
+        assert refusal == ""
+        assert lost(acks, hashes) == {}
     assert len(acks) > 200
 
 
-@pytest.mark.skipif(bool(NO_EXT4), reason=NO_EXT4)
-def test_with_synchronous_normal_a_shutdown_loses_records(tmp_path: Path) -> None:
+def test_with_synchronous_normal_a_shutdown_loses_records(ext4: Path) -> None:
     rng = random.Random(6)
-    with mount("ext4", tmp_path, 48) as disk:
-        gone: dict[int, str] = {}
-        for n in range(3):
-            lines, hashes, _ = shut_down(disk, disk / f"data{n}" / "journal.sqlite", rng, "--normal")
-            gone |= lost(acknowledged(lines), hashes)
-            (disk / "state" / "fence.json").unlink(missing_ok=True)
+    gone: dict[int, str] = {}
+    for n in range(3):
+        lines, hashes, _ = shut_down(ext4, ext4 / f"data{n}" / "journal.sqlite", rng, "--normal")
+        gone |= lost(acknowledged(lines), hashes)
+        (ext4 / "state" / "fence.json").unlink(missing_ok=True)
     assert gone, "the test cannot see what it is for"
 
 
