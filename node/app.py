@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import trio
 
 import node
+from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
 from node.ports import Backend
-from node.wiring import now_ms, open_chains, open_journal, token_of
+from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
 from node.worker.batch_run import RunSettings
@@ -26,8 +27,8 @@ from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.claiming import COIN, ClaimTerms
 from protocol.ids import ZERO_ADDRESS, Address
-from protocol.keys import PrivateKey
 from protocol.pricing import Price
+from protocol.signing import KeyRole
 
 Say = Callable[[str], None]
 SWITCH_SECONDS = 0.00005
@@ -146,25 +147,26 @@ def _engine(config: Config) -> AbstractAsyncContextManager[Backend]:
 
 @asynccontextmanager
 async def open_worker(
-    config: Config, key: PrivateKey, *, say: Say = lambda _: None, backend: Backend | None = None
+    config: Config, key: Key, *, say: Say = lambda _: None, backend: Backend | None = None
 ) -> AsyncIterator[Running]:
     """A worker that serves for the length of the block. `say` hears what is going on, in words.
 
     `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
 
-    Raises `ConfigError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that cannot be right does not start.
+    Raises `ConfigError`, `KeyError_`, `SignerError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that
+    cannot be right does not start.
     """
     from node.network.host import open_host
 
     engine = _engine(config) if backend is None else nullcontext(backend)
     async with AsyncExitStack() as stack:
-        ledger = open_journal(config, "worker", key)
-        stack.callback(ledger.close)
-        chains = await stack.enter_async_context(open_chains(config, key, ledger))
+        books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
+        hot, ledger = books.signers[KeyRole.WORKER], books.ledger
+        chains = await stack.enter_async_context(open_chains(config, hot, ledger))
         for chain in chains:
             say(f"chain {chain.chain_id}, contracts checked")
         network = await stack.enter_async_context(
-            open_host(key, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
+            open_host(hot, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
         backend = await stack.enter_async_context(engine)
         speeds = await self_test(backend)
@@ -173,11 +175,12 @@ async def open_worker(
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
         payout = Address(config.worker.payout) if config.worker.payout else None
         for name in chains.names:
-            notice = await payout_notice(chains.named(name), key.address, payout)
+            notice = await payout_notice(chains.named(name), hot.address, payout)
             if notice:
                 say(notice if len(chains) == 1 else f"{notice} (chain {name})")
         worker = Worker(
-            key=key,
+            key=hot,
+            book=books.book,
             network=network,
             chains=chains,
             ledger=ledger,

@@ -110,6 +110,13 @@ class ChainConfig:
         high=CONFIRMATIONS_MAX,
     )
     poll_ms: int = setting(200, "How often the head is asked for.", unit="ms", low=5, high=60_000)
+    day_fees: int = setting(
+        0,
+        "Most that our transactions on this chain may cost on one day (UTC); the signer refuses more. 0 means no limit.",
+        unit="wei",
+        low=0,
+        high=AMOUNT_MAX,
+    )
     tx_timeout_s: int = setting(
         120, "How long a transaction may wait for its receipt before it is an error.", unit="s", low=1, high=86_400
     )
@@ -369,6 +376,14 @@ class ClientConfig:
         low=1,
         high=AMOUNT_MAX,
     )
+    day_limit: int = setting(
+        100,
+        "Of each token, how much may be locked, and how much may be paid, on one day (UTC): so many times its allocation. The "
+        "signer refuses more. 0 means no limit.",
+        unit="allocations",
+        low=0,
+        high=1_000_000,
+    )
     withdraw_delay_s: int = setting(3600, "Withdraw delay of our channels.", unit="s", low=DELAY_MIN, high=DELAY_MAX)
     max_cost: int = setting(
         0, "Most that one job may cost; 0 means no limit.", unit="smallest unit", low=0, high=AMOUNT_MAX
@@ -440,6 +455,12 @@ class KeysConfig:
         low=1 << 12,
         high=1 << 18,
         check=power_of_two,
+    )
+    signer: str = setting(
+        "process",
+        "Where the keys are: `process`, in a process of their own, or `inline`, in the node's. Policy and memory are the same.",
+        check=one_of("process", "inline"),
+        values="process, inline",
     )
     password_file: Path | None = setting(
         None,
@@ -532,6 +553,10 @@ class Config:
     def devnet_state(self) -> Path:
         """What `devnet up` writes and `devnet down` removes."""
         return self.data_dir / "devnet" / "state.json"
+
+    def signer_table(self, role: str) -> Path:
+        """What the signer of a role has signed; the name is the journal's."""
+        return self.data_dir / "signer" / f"{role}.sqlite"
 
     def journal(self, role: str) -> Path:
         """The journal of a role: `worker`, `client`, `owner` or `deployer`."""

@@ -46,6 +46,12 @@ class SignerError(NodeError):
     exit_status = 4
 
 
+class SignerLocked(SignerError):
+    """Another process has these keys open: one key, one signer."""
+
+    code = "signer_locked"
+
+
 class SignerFailed(SignerError):
     """The signer is gone or cannot record what it signs. Nothing more is signed until the next start."""
 

@@ -173,6 +173,19 @@ def parse(data: bytes, where: str) -> _File:
 
 def decrypt(document: _File, password: bytes, where: str) -> PrivateKey:
     """Open a parsed file. Raises KeyError_, quickly when its parameters are out of bounds."""
+    derived = check(document, password, where)
+    crypto = document.crypto
+    try:
+        key = PrivateKey(_aes(derived[:16], _bytes(crypto.cipherparams.iv), _bytes(crypto.ciphertext)))
+    except InvalidValue:
+        raise KeyError_(f"{where} holds no valid key") from None
+    if document.address and document.address.lower().removeprefix("0x") != key.address.hex():
+        raise KeyError_(f"{where} states another address than its key has; it was changed by hand or damaged")
+    return key
+
+
+def check(document: _File, password: bytes, where: str) -> bytes:
+    """Whether the password is the right one, without opening the key: what was derived from it. Raises as `decrypt` does."""
     crypto = document.crypto
     if crypto.cipher != "aes-128-ctr":
         raise KeyError_(f"{where}: the cipher must be aes-128-ctr")
@@ -184,13 +197,7 @@ def decrypt(document: _File, password: bytes, where: str) -> PrivateKey:
             f"wrong password for {where}",
             hint="give the right one with --password-file, --password-fd or at the prompt; nobody can restore a lost one",
         )
-    try:
-        key = PrivateKey(_aes(derived[:16], _bytes(crypto.cipherparams.iv), ciphertext))
-    except InvalidValue:
-        raise KeyError_(f"{where} holds no valid key") from None
-    if document.address and document.address.lower().removeprefix("0x") != key.address.hex():
-        raise KeyError_(f"{where} states another address than its key has; it was changed by hand or damaged")
-    return key
+    return derived
 
 
 def _derive(kdf: str, given: _KdfParams, password: bytes, where: str) -> bytes:

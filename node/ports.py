@@ -1,7 +1,8 @@
-"""The ports: what the rest of the node may ask of the network, the chain and a model runtime.
+"""The ports: what the rest of the node may ask of the network, the keys, the chain and a model runtime.
 
 A port exists only where a real and a fake implementation exist: `node.network.host` and `node.network.memory`,
-`node.chain.client` and `node.chain.memory`, `node.runtime.backend` and `node.testing.fake_backend`. Everything above works
+`node.chain.client` and `node.chain.memory`, `node.runtime.backend` and `node.testing.fake_backend`, `node.signer.client` and
+`node.signer.bare`. Everything above works
 on these types; `node.app` is the only place where concrete classes meet.
 """
 
@@ -14,6 +15,8 @@ from typing import Any, Final, Protocol
 from protocol.escrow import JobState, Outcome
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
 from protocol.messages import ChatMessage, FinishReason, Params
+from protocol.signing import Signable
+from protocol.transactions import SignedTransaction, Transaction
 from protocol.typed_data import ChannelConfig, Domain, Quote
 
 # ----------------------------------------------------------------------------------------------------------- network
@@ -73,6 +76,46 @@ class Network(Protocol):
         receive: Callable[[bytes], Awaitable[None]],
     ) -> None:
         """`accept` is the gossip validator: what it refuses is not forwarded. It must be fast and never raise."""
+
+
+# ------------------------------------------------------------------------------------------------------------- keys
+
+
+class Identity(Protocol):
+    """The key of a peer, as the network needs it: its secret stays where it is."""
+
+    @property
+    def public_key(self) -> bytes:
+        """Compressed, 33 bytes."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    def sign_identity(self, data: bytes) -> bytes:
+        """Signature of one of libp2p's messages (`protocol.identity`), DER. Not async, because libp2p is not: it may block for
+        a moment. Raises for anything else."""
+
+
+class Signer(Identity, Protocol):
+    """One key behind a policy. What it signs is on record, durable, before anybody holds the signature.
+
+    Raises `node.errors.SignerRefused` when the policy says no, `SignerFailed` when nothing is signed any more.
+    """
+
+    @property
+    def address(self) -> Address: ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is signed any more, or None."""
+
+    async def sign(self, struct: Signable, domain: Domain) -> bytes:
+        """65 bytes r || s || v. Not cancelled half way: a caller would not know what was signed."""
+
+    async def sign_all(self, asked: Sequence[tuple[Signable, Domain]]) -> list[bytes]:
+        """Several at once, for the price of one wait."""
+
+    async def sign_transaction(self, transaction: Transaction) -> SignedTransaction: ...
 
 
 # ------------------------------------------------------------------------------------------------------------- chain

@@ -118,7 +118,10 @@ def _path(raw: object, folder: Path) -> Path:
     text = _text(raw, folder)
     if not text:
         raise ValueError("must be a path, not empty")
-    return (folder / Path(text).expanduser()).absolute()
+    try:
+        return (folder / Path(text).expanduser()).absolute()
+    except RuntimeError:  # ~NAME of somebody whom this machine does not know
+        raise ValueError(f"must be a path, and there is no such home directory: {_shown(raw)}") from None
 
 
 def _path_or_none(raw: object, folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a worker and a client open alike: journal, chain, clocks, entropy.
+"""What a worker and a client open alike: journal, chains, clocks, entropy. Their keys: `node.books`.
 
 The layer between the adapters and the roles: the only code besides `node.app` and `node.client.connect` that names concrete
 classes.
@@ -17,7 +17,8 @@ import msgspec
 from node.chains import Chains
 from node.config import DEFAULT, Config
 from node.errors import ConfigError
-from node.ports import Chain
+from node.ports import Chain, Signer
+from node.signer.bare import Bare
 from node.store.faults import fault_point
 from node.store.fence import Fence
 from node.store.ledger import Entry, Ledger
@@ -46,15 +47,13 @@ def random32() -> bytes:
     return os.urandom(32)
 
 
-def open_journal(config: Config, role: str, key: PrivateKey) -> Ledger:
+def open_journal(config: Config, role: str, account: Address) -> Ledger:
     """The journal of a role, bound to the account whose money it holds, and behind its fence. Raises `LedgerError`."""
-    return Ledger.open(
-        config.journal(role), chain_tag=bytes(key.address), fence=Fence(config.fence(role, str(key.address)))
-    )
+    return Ledger.open(config.journal(role), chain_tag=bytes(account), fence=Fence(config.fence(role, str(account))))
 
 
 @asynccontextmanager
-async def open_chains(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncIterator[Chains]:
+async def open_chains(config: Config, key: Signer, ledger: Ledger) -> AsyncIterator[Chains]:
     """Every configured chain, as `open_chain` opens one. Raises as it does: with a chain missing, money could be overlooked."""
     async with AsyncExitStack() as stack:
         named = {}
@@ -64,7 +63,7 @@ async def open_chains(config: Config, key: PrivateKey, ledger: Ledger) -> AsyncI
 
 
 @asynccontextmanager
-async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str = DEFAULT) -> AsyncIterator[EvmChain]:
+async def open_chain(config: Config, key: Signer, ledger: Ledger, name: str = DEFAULT) -> AsyncIterator[EvmChain]:
     """Our contracts on one chain, checked, and this account's unfinished transactions there brought to their end.
 
     Raises `ConfigError` when none is configured, `ChainError` when the chain or the contracts are not what they should be.
@@ -72,7 +71,7 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
     from node.chain.client import EvmChain
 
     given = config.chain_named(name)
-    deployment = _deployment(config, name)
+    deployment = deployment_of(config, name)
     chain = await EvmChain.connect(
         given.rpc_urls,
         deployment,
@@ -90,8 +89,16 @@ async def open_chain(config: Config, key: PrivateKey, ledger: Ledger, name: str 
 
 
 @asynccontextmanager
+async def look_at_chains(config: Config) -> AsyncIterator[Chains]:
+    """Every configured chain, to read only. Raises as `open_chain` does."""
+    async with AsyncExitStack() as stack:
+        names = config.chain_names
+        yield Chains({name: await stack.enter_async_context(look_at_chain(config, name)) for name in names})
+
+
+@asynccontextmanager
 async def open_sender(
-    config: Config, key: PrivateKey, ledger: Ledger, name: str, chain_id: int
+    config: Config, key: Signer, ledger: Ledger, name: str, chain_id: int
 ) -> AsyncIterator[tuple[Eth, TxSender]]:
     """Transactions to contracts that no deployment file names, or none yet. Raises as `open_chain` does."""
     from node.chain.agreed import AgreedEth
@@ -153,7 +160,7 @@ async def look_at_chain(config: Config, name: str = DEFAULT) -> AsyncIterator[Ev
     from node.chain.client import EvmChain
 
     rpc_urls, rules = config.chain_named(name).rpc_urls, endpoint_rules(config, name)
-    chain = await EvmChain.connect(rpc_urls, _deployment(config, name), PrivateKey(random32()), rules=rules)
+    chain = await EvmChain.connect(rpc_urls, deployment_of(config, name), Bare(PrivateKey(random32())), rules=rules)
     try:
         yield chain
     finally:
@@ -168,7 +175,8 @@ def endpoint_rules(config: Config, name: str = DEFAULT) -> Rules:
     return Rules(quorum=given.rpc_quorum, max_behind=given.rpc_max_behind)
 
 
-def _deployment(config: Config, name: str) -> Deployment:
+def deployment_of(config: Config, name: str) -> Deployment:
+    """Where our contracts are on a chain. Raises `ConfigError` when it is not configured."""
     from node.chain.deployment import Deployment
 
     given = config.chain_named(name)

@@ -104,7 +104,10 @@ class JobEnded(msgspec.Struct, frozen=True, gc=False):
 
 
 class CloseSigned(msgspec.Struct, frozen=True, gc=False):
-    """The worker consented to end the channel at `final`. No job and no voucher after it."""
+    """The worker consented to end the channel at `final`. No job and no voucher after it.
+
+    A worker records it twice: decided, with an empty signature, and signed.
+    """
 
     channel_id: ChannelId
     final: int

@@ -11,6 +11,7 @@ from typing import Final
 import coincurve
 
 from protocol.errors import InvalidValue, RemoteProtocolError, WireCode
+from protocol.identity import IdentityMessage
 from protocol.ids import Address, PeerId, address_of, keccak256
 
 SIGNATURE_BYTES: Final = 65
@@ -43,6 +44,10 @@ class PrivateKey:
         if len(digest) != 32:
             raise InvalidValue("only 32-byte digests are signed")
         return self._key.sign(digest, hasher=None)
+
+    def sign_identity(self, data: bytes) -> bytes:
+        """Signature of one of libp2p's messages, DER. Raises `InvalidValue` for anything else."""
+        return self.sign_der(IdentityMessage.decode(data).digest())
 
     def secret_bytes(self) -> bytes:
         """The 32 secret bytes, for the keystore and for a signer's pipe only."""

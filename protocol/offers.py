@@ -146,9 +146,12 @@ class VerifiedOffer:
         return now_ms < self.document.expires
 
 
-def sign_offer(document: OfferDocument, key: PrivateKey) -> OfferMessage:
-    """Raises `LocalProtocolError` for a document that is not about this key, or that nobody would take."""
-    if document.peer_id != key.peer_id:
+def offer_frame(document: OfferDocument, peer: PeerId) -> tuple[bytes, Offer]:
+    """The document's bytes and the struct to sign for them, in `MARKET_DOMAIN`.
+
+    Raises `LocalProtocolError` for a document that is not about this peer, or that nobody would take.
+    """
+    if document.peer_id != peer:
         raise LocalProtocolError("an offer is signed by the key of the peer it names")
     wrong = _wrong(document)
     if wrong:
@@ -158,7 +161,13 @@ def sign_offer(document: OfferDocument, key: PrivateKey) -> OfferMessage:
         raise LocalProtocolError(
             f"an offer has at most {OFFER_LIMIT} bytes, this one {len(raw)}: offer fewer models or payments"
         )
-    return OfferMessage(document=raw, signature=key.sign(_frame(document, raw).digest(MARKET_DOMAIN)))
+    return raw, _frame(document, raw)
+
+
+def sign_offer(document: OfferDocument, key: PrivateKey) -> OfferMessage:
+    """`offer_frame`, signed with a key in hand. Raises as it does."""
+    raw, frame = offer_frame(document, key.peer_id)
+    return OfferMessage(document=raw, signature=key.sign(frame.digest(MARKET_DOMAIN)))
 
 
 def open_offer(message: OfferMessage, *, now_ms: int, peer: PeerId | None = None) -> VerifiedOffer:

@@ -241,6 +241,10 @@ class TokenRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     day_locked: _Amount = 0
 
 
+OWN_ACCOUNT: Final = b"own"
+"""In `CallRule.words`: the account of the key that is asked."""
+
+
 class CallRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Calls of one contract that may be sent."""
 

@@ -80,8 +80,13 @@ def adopt(channel: KnownChannel, *, worker: bool) -> Changes:
     )
 
 
-def compare(channels: Iterable[KnownChannel], marks: Marks, *, worker: bool) -> tuple[Changes, list[Ahead]]:
+def compare(
+    channels: Iterable[KnownChannel], marks: Marks, *, worker: bool, lost: bool = False
+) -> tuple[Changes, list[Ahead]]:
     """What to add to the marks, and where they are ahead of the journal.
+
+    `lost`: the journal is known to be an old copy, and its owner goes on with it. The marks then stand above it, which is what
+    keeps a number from being signed twice.
 
     Raises `MarksOutdated` or `JournalOutdated`, naming the channels.
     """
@@ -116,7 +121,7 @@ def compare(channels: Iterable[KnownChannel], marks: Marks, *, worker: bool) -> 
             )
     if old_marks:
         raise MarksOutdated(_listed("the journal knows of more than the signer's marks", old_marks))
-    if old_journal:
+    if old_journal and not lost:
         raise JournalOutdated(_listed("the signer's marks know of more than the journal", old_journal))
     return tuple(added), ahead
 

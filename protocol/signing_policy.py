@@ -22,6 +22,7 @@ from protocol.ids import Address, ChannelId
 from protocol.offers import CLOCK_SKEW_MS, OFFER_TTL_MAX_MS
 from protocol.signing import (
     DOMAINLESS,
+    OWN_ACCOUNT,
     Changes,
     ChannelAllocation,
     KeyRole,
@@ -252,7 +253,7 @@ def _transaction(book: Rulebook, marks: Marks, asked: Request, now: int) -> Chan
         )
     for position, allowed in rule.words:
         word = tx.data[4 + 32 * position : 36 + 32 * position]
-        if word not in allowed:
+        if word not in allowed and not (OWN_ACCOUNT in allowed and word == bytes(12) + book.accounts[asked.role]):
             raise SigningRefused(
                 SigningReason.CALL, f"argument {position} of call 0x{selector.hex()} of {tx.to} is 0x{word.hex()}"
             )

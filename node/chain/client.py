@@ -28,9 +28,8 @@ from node.chain.rpc import Reverted, RpcUnavailable
 from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.watcher import Watcher
 from node.errors import ChainError
-from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
+from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, Signer, TokenInfo, TxResult, WorkerOnChain
 from protocol.ids import ZERO_ADDRESS, Address, ChannelId
-from protocol.keys import PrivateKey
 from protocol.typed_data import ChannelConfig, Domain
 
 _CONTRACTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -150,7 +149,7 @@ class EvmChain:
         cls,
         endpoints: Sequence[str],
         deployment: Deployment,
-        key: PrivateKey,
+        signer: Signer,
         *,
         journal: Journal = no_journal,
         history: History = (),
@@ -176,7 +175,7 @@ class EvmChain:
                 )
             sender = TxSender(
                 eth,
-                key,
+                signer,
                 deployment.chain_id,
                 anchor=anchor.hash,
                 journal=journal,

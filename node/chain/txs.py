@@ -1,8 +1,8 @@
 """Transactions of one key: one nonce at a time, journaled before it is sent, decided by receipts.
 
 Rules:
-- One `TxSender` per key. The lock is held from choosing a nonce until a node has taken the transaction, so there is never
-  a gap, and a refused transaction gives its nonce back.
+- One `TxSender` per key and chain. The lock is held from choosing a nonce until a node has taken the transaction, so there is
+  never a gap, and a refused transaction gives its nonce back.
 - Simulate first (`eth_estimateGas`): an expected revert costs no gas and names the contract's error.
 - *Journal, then speak*: nonce, hash and raw bytes are journaled before they are sent. After a restart `resume` sends again
   what the node has not seen.
@@ -31,10 +31,9 @@ from node.chain.eth import Eth
 from node.chain.pending import Answered, Call, History, Journal, PendingTx, answered, landed, no_journal, unfinished
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.values import Receipt
-from node.errors import ChainError, ChainMoved, RequestConflict, TxTimeout
-from node.ports import TxResult
+from node.errors import ChainError, ChainMoved, RequestConflict, SignerRefused, TxTimeout
+from node.ports import Signer, TxResult
 from protocol.ids import Address
-from protocol.keys import PrivateKey
 from protocol.transactions import Transaction
 
 log = logging.getLogger(__name__)
@@ -87,12 +86,12 @@ class _Stalled:
 
 
 class TxSender:
-    """Sends and follows the transactions of `key` on one chain."""
+    """Sends and follows the transactions of one account on one chain."""
 
     def __init__(
         self,
         eth: Eth,
-        key: PrivateKey,
+        signer: Signer,
         chain_id: int,
         *,
         anchor: bytes = b"",
@@ -102,7 +101,7 @@ class TxSender:
     ) -> None:
         """`anchor`: hash of an old block, by which a chain is told from another one with the same id (a devnet started anew)."""
         self._eth = eth
-        self._key = key
+        self._signer = signer
         self._chain_id = chain_id
         self._anchor = anchor.hex()
         self._journal = journal
@@ -122,7 +121,7 @@ class TxSender:
 
     @property
     def account(self) -> Address:
-        return self._key.address
+        return self._signer.address
 
     async def send(
         self, purpose: str, to: Address, data: bytes, value: int = 0, *, derived: bool = False, request: str = ""
@@ -270,8 +269,7 @@ class TxSender:
         to, data, value = call
         max_fee = min(2 * await self._base_fee() + self._policy.tip, self._policy.max_fee)
         transaction = Transaction(self._chain_id, nonce, min(self._policy.tip, max_fee), max_fee, gas, to, value, data)
-        signed = transaction.signed(self._key.sign(transaction.digest()))
-        attempt = PendingTx(purpose, signed, self._anchor, request)
+        attempt = PendingTx(purpose, await self._signer.sign_transaction(transaction), self._anchor, request)
         await self._sign_down(attempt)
         # From here on it may be out, whatever ends this call.
         self._stalled[nonce] = _Stalled([attempt], answers_equal_calls=False)
@@ -450,7 +448,11 @@ class TxSender:
             bumped = last.signed.transaction.bumped(await self._base_fee(), self._policy.max_fee)
             if bumped is None:
                 return  # at the cap: keep waiting
-            signed = bumped.signed(self._key.sign(bumped.digest()))
+            try:
+                signed = await self._signer.sign_transaction(bumped)
+            except SignerRefused as no:
+                log.warning("%s waits at its fee: %s", last.purpose, no)
+                return
             attempt = PendingTx(last.purpose, signed, self._anchor, last.request)
             await self._sign_down(attempt)
             attempts.append(attempt)

@@ -42,12 +42,12 @@ def command(shared: Shared, role: str | None, chain: str | None) -> None:
 
 async def _audit(shared: Shared, role: str, only: str | None) -> list[str]:
     from node.audit import audit
-    from node.wiring import open_chains, open_journal
+    from node.wiring import look_at_chains, open_journal
     from protocol.channel import Role
 
     if not shared.config.journal(role).exists():
         raise LedgerError(f"there is no journal of a {role} in {shared.config.data_dir}")
-    key = passwords.unlock(shared, KEYS[role])
-    with open_journal(shared.config, role, key) as ledger:
-        async with open_chains(shared.config, key, ledger) as chains:
+    account = passwords.unlock(shared, KEYS[role]).address
+    with open_journal(shared.config, role, account) as ledger:
+        async with look_at_chains(shared.config) as chains:
             return await audit(ledger, Role(role), chains, None if only is None else chains.named(only))

@@ -10,7 +10,7 @@ from node.cli import passwords
 from node.cli.assets import shown
 from node.cli.main import Command, Shared
 from node.cli.options import password_options
-from protocol.keys import PrivateKey
+from node.signer.sources import KeyFile
 
 
 @click.command(cls=Command)
@@ -32,24 +32,25 @@ def command(shared: Shared) -> None:
     try:
         done = trio.run(ask)
     except control.NotRunning:
-        done = trio.run(_alone, shared, passwords.unlock(shared, "worker"))
+        done = trio.run(_alone, shared, passwords.source(shared, "worker"))
     lines = [f"claimed  {shown(one, 'amount')} ({one['chain']})" for one in done["totals"]] or ["claimed  nothing"]
     lines += [f"{item['purpose']:<8} {item['hash']}  {item['gas']} gas" for item in done["transactions"]]
     shared.output.result(done, "\n".join(lines))
 
 
-async def _alone(shared: Shared, key: PrivateKey) -> dict[str, Any]:
+async def _alone(shared: Shared, key: KeyFile) -> dict[str, Any]:
     """Claim without a running worker: journal and chains, no network and no model."""
+    from node.books import open_books
     from node.cli.start import claim_report
-    from node.store.channels import ChannelBook, follow
-    from node.wiring import now_s, open_chains, open_journal
+    from node.store.channels import follow
+    from node.wiring import now_s, open_chains
     from node.worker.claims import Claimer, ClaimPolicy, claim_all
-    from protocol.channel import Role
     from protocol.ids import ChannelId
+    from protocol.signing import KeyRole
 
-    with open_journal(shared.config, "worker", key) as ledger:
-        async with open_chains(shared.config, key, ledger) as chains:
-            book = ChannelBook.restore(ledger, Role.WORKER, chains.domains)
+    async with open_books(shared.config, "worker", {KeyRole.WORKER: key}) as books:
+        hot, book = books.signers[KeyRole.WORKER], books.book
+        async with open_chains(shared.config, hot, books.ledger) as chains:
 
             async def look(channel_id: ChannelId) -> None:
                 await follow(book, chains, channel_id)  # who is leaving is claimed in this very round
@@ -58,7 +59,7 @@ async def _alone(shared: Shared, key: PrivateKey) -> dict[str, Any]:
                 if not state.closed and chains.get(state.domain) is not None:
                     await look(state.channel_id)
             claimers = [
-                Claimer(book=book, chain=chain, policy=ClaimPolicy(), follow=look, now_s=now_s, receiver=key.address)
+                Claimer(book=book, chain=chain, policy=ClaimPolicy(), follow=look, now_s=now_s, receiver=hot.address)
                 for chain in chains
             ]
             return await claim_report(chains, book, await claim_all(claimers))

@@ -11,6 +11,7 @@ import click
 from node.cli import passwords
 from node.cli.main import Shared
 from node.cli.options import password_options
+from protocol.ids import Address
 
 if TYPE_CHECKING:
     from node.client.client import Client
@@ -33,15 +34,26 @@ def client_options(command: F) -> F:
 
 @asynccontextmanager
 async def connected(
-    shared: Shared, workers: Sequence[str] = (), *, online: bool = True, wait_s: float = 0
+    shared: Shared,
+    workers: Sequence[str] = (),
+    *,
+    online: bool = True,
+    wait_s: float = 0,
+    payees: Sequence[Address] = (),
 ) -> AsyncIterator[Client]:
-    """A client of this data dir. Says on stderr which peers could not be met."""
+    """A client of this data dir. Says on stderr which peers could not be met. `payees`: as in `node.client.connect`."""
     from node.client.connect import connect
 
-    payer = passwords.unlock(shared, "payer")
-    session = passwords.unlock(shared, "session")
+    payer = passwords.source(shared, "payer")
+    session = passwords.source(shared, "session")
     async with connect(
-        shared.config, payer=payer, session=session, workers=workers, online=online, wait_s=wait_s
+        shared.config,
+        payer=payer,
+        session=session,
+        workers=workers,
+        online=online,
+        wait_s=wait_s,
+        payees=payees,
     ) as client:
         for problem in client.problems:
             shared.output.say(f"could not meet {problem}")
@@ -55,12 +67,13 @@ def run(
     *,
     online: bool = True,
     wait_s: float = 0,
+    payees: Sequence[Address] = (),
 ) -> None:
     """Run `work` with a connected client."""
     import trio
 
     async def main() -> None:
-        async with connected(shared, workers, online=online, wait_s=wait_s) as client:
+        async with connected(shared, workers, online=online, wait_s=wait_s, payees=payees) as client:
             await work(client)
 
     trio.run(main)

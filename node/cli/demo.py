@@ -317,9 +317,10 @@ class Demo:
     async def _money(self, net: Any, accounts: dict[str, Any]) -> tuple[int, int, int]:
         """What the worker's account holds in the vault, what the client's does, and what the client is short of."""
         from node.chain.client import EvmChain
+        from node.signer.bare import Bare
 
         token = net.deployment.token
-        chain = await EvmChain.connect([net.url], net.deployment, net.funded_keys[0])
+        chain = await EvmChain.connect([net.url], net.deployment, Bare(net.funded_keys[0]))
         try:
             received = await chain.vault_balance(token, await chain.payout_of(accounts["worker"]))
             left = await chain.vault_balance(token, accounts["payer"])

@@ -213,14 +213,15 @@ async def _sender(
     """Raises `ConfigError` without a chain, `InsufficientFunds` without a coin for gas."""
     from node.config import DEFAULT
     from node.errors import ConfigError, InsufficientFunds
+    from node.signer.bare import Bare
     from node.wiring import open_journal, open_sender
 
     chain = name or DEFAULT
     if not shared.config.chain_named(chain).rpc_urls:
         section = "chain" if chain == DEFAULT else f"chains.{chain}"
         raise ConfigError(f"no chain is configured: {section}.rpc_urls is empty", hint="set it to the URL of a node")
-    with open_journal(shared.config, "deployer", deployer) as ledger:
-        async with open_sender(shared.config, deployer, ledger, chain, chain_id) as (eth, sender):
+    with open_journal(shared.config, "deployer", deployer.address) as ledger:
+        async with open_sender(shared.config, Bare(deployer), ledger, chain, chain_id) as (eth, sender):
             if not await eth.balance(deployer.address):
                 raise InsufficientFunds(
                     f"the deployer's account {deployer.address} has nothing to pay gas with",

@@ -73,6 +73,31 @@ def adopt(shared: Shared, role: str, accept_loss: bool) -> None:
     shared.output.result(data, said)
 
 
+@command.command("forget-signer")
+@click.option("--role", type=click.Choice([*KEYS, "owner"]), required=True, help="Whose journal.")
+@password_options
+@click.pass_obj
+def forget_signer(shared: Shared, role: str) -> None:
+    """Make a new signer's table from this journal, when the one that belongs to it is lost or is an old copy.
+
+    The table remembers what the keys have signed. All that has left this machine is in the journal too, so with the newest
+    journal nothing is signed twice. With an older one it would be: then `journal adopt` comes first.
+
+    What is left of the table is kept beside the new one, under another name. The next start makes the new one.
+    """
+    from node.signer.journal import forget
+    from node.wiring import open_journal
+
+    account = passwords.unlock(shared, KEYS.get(role, role)).address
+    table = shared.config.signer_table(role)
+    with open_journal(shared.config, role, account) as ledger:
+        kept = forget(ledger, table)
+    data = {"journal": str(ledger.path), "kept": None if kept is None else str(kept)}
+    shared.output.result(
+        data, f"the next start makes {table} from {ledger.path}" + (f"; the old one is {kept}" if kept else "")
+    )
+
+
 @command.command()
 @click.pass_obj
 def points(shared: Shared) -> None:

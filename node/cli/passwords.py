@@ -9,7 +9,8 @@ import click
 
 from node.cli.main import Shared
 from node.errors import KeyError_
-from node.keystore import MAX_PASSWORD_BYTES, PASSWORD_FILE, read_private
+from node.keystore import MAX_PASSWORD_BYTES, PASSWORD_FILE, check, read_file, read_private
+from node.signer.sources import KeyFile, open_key
 from protocol.keys import PrivateKey
 
 TRIES = 3
@@ -51,23 +52,30 @@ def new(shared: Shared, what: str) -> bytes:
     return answer.encode()
 
 
-def unlock(shared: Shared, name: str) -> PrivateKey:
-    """Open a key of the keystore with what was given, or ask, up to three times. Raises KeyError_."""
+def source(shared: Shared, name: str) -> KeyFile:
+    """A key of the keystore and its password, for a signer to open: given, or asked for, up to three times. Raises KeyError_."""
     store = shared.keystore
     store.address(name)  # missing, unsafe and hostile files are told before a password is asked for
+    path = store.path(name)
     found = given(shared)
     if found is not None:
-        return store.load(name, found)
+        return KeyFile(str(path), found)
     _need_terminal(f"the key {name}")
     for left in reversed(range(TRIES)):
-        answer: str = click.prompt(f"Password of {store.path(name)}", hide_input=True, err=True)
+        answer: str = click.prompt(f"Password of {path}", hide_input=True, err=True)
         try:
-            return store.load(name, answer.encode())
+            check(read_file(path), answer.encode(), str(path))
+            return KeyFile(str(path), answer.encode())
         except KeyError_ as error:
             if not left:
                 raise
             shared.output.say(error.message)
     raise KeyError_(f"no password for {name}")  # not reached: the last try raises
+
+
+def unlock(shared: Shared, name: str) -> PrivateKey:
+    """The key itself, in this process: for commands that end at once. Raises KeyError_."""
+    return open_key(source(shared, name))
 
 
 def on_terminal() -> bool:

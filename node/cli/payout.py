@@ -13,10 +13,10 @@ from node.cli.options import password_options
 from node.cli.params import ADDRESS
 from node.config import DEFAULT
 from protocol.ids import ZERO_ADDRESS, Address
-from protocol.keys import PrivateKey
 
 if TYPE_CHECKING:
     from node.ports import TxResult
+    from node.signer.sources import KeyFile
 
 WORKER = click.option("--worker", type=ADDRESS, help="The worker's address; by default that of the key `worker` here.")
 
@@ -63,12 +63,12 @@ def set_(shared: Shared, address: Address, worker: Address | None, chain: str | 
     import trio
 
     worker = worker or shared.keystore.address("worker")
-    owner = passwords.unlock(shared, "owner")
+    owner = passwords.source(shared, "owner")
     result = trio.run(_set, shared, owner, worker, address, chain or DEFAULT)
     data = {
         "chain": chain or DEFAULT,
         "worker": str(worker),
-        "owner": str(owner.address),
+        "owner": str(shared.keystore.address("owner")),
         "payout": str(address),
         "changed": result is not None,
         "transactions": [],
@@ -94,17 +94,13 @@ async def _look(shared: Shared, worker: Address, name: str) -> dict[str, Any]:
         }
 
 
-async def _set(shared: Shared, owner: PrivateKey, worker: Address, payout: Address, name: str) -> TxResult | None:
-    from node.errors import InsufficientFunds
-    from node.wiring import open_chain, open_journal
+async def _set(shared: Shared, owner: KeyFile, worker: Address, payout: Address, name: str) -> TxResult | None:
+    from node.books import open_consent
+    from node.cli.staking import owner_chain
     from node.worker.payout import needs_consent, set_payout
 
-    with open_journal(shared.config, "owner", owner) as ledger:
-        async with open_chain(shared.config, owner, ledger, name) as chain:
-            if not await chain.native_balance(owner.address):
-                raise InsufficientFunds(
-                    f"the owner's account {owner.address} has nothing to pay gas with",
-                    hint="send it some of the chain's coin",
-                )
-            hot_key = passwords.unlock(shared, "worker") if await needs_consent(chain, worker) else None
+    async with owner_chain(shared, owner, name) as chain:
+        if not await needs_consent(chain, worker):
+            return await set_payout(chain, worker, payout)
+        async with open_consent(shared.config, passwords.source(shared, "worker")) as hot_key:
             return await set_payout(chain, worker, payout, hot_key)

@@ -12,7 +12,7 @@ from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from node.cli.params import AMOUNT
 from node.cli.staking import owner_chain, sound, stake_data, stake_text
-from protocol.keys import PrivateKey
+from node.signer.sources import KeyFile
 
 
 @click.command(cls=Command)
@@ -32,13 +32,13 @@ def command(shared: Shared, amount: int | None, exposure: int | None, chain: str
 
     if amount == 0:
         raise click.UsageError("nothing to stake: AMOUNT is 0")
-    owner = passwords.unlock(shared, "owner")
+    owner = passwords.source(shared, "owner")
     data, text = trio.run(_stake, shared, owner, amount, exposure, chain)
     shared.output.result(data, text)
 
 
 async def _stake(
-    shared: Shared, owner: PrivateKey, amount: int | None, exposure: int | None, name: str | None
+    shared: Shared, owner: KeyFile, amount: int | None, exposure: int | None, name: str | None
 ) -> tuple[dict[str, Any], str]:
     from node.chain.stakes import Stakes
     from node.cli.start import transaction
@@ -48,17 +48,17 @@ async def _stake(
         info = await chain.token_info(chain.token)
         stakes, done = Stakes(chain), []
         if amount is not None:
-            free = await chain.vault_balance(chain.token, owner.address)
+            free = await chain.vault_balance(chain.token, chain.account)
             missing = max(0, amount - free)
-            held = await chain.token_balance(chain.token, owner.address)
+            held = await chain.token_balance(chain.token, chain.account)
             if missing > held:
                 raise InsufficientFunds(
                     f"staking {info.show(amount)} needs {info.show(missing)} more than the vault's {info.show(free)}; "
-                    f"the account {owner.address} holds {info.show(held)}",
+                    f"the account {chain.account} holds {info.show(held)}",
                     hint="send tokens to the owner's account first",
                 )
             shared.output.say(
-                f"staking {info.show(amount)} of {owner.address}"
+                f"staking {info.show(amount)} of {chain.account}"
                 + (f", {info.show(missing)} of it deposited first" if missing else "")
                 + f"; it comes back {await stakes.unbonding_seconds() // 86_400} days after `unstake`"
             )
@@ -68,10 +68,10 @@ async def _stake(
         if exposure is not None:
             shared.output.say(f"open jobs may hold up to {info.show(exposure)}")
             done.append(sound(await stakes.expose(chain.token, exposure)))
-        stake = await stakes.of(owner.address, chain.token)
+        stake = await stakes.of(chain.account, chain.token)
         now = (await chain.head()).timestamp
     data = {
-        "owner": str(owner.address),
+        "owner": str(chain.account),
         "stake": stake_data(stake, info),
         "transactions": [transaction(result) for result in done],
     }

@@ -8,32 +8,36 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from node.cli.main import Shared
+from node.config import DEFAULT
 
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
     from node.chain.stakes import Stake
     from node.ports import TokenInfo, TxResult
-    from protocol.keys import PrivateKey
+    from node.signer.sources import KeyFile
 
 
 @asynccontextmanager
-async def owner_chain(shared: Shared, owner: PrivateKey, name: str | None) -> AsyncIterator[EvmChain]:
+async def owner_chain(shared: Shared, owner: KeyFile, name: str | None) -> AsyncIterator[EvmChain]:
     """The chain of this name (by default the default one) as the owner's account, with the owner's journal.
 
     Raises `InsufficientFunds` without a coin for gas.
     """
-    from node.config import DEFAULT
+    from node.books import open_books
     from node.errors import InsufficientFunds
-    from node.wiring import open_chain, open_journal
+    from node.wiring import open_chain
+    from protocol.signing import KeyRole
 
-    with open_journal(shared.config, "owner", owner) as ledger:
-        async with open_chain(shared.config, owner, ledger, name or DEFAULT) as chain:
-            if not await chain.native_balance(owner.address):
-                raise InsufficientFunds(
-                    f"the owner's account {owner.address} has nothing to pay gas with",
-                    hint="send it some of the chain's coin",
-                )
-            yield chain
+    async with (
+        open_books(shared.config, "owner", {KeyRole.OWNER: owner}) as books,
+        open_chain(shared.config, books.signers[KeyRole.OWNER], books.ledger, name or DEFAULT) as chain,
+    ):
+        if not await chain.native_balance(chain.account):
+            raise InsufficientFunds(
+                f"the owner's account {chain.account} has nothing to pay gas with",
+                hint="send it some of the chain's coin",
+            )
+        yield chain
 
 
 def sound(result: TxResult) -> TxResult:

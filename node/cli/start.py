@@ -14,7 +14,7 @@ from node.cli import passwords
 from node.cli.assets import sums
 from node.cli.main import Command, Shared
 from node.cli.options import password_options, setting_option
-from protocol.keys import PrivateKey
+from node.signer.sources import KeyFile
 
 if TYPE_CHECKING:
     from node.chains import Chains
@@ -47,11 +47,11 @@ def command(shared: Shared, drain_s: float) -> None:
     logging.basicConfig(
         level=logging.DEBUG if shared.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    key = passwords.unlock(shared, "worker")
+    key = passwords.source(shared, "worker")
     trio.run(_serve, shared, key, drain_s)
 
 
-async def _serve(shared: Shared, key: PrivateKey, drain_s: float) -> None:
+async def _serve(shared: Shared, key: KeyFile, drain_s: float) -> None:
     import trio
 
     from node.app import open_worker
@@ -82,11 +82,11 @@ async def _serve(shared: Shared, key: PrivateKey, drain_s: float) -> None:
                 {
                     "event": "ready",
                     "pid": os.getpid(),
-                    "peer_id": key.peer_id,
-                    "account": key.address,
+                    "peer_id": worker.key.peer_id,
+                    "account": worker.key.address,
                     "addresses": addresses,
                 },
-                "\n".join([f"ready   {key.peer_id}", *(f"listens {address}" for address in addresses)]),
+                "\n".join([f"ready   {worker.key.peer_id}", *(f"listens {address}" for address in addresses)]),
             )
             await stop.wait()
             output.say(f"draining: {worker.server.busy} jobs under way")

@@ -12,7 +12,7 @@ from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from node.cli.params import AMOUNT
 from node.cli.staking import moment, owner_chain, sound, stake_data, stake_text
-from protocol.keys import PrivateKey
+from node.signer.sources import KeyFile
 
 
 @click.command(cls=Command)
@@ -30,21 +30,19 @@ def command(shared: Shared, amount: int | None, chain: str | None) -> None:
 
     if amount == 0:
         raise click.UsageError("nothing to unstake: AMOUNT is 0")
-    owner = passwords.unlock(shared, "owner")
+    owner = passwords.source(shared, "owner")
     data, text = trio.run(_unstake, shared, owner, amount, chain)
     shared.output.result(data, text)
 
 
-async def _unstake(
-    shared: Shared, owner: PrivateKey, amount: int | None, name: str | None
-) -> tuple[dict[str, Any], str]:
+async def _unstake(shared: Shared, owner: KeyFile, amount: int | None, name: str | None) -> tuple[dict[str, Any], str]:
     from node.chain.stakes import Stakes
     from node.cli.start import transaction
     from node.errors import InsufficientFunds
 
     async with owner_chain(shared, owner, name) as chain:
         info, stakes, done = await chain.token_info(chain.token), Stakes(chain), []
-        stake = await stakes.of(owner.address, chain.token)
+        stake = await stakes.of(chain.account, chain.token)
         now = (await chain.head()).timestamp
         note = ""
         if amount is not None:
@@ -67,9 +65,9 @@ async def _unstake(
             note = f"nothing is ready before {moment(stake.free_at)}\n"
         else:
             note = "open jobs or recent earnings still lock what has come free\n"
-        stake = await stakes.of(owner.address, chain.token)
+        stake = await stakes.of(chain.account, chain.token)
     data = {
-        "owner": str(owner.address),
+        "owner": str(chain.account),
         "stake": stake_data(stake, info),
         "transactions": [transaction(result) for result in done],
     }

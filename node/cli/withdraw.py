@@ -60,4 +60,4 @@ def command(
         }
         shared.output.result(data, f"withdrawn {show(wanted)}, the vault holds {show(left)}")
 
-    run(shared, work, online=False)
+    run(shared, work, online=False, payees=[to] if to else [])

@@ -25,10 +25,11 @@ from node.client.chat import ChatStream
 from node.client.job_quotes import JobWish
 from node.client.jobs import ClientJobs, Job
 from node.client.settings import ClientSettings
+from node.client.vouchers import Vouchers
 from node.client.wallet import ClientWallet
 from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
 from node.network.discovery import OfferBook, discover, fetch_offer
-from node.ports import Network, TxResult
+from node.ports import Network, Signer, TxResult
 from node.store.batch import BatchBook
 from node.store.channels import ChannelBook
 from node.store.meter import Meter
@@ -36,12 +37,9 @@ from node.store.results import Results
 from protocol.channel import Change, ChannelState, Role, apply
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
-from protocol.keys import PrivateKey
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import Asset, ModelOffer, VerifiedOffer
 from protocol.selection import Candidate, Exclusion, History, Policy, Purse, Request, Selection, choose
-from protocol.signing import QuotedOrder
-from protocol.typed_data import Domain, Struct
 from protocol.workload import PLACE
 
 if TYPE_CHECKING:
@@ -86,16 +84,12 @@ class Client:
         self._bootstrap = bootstrap
         self._counter = counter
 
-        async def sign(struct: Struct | QuotedOrder, domain: Domain) -> bytes:
-            await trio.lowlevel.checkpoint()
-            return wallet.payer.sign(struct.digest(domain))
-
         self.jobs = ClientJobs(
             client=self,
             network=network,
             results=Results(wallet.book.ledger),
             book=BatchBook.restore(wallet.book.ledger, Role.CLIENT),
-            sign=sign,
+            sign=wallet.payer.sign,
             timing=settings.jobs,
             now_ms=now_ms,
             poll_s=settings.job_poll_s,
@@ -113,8 +107,12 @@ class Client:
     # -------------------------------------------------------------------------------------------------- shortcuts
 
     @property
-    def session(self) -> PrivateKey:
+    def session(self) -> Signer:
         return self.wallet.session
+
+    @property
+    def vouchers(self) -> Vouchers:
+        return self.wallet.vouchers
 
     @property
     def book(self) -> ChannelBook:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from node.books import Key, open_books
 from node.chains import Chains
 from node.client.client import Client, TokenCounter
 from node.client.settings import ClientSettings, Means
@@ -18,15 +19,14 @@ from node.config import DEFAULT, Config
 from node.errors import KeyError_, ModelError, NodeError
 from node.network.discovery import OfferBook, follow_gossip
 from node.network.offline import OfflineNetwork
-from node.ports import Network
-from node.store.channels import ChannelBook
-from node.wiring import now_ms, now_s, open_chains, open_journal, random32, token_of
-from protocol.channel import Role
+from node.ports import Network, Signer
+from node.signer.sources import KeyFile
+from node.wiring import now_ms, now_s, open_chains, random32, token_of
 from protocol.errors import RemoteProtocolError
-from protocol.ids import ModelId
-from protocol.keys import PrivateKey
+from protocol.ids import Address, ModelId
 from protocol.messages import ChatMessage
 from protocol.selection import PriceLimit
+from protocol.signing import KeyRole
 
 if TYPE_CHECKING:
     from node.models.tokenizer import Tokenizer
@@ -38,38 +38,42 @@ PASSWORD_FILE = "password"  # noqa: S105 (a file's name)
 async def connect(
     config: Config,
     *,
-    payer: PrivateKey | None = None,
-    session: PrivateKey | None = None,
+    payer: Key | None = None,
+    session: Key | None = None,
     workers: Sequence[str] = (),
     online: bool = True,
     wait_s: float = 0,
+    payees: Sequence[Address] = (),
 ) -> AsyncIterator[Client]:
     """A connected client for the length of the block.
 
-    `payer`, `session`: unlocked keys; by default `payer` and `session` of the config's keystore, opened with its password
-    file. `workers`: multiaddrs to meet besides `p2p.bootstrap`. `online=False` meets nobody (for money commands).
-    `wait_s`: keep dialling peers that cannot be met yet for so long.
+    `payer`, `session`: keys in hand, or where they are; by default those of the config's keystore, opened by the signer with the
+    keystore's password file. `payees`: accounts besides the payer's own that money may leave the vault for. `workers`:
+    multiaddrs to meet besides `p2p.bootstrap`. `online=False` meets nobody (for money commands). `wait_s`: keep dialling peers
+    that cannot be met yet for so long.
 
-    Raises `ConfigError`, `KeyError_`, `ChainError`, `LedgerError`, `NetworkError`.
+    Raises `ConfigError`, `KeyError_`, `SignerError`, `ChainError`, `LedgerError`, `NetworkError`.
     """
-    payer = payer or _load(config, "payer")
-    session = session or _load(config, "session")
+    keys = {
+        KeyRole.PAYER: payer or _source(config, "payer"),
+        KeyRole.SESSION: session or _source(config, "session"),
+    }
     settings = client_settings(config)
     async with AsyncExitStack() as stack:
-        ledger = open_journal(config, "client", payer)
-        stack.callback(ledger.close)
-        chains = await stack.enter_async_context(open_chains(config, payer, ledger))
-        network = await stack.enter_async_context(_network(config, session, online=online))
+        books = await stack.enter_async_context(open_books(config, "client", keys, payees))
+        book, signers = books.book, books.signers
+        chains = await stack.enter_async_context(open_chains(config, signers[KeyRole.PAYER], books.ledger))
+        network = await stack.enter_async_context(_network(config, signers[KeyRole.SESSION], online=online))
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        book = ChannelBook.restore(ledger, Role.CLIENT, chains.domains)
         await book.close_open_jobs(lambda _: 0)
         offers = OfferBook(now_ms)
         client = Client(
             network=network,
             wallet=ClientWallet(
-                payer=payer,
-                session=session,
+                payer=signers[KeyRole.PAYER],
+                session=signers[KeyRole.SESSION],
+                ahead=books.ahead,
                 chains=chains,
                 means=client_means(config, chains),
                 network=network,
@@ -107,7 +111,7 @@ async def connect(
             nursery.cancel_scope.cancel()
 
 
-def _network(config: Config, session: PrivateKey, *, online: bool) -> AbstractAsyncContextManager[Network]:
+def _network(config: Config, session: Signer, *, online: bool) -> AbstractAsyncContextManager[Network]:
     if not online:
         return nullcontext(OfflineNetwork(session.peer_id))
     from node.network.host import open_host
@@ -165,7 +169,7 @@ def _limit(request: int, input_: int, output: int) -> PriceLimit:
     return PriceLimit(request=request or None, input=input_ or None, output=output or None)
 
 
-def _load(config: Config, name: str) -> PrivateKey:
+def _source(config: Config, name: str) -> KeyFile:
     """A key of the keystore, with the password of the configured file."""
     from node.keystore import MAX_PASSWORD_BYTES, Keystore, read_private
 
@@ -173,7 +177,7 @@ def _load(config: Config, name: str) -> PrivateKey:
     if not path.exists():
         raise KeyError_(f"the key {name} needs a password", hint=f"put it into {path} (mode 0600), or hand in the key")
     password = read_private(path, MAX_PASSWORD_BYTES + 2).removesuffix(b"\n").removesuffix(b"\r")
-    return Keystore(config.keys_dir, scrypt_n=config.keys.scrypt_n).load(name, password)
+    return KeyFile(str(Keystore(config.keys_dir).path(name)), password)
 
 
 def _counter(models_dir: Path, stack: AsyncExitStack) -> TokenCounter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from node.client.values import ChatChunk, PartRecord, Usage
@@ -16,7 +17,7 @@ from node.errors import NetworkError, NodeError, Refused, Timeout, VerificationF
 from node.network.drive import JobStream
 from node.ports import ByteStream, StreamClosed
 from node.store.faults import fault_point
-from protocol.channel import Change, JobEnded, JobOpened, Role, VoucherAdded
+from protocol.channel import ChannelState, JobEnded, JobOpened, Role
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import PeerId
 from protocol.job import Client, JobClient, Terms
@@ -35,7 +36,7 @@ from protocol.messages import (
 )
 from protocol.payment import first_voucher, last_voucher, next_voucher
 from protocol.selection import Candidate
-from protocol.typed_data import Receipt, Voucher
+from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
     from node.client.chat import ChatStream
@@ -88,28 +89,29 @@ class Part:
         client.spawn(self._run)
 
     async def journal_ask(self) -> AskMessage:
-        """Reserve the job's cost and sign the first voucher: one journal entry before one write.
+        """Reserve the job's cost, sign ask and first voucher; both are on disk before one write.
 
-        Reserves before its first checkpoint. Raises `LocalProtocolError` when the channel has too little free.
+        Reserves before its first checkpoint. Raises `LocalProtocolError` when the channel has too little free, `SignerError`.
         """
         client, terms = self.client, self.terms
-        opening = JobOpened(self.channel_id, *self.key, 0, terms.limit)
-        state = client.preview(self.channel_id, opening)
+        opened = client.book.begin([JobOpened(self.channel_id, *self.key, 0, terms.limit)])
         input_cost = terms.spent(terms.input_limit, 0)
-        cumulative = first_voucher(state, client.meter.running(self.channel_id), input_cost, terms.tick)
-        voucher = client.session.sign(Voucher(self.channel_id, cumulative).digest(terms.domain))
-        changes: list[Change] = [opening]
-        if cumulative > state.cumulative:
-            changes.append(VoucherAdded(self.channel_id, cumulative, voucher))
-        await client.book.change(changes)
-        draft = self.draft
-        return AskMessage(
-            **{
-                **{name: getattr(draft, name) for name in AskMessage.__struct_fields__},
-                "signature": client.session.sign(terms.ask.digest(terms.domain)),
-                "cumulative": amount_to_wire(cumulative),
-                "voucher_signature": voucher,
-            }
+
+        def target(state: ChannelState) -> int:
+            return first_voucher(state, client.meter.running(self.channel_id), input_cost, terms.tick)
+
+        try:
+            signed = await client.vouchers.add(self.channel_id, target, beside=[(terms.ask, terms.domain)])
+            await opened.durable()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._journal_end(0)
+            raise
+        return msgspec.structs.replace(
+            self.draft,
+            signature=signed.beside[0],
+            cumulative=amount_to_wire(signed.cumulative),
+            voucher_signature=signed.signature,
         )
 
     # ------------------------------------------------------------------------------------------------- streaming
@@ -188,15 +190,21 @@ class Part:
     async def _pay(self) -> None:
         """Write a voucher when the last one no longer covers half a tick."""
         client = self.client
-        state = client.book.channels[self.channel_id]
-        target = next_voucher(state, client.meter.running(self.channel_id), self.terms.tick)
-        if target is None:
+
+        def target(state: ChannelState) -> int | None:
+            return next_voucher(state, client.meter.running(self.channel_id), self.terms.tick)
+
+        before = client.book.channels[self.channel_id]
+        if target(before) is None:
             return
-        signature = client.session.sign(Voucher(self.channel_id, target).digest(self.terms.domain))
-        await client.book.change([VoucherAdded(self.channel_id, target, signature)])
+        signed = await client.vouchers.add(self.channel_id, target)
+        if signed.cumulative <= before.cumulative:
+            return
         fault_point("send.voucher")
         try:
-            await self.link.send(VoucherMessage(cumulative=amount_to_wire(target), signature=signature))
+            await self.link.send(
+                VoucherMessage(cumulative=amount_to_wire(signed.cumulative), signature=signed.signature)
+            )
         except LocalProtocolError:
             pass  # the caller cancelled meanwhile; the ack will carry it
 
@@ -210,18 +218,12 @@ class Part:
         wanted = self.machine.states[Role.CLIENT] is Client.ASKED
         ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
         client.meter.drop(self.channel_id, self.key)
-        changes: list[Change] = [ended]
-        state = client.preview(self.channel_id, ended)
-        cumulative, signature = state.cumulative, state.voucher_signature
-        target = last_voucher(state, client.meter.running(self.channel_id))
-        if target is not None:
-            cumulative = target
-            signature = client.session.sign(Voucher(self.channel_id, target).digest(self.terms.domain))
-            # Before the end of the job: its reservation is what covers this voucher.
-            changes.insert(0, VoucherAdded(self.channel_id, target, signature))
-        elif not signature:
-            signature = client.session.sign(Voucher(self.channel_id, cumulative).digest(self.terms.domain))
-        await client.book.change(changes)
+
+        def target(_: ChannelState) -> int | None:
+            return last_voucher(client.preview(self.channel_id, ended), client.meter.running(self.channel_id))
+
+        # The voucher goes before the end of the job: its reservation is what covers it.
+        signed = await client.vouchers.add(self.channel_id, target, then=[ended])
         chat.receipt, chat.receipt_signature = receipt, message.signature
         chat.finish_reason = FinishReason(receipt.finish_reason)
         chat.usage, chat.cost = Usage(receipt.input_tokens, receipt.output_tokens), receipt.cost
@@ -232,7 +234,7 @@ class Part:
             client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
         fault_point("send.ack")
         try:
-            await self.link.send(Ack(cumulative=amount_to_wire(cumulative), signature=signature))
+            await self.link.send(Ack(cumulative=amount_to_wire(signed.cumulative), signature=signed.signature))
             await self.link.stream.aclose()
         except StreamClosed:
             log.info("%s was gone before our ack; its voucher is journaled and goes with the next job", self.peer)

@@ -9,16 +9,18 @@ it is signed in that chain's domain.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import trio
 
 from node.chains import Chains
 from node.client.settings import ClientSettings, Means
+from node.client.vouchers import Vouchers
 from node.errors import ChainError, ConfigError, InsufficientFunds, NodeError, WorkerFault
 from node.network.drive import converse
-from node.ports import Chain, Network, TxResult
+from node.ports import Chain, Network, Signer, TxResult
 from node.store.channels import ChannelBook, refresh
 from protocol.channel import (
     AllocationRaised,
@@ -31,7 +33,7 @@ from protocol.channel import (
 )
 from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import Address, ChannelId, Hash32, JobId, PeerId
-from protocol.keys import PrivateKey, require_signer
+from protocol.keys import require_signer
 from protocol.messages import (
     CHANNEL_PROTOCOL,
     ChannelStatus,
@@ -44,6 +46,8 @@ from protocol.messages import (
 )
 from protocol.offers import Asset, Payment, VerifiedOffer
 from protocol.selection import Purse
+from protocol.signing import ChannelAllocation
+from protocol.signing_history import Ahead
 from protocol.typed_data import Allocation, ChannelConfig, Close, Domain
 
 log = logging.getLogger(__name__)
@@ -67,8 +71,8 @@ class ClientWallet:
     def __init__(
         self,
         *,
-        payer: PrivateKey,
-        session: PrivateKey,
+        payer: Signer,
+        session: Signer,
         chains: Chains,
         means: Sequence[Means],
         network: Network,
@@ -76,7 +80,9 @@ class ClientWallet:
         settings: ClientSettings,
         random32: Callable[[], bytes],
         now_s: Callable[[], int],
+        ahead: Mapping[ChannelId, Ahead] = MappingProxyType({}),
     ) -> None:
+        """`ahead`: what was signed and is not in the journal (`node.signer.journal.attach`)."""
         self.payer = payer
         self.session = session
         self.chains = chains
@@ -88,6 +94,9 @@ class ClientWallet:
                 hint="look at client.pay_with and [tokens.NAME]",
             )
         self.book = book
+        self.vouchers = Vouchers(session, book, {channel: one.voucher for channel, one in ahead.items()})
+        self._allocated_before = {channel: one.allocation for channel, one in ahead.items()}
+        """By channel, an allocation that was signed before a crash and is not in the journal."""
         self._network = network
         self._settings = settings
         self._random32 = random32
@@ -181,6 +190,7 @@ class ClientWallet:
                 and state.channel_id not in self.book.frozen
                 and state.allocated == state.authorized
                 and state.free >= needed
+                and self.vouchers.usable(state, needed)
             ):
                 return state
         return None
@@ -200,7 +210,7 @@ class ClientWallet:
             return await self._open(offer, payment, needed)
 
     async def _open(self, offer: VerifiedOffer, payment: Payment, needed: int) -> tuple[ChannelState, bytes]:
-        change = self._allocation(offer, payment, needed)
+        change = await self._allocation(offer, payment, needed)
         more = change.allocated - self._allocated(change.channel_id)
         balance = await self.balance(payment.asset)
         if balance < more:
@@ -212,19 +222,22 @@ class ClientWallet:
         self._seen[payment.asset] = balance - more
         return await self._submit(offer.peer_id, change.channel_id)
 
-    def _allocation(self, offer: VerifiedOffer, payment: Payment, needed: int) -> ChannelOpened | AllocationRaised:
+    async def _allocation(
+        self, offer: VerifiedOffer, payment: Payment, needed: int
+    ) -> ChannelOpened | AllocationRaised:
         """The allocation to sign: more on a channel that exists, or a new channel."""
         amount = max(self.means[payment.asset].allocation, needed, payment.min_allocation)
         valid_before = self._valid_before()
         for state in self.book.channels.values():
             usable = not state.leaving and state.channel_id not in self.book.frozen
-            if _between(state, offer, payment) and usable:
+            if _between(state, offer, payment) and usable and self.vouchers.usable(state, needed):
                 # Signed but not locked on chain (the worker never submitted it): the next one carries the missing part too.
                 enough = (
                     state.allocated < state.authorized and state.authorized - state.spent - state.reserved >= needed
                 )
-                total = state.authorized + (1 if enough else amount)
-                signature = self._sign(state.home, state.channel_id, total, valid_before)
+                before = max(state.authorized, self._allocated_before.get(state.channel_id, 0))
+                total = before + (1 if enough else amount)
+                signature = await self._sign(state.home, state.config, state.channel_id, total, valid_before)
                 return AllocationRaised(state.channel_id, total, valid_before, signature)
         config = ChannelConfig(
             payer=self.payer.address,
@@ -237,11 +250,14 @@ class ClientWallet:
         )
         domain = self.means[payment.asset].domain
         channel_id = config.channel_id(domain)
-        signature = self._sign(domain, channel_id, amount, valid_before)
+        signature = await self._sign(domain, config, channel_id, amount, valid_before)
         return ChannelOpened(channel_id, config, amount, valid_before, signature, domain)
 
-    def _sign(self, domain: Domain, channel_id: ChannelId, allocated: int, valid_before: int) -> bytes:
-        return self.payer.sign(Allocation(channel_id, allocated, valid_before).digest(domain))
+    async def _sign(
+        self, domain: Domain, config: ChannelConfig, channel_id: ChannelId, allocated: int, valid_before: int
+    ) -> bytes:
+        allocation = Allocation(channel_id, allocated, valid_before)
+        return await self.payer.sign(ChannelAllocation(config, allocation), domain)
 
     def _allocated(self, channel_id: ChannelId) -> int:
         state = self.book.get(channel_id)
@@ -350,7 +366,7 @@ class ClientWallet:
         question = RequestClose(
             channel_id=bytes(state.channel_id),
             final=amount_to_wire(final),
-            signature=self.session.sign(wish.digest(state.home)),
+            signature=await self.session.sign(wish, state.home),
         )
         reply = await converse(self._network, peer, CHANNEL_PROTOCOL, question, timeout_s=10)
         if not isinstance(reply, CloseConsent):

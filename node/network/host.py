@@ -37,10 +37,9 @@ from node.network.stats import NetworkStats
 from node.network.streams import HostStream, NegotiationFailed, agree, expect_line, propose
 from node.network.swarm import build_swarm, quiet_libp2p
 from node.network.yamux import Mux, MuxStream, StreamLimit
-from node.ports import ByteStream, StreamClosed, StreamHandler
+from node.ports import ByteStream, Identity, StreamClosed, StreamHandler
 from protocol.errors import GristmillError
 from protocol.ids import PeerId
-from protocol.keys import PrivateKey
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +50,12 @@ _RETRY_FIRST, _RETRY_LONGEST = 1.0, 30.0
 class HostNetwork:
     """`node.ports.Network` on libp2p. Use `open_host`."""
 
-    def __init__(self, key: PrivateKey, limits: NetworkLimits) -> None:
+    def __init__(self, identity: Identity, limits: NetworkLimits) -> None:
         self.limits = limits
         self.guards = Guards(limits)
         self.stats = NetworkStats()
-        self._peer_id = key.peer_id
-        self._swarm = build_swarm(key, limits, self._take_stream)
+        self._peer_id = identity.peer_id
+        self._swarm = build_swarm(identity, limits, self._take_stream)
         self._host = BasicHost(self._swarm)
         self._handlers: dict[str, StreamHandler] = {}
         self._addresses: tuple[str, ...] = ()
@@ -353,7 +352,7 @@ class HostNetwork:
 
 @asynccontextmanager
 async def open_host(
-    key: PrivateKey,
+    identity: Identity,
     *,
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
     limits: NetworkLimits | None = None,
@@ -361,13 +360,14 @@ async def open_host(
 ) -> AsyncIterator[HostNetwork]:
     """Run a host while the block runs.
 
+    `identity` signs for the peer and keeps its secret.
     Listens on `listen` (multiaddrs; port 0 takes a free one; none makes a client) and stays connected to `bootstrap`.
     Raises `NetworkError` when an address cannot be listened on or a bootstrap address is malformed.
     """
     quiet_libp2p()
     for multiaddr in bootstrap:
         parse_multiaddr(multiaddr)
-    network = HostNetwork(key, limits or NetworkLimits())
+    network = HostNetwork(identity, limits or NetworkLimits())
     with plain_errors():
         async with (
             background_trio_service(network._swarm),

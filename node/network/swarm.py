@@ -1,4 +1,8 @@
-"""py-libp2p's swarm, assembled from its public parts: Noise over our sockets, our muxer, no resource manager, no auto-dialer."""
+"""py-libp2p's swarm, assembled from its public parts: Noise over our sockets, our muxer, no resource manager, no auto-dialer.
+
+It holds no secret of the identity: what libp2p wants signed is asked of whoever holds the key. The Noise static key is made anew
+at each start and signed for once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from collections.abc import Callable
 import trio
 from libp2p import create_yamux_muxer_option
 from libp2p.abc import IMuxedConn, ISecureConn
-from libp2p.crypto.secp256k1 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair, KeyType, PrivateKey, PublicKey
+from libp2p.crypto.secp256k1 import Secp256k1PublicKey
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -24,7 +29,10 @@ from libp2p.transport.upgrader import TransportUpgrader
 from node.network.guards import NetworkLimits
 from node.network.sockets import Dialer
 from node.network.yamux import Mux, MuxStream
-from protocol.keys import PrivateKey
+from node.ports import Identity
+
+_KEPT = 4
+"""Signatures remembered: over the static key and our first peer records."""
 
 
 def quiet_libp2p() -> None:
@@ -54,9 +62,42 @@ class _Muxers(MuxerMultistream):
         return Mux(conn, peer_id, self._limits, self._on_stream)
 
 
-def build_swarm(key: PrivateKey, limits: NetworkLimits, on_stream: Callable[[MuxStream], None]) -> Swarm:
+class HeldElsewhere(PrivateKey):
+    """An identity key as libp2p sees it, whose secret is not here."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._public = Secp256k1PublicKey.from_bytes(identity.public_key)
+        self._signed: dict[bytes, bytes] = {}
+
+    def sign(self, data: bytes) -> bytes:
+        """Asks the holder. What is asked for at every connection, the static key, is asked of it once."""
+        known = self._signed.get(data)
+        if known is None:
+            known = self._identity.sign_identity(data)
+            if len(self._signed) < _KEPT and len(data) < 256:
+                self._signed[data] = known
+        return known
+
+    def get_public_key(self) -> PublicKey:
+        return self._public
+
+    def get_type(self) -> KeyType:
+        return KeyType.Secp256k1
+
+    def to_bytes(self) -> bytes:
+        raise TypeError("the secret of this key is held elsewhere")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeldElsewhere) and other._public.to_bytes() == self._public.to_bytes()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def build_swarm(identity: Identity, limits: NetworkLimits, on_stream: Callable[[MuxStream], None]) -> Swarm:
     """A swarm that dials; the peers' streams go to `on_stream`."""
-    pair = create_new_key_pair(key.secret_bytes())
+    key = HeldElsewhere(identity)
+    pair = KeyPair(key, key.get_public_key())
     timeout = max(1, round(limits.handshake_timeout))
     noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
     upgrader = TransportUpgrader({NOISE: noise}, create_yamux_muxer_option(), timeout)

@@ -22,12 +22,13 @@ import msgspec
 import trio
 
 import node
-from node.errors import KeyError_, NodeError, SignerError, SignerFailed, SignerOutdated, SignerRefused
+from node.errors import KeyError_, NodeError, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
 from node.signer import wire
-from node.signer.keys import NO_JOURNAL, Answer, Asked, Follow, Signers
+from node.signer.keys import NO_JOURNAL, Answer, Asked, Follow, Signers, refused
+from node.signer.sources import KeySource
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader, encode_frame
-from protocol.signing import KeyRole, Mark, Policy, SigningReason
+from protocol.signing import KeyRole, Mark, Policy, SigningReason, SigningRefused
 from protocol.signing_history import Ahead, KnownChannel
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _READ: Final = 1 << 18
 _PART: Final = 1024
 """Channels per message at a start."""
 _ERRORS: Final[dict[str, type[NodeError]]] = {
-    one.code: one for one in (KeyError_, SignerError, SignerFailed, SignerOutdated)
+    one.code: one for one in (KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated)
 }
 
 
@@ -66,6 +67,8 @@ class ProcessSigners(Signers):
         self._meetings: trio.MemoryReceiveChannel[wire.Met]
         self._met, self._meetings = trio.open_memory_channel(1)
         self._error: NodeError | None = None
+        self.closing = False
+        """Its end is wanted, and no news."""
 
     @property
     def failure(self) -> str | None:
@@ -107,14 +110,14 @@ class ProcessSigners(Signers):
                 return payload
 
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, following: Follow
+        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
     ) -> list[Ahead]:
         self._alive()
         known = [wire.channel_to_wire(one) for one in channels]
         parts = [tuple(known[start : start + _PART]) for start in range(0, len(known), _PART)] or [()]
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            await self._send(wire.Meet(part, head.value, head.digest, adopting, last))
+            await self._send(wire.Meet(part, head.value, head.digest, adopting, lost, last))
         try:
             met = await self._meetings.receive()
         except trio.EndOfChannel:
@@ -181,7 +184,8 @@ class ProcessSigners(Signers):
     def _fail(self, error: NodeError) -> None:
         if self._failure is None:
             self._failure, self._error = error.message, error
-            log.error("the signer is gone: %s", error.message)
+            if not self.closing:
+                log.error("the signer is gone: %s", error.message)
         self._met.close()
         for task in self._waiting.values():
             trio.lowlevel.reschedule(task)
@@ -194,9 +198,9 @@ class ProcessSigners(Signers):
 
 @asynccontextmanager
 async def open_process(
-    keys: Mapping[KeyRole, wire.KeySource], policy: Policy, path: Path
+    keys: Mapping[KeyRole, KeySource], policy: Policy, path: Path | None
 ) -> AsyncIterator[ProcessSigners]:
-    """A signer for the length of the block; its table is at `path`. Raises `KeyError_` or `SignerError`."""
+    """A signer for the length of the block; its table is at `path`; None: in memory. Raises `KeyError_`, `SignerError`."""
     ours, theirs = socket.socketpair()
     identity, their_identity = socket.socketpair()
     identity.settimeout(IDENTITY_S)
@@ -207,12 +211,15 @@ async def open_process(
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         reader = FrameReader(wire.LIMIT)
         try:
-            start = wire.Start({role.value: source for role, source in keys.items()}, policy, str(path))
+            start = wire.Start({role.value: source for role, source in keys.items()}, policy, str(path or ""))
             signers = ProcessSigners(await _start(stream, reader, start), stream, identity, reader)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(signers.run)
-                yield signers
-                nursery.cancel_scope.cancel()
+                try:
+                    yield signers
+                finally:
+                    signers.closing = True
+                    nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await stream.aclose()  # the end of the line is the end of the process
@@ -268,7 +275,7 @@ async def _reap(child: subprocess.Popen[bytes]) -> None:
 def _answer(answer: wire.WireAnswer) -> Answer:
     if answer.signature:
         return answer.signature
-    return SignerRefused(SigningReason(answer.reason), answer.detail)
+    return refused(SigningRefused(SigningReason(answer.reason), answer.detail))
 
 
 def _error(failed: wire.Failed) -> NodeError:

@@ -81,13 +81,15 @@ class Core:
         """The highest record that any caller's journal had when it asked for something: it must still be there."""
         return self.table.get(JOURNAL)
 
-    def meet(self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool) -> list[Ahead]:
+    def meet(self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False) -> list[Ahead]:
         """Hold a journal against the table, or begin the table from it. Raises `SignerOutdated`.
+
+        `lost`: the journal is an old copy whose owner goes on with it; it is the witness from here on.
 
         That the journal holds the witness is the caller's to check: the journal is not readable from here.
         """
         worker = KeyRole.WORKER in self.keys
-        changes: dict[MarkKey, Mark] = {JOURNAL: max(head, self._witnessed())}
+        changes: dict[MarkKey, Mark] = {JOURNAL: head if lost else max(head, self._witnessed())}
         ahead: list[Ahead] = []
         if adopting:
             if not self.table.empty:
@@ -96,7 +98,7 @@ class Core:
                 changes.update(adopt(channel, worker=worker))
         else:
             try:
-                added, ahead = compare(channels, self.table, worker=worker)
+                added, ahead = compare(channels, self.table, worker=worker, lost=lost)
             except LocalProtocolError as error:
                 raise SignerOutdated(str(error)) from error
             changes.update(added)

@@ -7,14 +7,17 @@ channel.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 
 from node.errors import SignerOutdated
 from node.signer.keys import Follow, Signers
-from node.store.ledger import Entry, Ledger
+from node.store.channels import ChannelBook
+from node.store.ledger import ADOPTED, Entry, Ledger
 from protocol.ids import ChannelId
 from protocol.signing import Mark
 from protocol.signing_history import Ahead, KnownChannel
@@ -27,7 +30,7 @@ _OLD_JOURNAL: Final = (
 )
 _OLD_TABLE: Final = (
     "restore the signer's table that belongs to this journal; if it is lost and this journal is the newest copy: "
-    "gristmill journal forget-signer"
+    "gristmill journal forget-signer --role ..."
 )
 
 
@@ -45,17 +48,18 @@ async def attach(signers: Signers, ledger: Ledger, channels: Iterable[KnownChann
 
     Raises `SignerOutdated` when one of the two is an old copy, `SignerFailed`, `LedgerError`.
     """
-    begun = _begun_with(ledger)
-    adopting = begun in (None, b"") and signers.empty
-    if begun not in (None, b"", signers.table):
+    begun, lost = _begun_with(ledger)
+    adopting = not begun and signers.empty
+    if begun and begun != signers.table:
         raise SignerOutdated(
             f"the journal {ledger.path} was kept with another signer's table than the one that is here", hint=_OLD_TABLE
         )
-    if begun is not None and begun and signers.empty:
-        raise SignerOutdated("the signer's table is empty, and the journal was kept with it", hint=_OLD_TABLE)
-    _check_witness(ledger, signers.witness)
+    if not lost:
+        _check_witness(ledger, signers.witness)
     try:
-        ahead = await signers.meet(channels, Mark(*ledger.head), adopting=adopting, following=_FollowLedger(ledger))
+        ahead = await signers.meet(
+            channels, Mark(*ledger.head), adopting=adopting, lost=lost, following=_FollowLedger(ledger)
+        )
     except SignerOutdated as error:
         raise SignerOutdated(error.message, hint=error.hint or _OLD_TABLE) from error
     if begun != signers.table:
@@ -63,9 +67,50 @@ async def attach(signers: Signers, ledger: Ledger, channels: Iterable[KnownChann
     return {one.channel_id: one for one in ahead}
 
 
-def _begun_with(ledger: Ledger) -> bytes | None:
-    rows = _select(ledger, "SELECT body FROM records WHERE kind = ? ORDER BY seq DESC LIMIT 1", (BEGUN,))
-    return msgspec.msgpack.decode(rows[0][0])["table"] if rows else None
+def forget(ledger: Ledger, table: Path) -> Path | None:
+    """From the next start on another table is the memory of this journal's keys, begun from it. What is left of the old one is
+    put aside; returns where."""
+    ledger.append_sync([Entry(BEGUN, b"", {"table": b""})])
+    if not table.exists():
+        return None
+    kept = next(path for n in itertools.count(1) if not (path := table.with_name(f"{table.name}.old{n}")).exists())
+    for end in ("-wal", "-shm"):
+        left = table.with_name(table.name + end)
+        if left.exists():
+            left.rename(kept.with_name(kept.name + end))
+    table.rename(kept)
+    return kept
+
+
+def known_channels(book: ChannelBook) -> list[KnownChannel]:
+    """What a journal says of each channel on which something may still be signed."""
+    return [
+        KnownChannel(
+            channel_id=state.channel_id,
+            token=state.config.token,
+            domain=state.domain,
+            authorized=state.authorized,
+            valid_before=state.valid_before,
+            cumulative=state.cumulative,
+            signed=book.receipted.get(state.channel_id, 0),
+            given=state.sequence,
+            final=state.final,
+        )
+        for state in book.channels.values()
+        if not state.closed and state.domain is not None
+    ]
+
+
+def _begun_with(ledger: Ledger) -> tuple[bytes, bool]:
+    """The table that the journal was kept with, empty when there is none to be missed; and whether the journal is an old copy
+    that goes on by its owner's will (`gristmill journal adopt`): then any table will do, because its channels are frozen."""
+    rows = _select(
+        ledger, "SELECT kind, body FROM records WHERE kind IN (?, ?) ORDER BY seq DESC LIMIT 1", (BEGUN, ADOPTED)
+    )
+    if not rows:
+        return b"", False
+    kind, body = rows[0]
+    return (b"", True) if kind == ADOPTED else (msgspec.msgpack.decode(body)["table"], False)
 
 
 def _check_witness(ledger: Ledger, witness: Mark | None) -> None:
@@ -87,7 +132,7 @@ def _check_witness(ledger: Ledger, witness: Mark | None) -> None:
         )
 
 
-def _select(ledger: Ledger, query: str, values: Sequence[object]) -> list[tuple[bytes]]:
+def _select(ledger: Ledger, query: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
     with ledger.reading() as connection:
-        found: list[tuple[bytes]] = connection.execute(query, tuple(values)).fetchall()
+        found: list[tuple[Any, ...]] = connection.execute(query, tuple(values)).fetchall()
     return found

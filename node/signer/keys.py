@@ -13,7 +13,7 @@ from typing import Final
 
 from node.errors import SignerRefused
 from protocol.ids import Address, PeerId, address_of
-from protocol.signing import KeyRole, Mark, Signable
+from protocol.signing import KeyRole, Mark, Signable, SigningReason, SigningRefused
 from protocol.signing_history import Ahead, KnownChannel
 from protocol.transactions import SignedTransaction, Transaction
 from protocol.typed_data import Domain
@@ -33,6 +33,10 @@ class SigningKey:
         """Compressed, 33 bytes."""
         self.address: Address = address_of(public_key)
         self.peer_id: PeerId = PeerId.from_public_key(public_key)
+
+    @property
+    def failure(self) -> str | None:
+        return self._signers.failure
 
     async def sign(self, struct: Signable, domain: Domain) -> bytes:
         (signature,) = await self.sign_all([(struct, domain)])
@@ -88,7 +92,7 @@ class Signers(ABC):
 
     @abstractmethod
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, following: Follow
+        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
     ) -> list[Ahead]:
         """Hold a journal against the table; from here on marks can be made. `following` gives the journal's last durable record.
 
@@ -102,6 +106,18 @@ class Follow:
     def head(self) -> Mark:
         """The last durable record."""
         return NO_JOURNAL
+
+
+_HINTS: Final = {
+    SigningReason.OVER_DAY: "client.day_limit and chain.day_fees set the limits; the day ends at midnight UTC",
+    SigningReason.UNKNOWN_CHANNEL: "this channel was opened with another signer's table; open a new one",
+    SigningReason.CALL: "the signer's policy lists the calls; money leaves the vault for your own account, or for --to",
+}
+
+
+def refused(no: SigningRefused) -> SignerRefused:
+    """The policy's no as the node's error."""
+    return SignerRefused(no.reason, no.detail, hint=_HINTS.get(no.reason, ""))
 
 
 def _signature(answer: Answer) -> bytes:

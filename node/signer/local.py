@@ -14,7 +14,7 @@ import trio
 
 from node.errors import SignerFailed, SignerRefused
 from node.signer.core import Core
-from node.signer.keys import Answer, Asked, Follow, Signers
+from node.signer.keys import Answer, Asked, Follow, Signers, refused
 from node.signer.table import Table
 from protocol.errors import InvalidValue
 from protocol.identity import IdentityMessage
@@ -73,7 +73,7 @@ class LocalSigners(Signers):
 
     def _handle(self, requests: Sequence[Request]) -> list[Answer]:
         answers = self.core.handle(requests, self._following.head())
-        return [SignerRefused(a.reason, a.detail) if isinstance(a, SigningRefused) else a for a in answers]
+        return [refused(one) if isinstance(one, SigningRefused) else one for one in answers]
 
     def ask_identity(self, role: KeyRole, data: bytes) -> bytes:
         try:
@@ -82,15 +82,15 @@ class LocalSigners(Signers):
             raise SignerRefused(SigningReason.KIND, str(error)) from None
         (answer,) = self.core.handle([asked])
         if isinstance(answer, SigningRefused):
-            raise SignerRefused(answer.reason, answer.detail)
+            raise refused(answer)
         return answer
 
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, following: Follow
+        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
     ) -> list[Ahead]:
         if self.failure is not None:
             raise SignerFailed(self.failure)
-        ahead = self.core.meet(channels, head, adopting=adopting)
+        ahead = self.core.meet(channels, head, adopting=adopting, lost=lost)
         self._following = following
         return ahead
 

@@ -26,14 +26,13 @@ from typing import Final
 import msgspec
 
 from node.errors import NodeError, SignerError, SignerFailed
-from node.keystore import decrypt, read_file
 from node.signer import wire
 from node.signer.core import Answer, Core
+from node.signer.sources import open_key
 from node.signer.table import Table
 from protocol.errors import GristmillError, InvalidValue
 from protocol.frames import FrameReader, encode_frame
 from protocol.identity import MAX_BYTES, IdentityMessage
-from protocol.keys import PrivateKey
 from protocol.signing import KeyRole, Mark, Request, SigningReason, SigningRefused, request
 from protocol.signing_history import KnownChannel
 
@@ -85,15 +84,10 @@ class Line:
 
 def open_core(start: wire.Start) -> Core:
     """Open the keys and the table. Raises `NodeError`."""
-    keys = {KeyRole(role): _key(source) for role, source in start.keys.items()}
-    table = Table.open(Path(start.table), {role: key.address for role, key in keys.items()})
+    keys = {KeyRole(role): open_key(source) for role, source in start.keys.items()}
+    accounts = {role: key.address for role, key in keys.items()}
+    table = Table.open(Path(start.table), accounts) if start.table else Table.in_memory(accounts)
     return Core(keys, start.policy, table, time.time)
-
-
-def _key(source: wire.KeySource) -> PrivateKey:
-    if isinstance(source, wire.RawKey):
-        return PrivateKey(source.secret)
-    return decrypt(read_file(Path(source.path)), source.password, source.path)
 
 
 def ready(core: Core) -> wire.Ready:
@@ -144,7 +138,8 @@ class Server:
         self._known += map(wire.channel_from_wire, message.channels)
         if message.last:
             known, self._known = self._known, []
-            ahead = self._core.meet(known, Mark(message.seq, message.hash), adopting=message.adopting)
+            head = Mark(message.seq, message.hash)
+            ahead = self._core.meet(known, head, adopting=message.adopting, lost=message.lost)
             self._line.send(wire.Met(tuple(map(wire.ahead_to_wire, ahead))))
 
     def _answer(self, batches: list[wire.Batch]) -> wire.Answers:

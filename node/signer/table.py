@@ -18,9 +18,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from node.errors import SignerError, SignerFailed
+from node.errors import SignerError, SignerFailed, SignerLocked
 from node.store import database, wal
-from node.store.errors import LedgerError
+from node.store.errors import LedgerError, LedgerLocked
 from node.store.faults import fault_point
 from protocol.ids import Address
 from protocol.signing import KeyRole, Mark, MarkKey, Scope
@@ -49,6 +49,8 @@ class Table:
         """Open and check, or make. Raises `SignerError`."""
         try:
             return cls._open(path.resolve(), _owners(accounts), create)
+        except LedgerLocked as error:
+            raise SignerLocked(error.message, hint=error.hint) from error
         except LedgerError as error:  # the file handling is the journal's; whose file it is, we say
             raise SignerError(f"the signer's table {path}: {error.message}", hint=error.hint) from error
         except sqlite3.Error as error:

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from node.signer.sources import KeySource
 from protocol.errors import InvalidValue
 from protocol.frames import DATA_LIMIT, encode_frame
 from protocol.ids import Address, ChannelId
@@ -39,33 +40,12 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
 # ------------------------------------------------------------------------------------------------------- to the signer
 
 
-class KeyFile(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A key to be opened by the signer itself: the node never sees it."""
-
-    path: str
-    password: bytes
-
-    def __repr__(self) -> str:
-        return f"KeyFile({self.path!r})"
-
-
-class RawKey(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A key that somebody holds already: a test, a demo, an embedding program."""
-
-    secret: Bytes32
-
-    def __repr__(self) -> str:
-        return "RawKey()"
-
-
-KeySource = KeyFile | RawKey
-
-
 class Start(_Message):
     keys: dict[str, KeySource]
     """By role."""
     policy: Policy
     table: str
+    """Path; empty for one that the end of the process forgets."""
 
 
 class WireChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -90,6 +70,7 @@ class Meet(_Message):
     seq: _ChainId
     hash: Bytes32
     adopting: bool
+    lost: bool
     last: bool
 
 

@@ -25,7 +25,7 @@ from node.chains import Chains
 from node.store import snapshot
 from node.store.errors import LedgerError
 from node.store.fold import replay
-from node.store.ledger import ADOPTED, Entry, Ledger, Record
+from node.store.ledger import ADOPTED, Entry, Ledger, Pending, Record
 from node.store.writer import Work
 from protocol.channel import (
     ChainSeen,
@@ -56,6 +56,7 @@ class _Fold(msgspec.Struct, array_like=True):
 
     states: list[bytes]
     cut_off: list[tuple[bytes, bytes, int]]
+    receipted: list[tuple[bytes, int]]
     adopted: bool
     frozen: list[bytes]
 
@@ -74,6 +75,8 @@ class ChannelBook:
         """Channels whose last sight of the contract breaks a rule, and why: no new work, until a sight that can be taken."""
         self.cut_off: set[tuple[ChannelId, JobId, int]] = set()
         """Parts that ended without a receipt: a worker may not serve them again, because they have been charged for."""
+        self.receipted: dict[ChannelId, int] = {}
+        """Highest number of a receipt in the journal, for a worker; numbers that were given and never signed are not here."""
         self.adopted = False
         """This journal went on although a later one had been lost: there may be channels that it does not know."""
         self._since = 0
@@ -104,6 +107,7 @@ class ChannelBook:
         fold = msgspec.msgpack.decode(payload, type=_Fold)
         self._states = {state.channel_id: state for state in map(decode_state, fold.states)}
         self.cut_off = {(ChannelId(channel), JobId(job), part) for channel, job, part in fold.cut_off}
+        self.receipted = {ChannelId(channel): number for channel, number in fold.receipted}
         self.adopted, self.frozen = fold.adopted, set(map(ChannelId, fold.frozen))
         return seq
 
@@ -118,6 +122,7 @@ class ChannelBook:
         fold = _Fold(
             [msgspec.msgpack.encode(to_body(state)) for state in self._states.values()],
             [(bytes(channel), bytes(job), part) for channel, job, part in self.cut_off],
+            [(bytes(channel), number) for channel, number in self.receipted.items()],
             self.adopted,
             [bytes(channel) for channel in self.frozen],
         )
@@ -167,14 +172,25 @@ class ChannelBook:
             self._at_risk.discard(state.channel_id)
 
     def _note_end(self, change: Change) -> None:
-        if isinstance(change, JobEnded) and not change.receipt:
+        if not isinstance(change, JobEnded):
+            return
+        if not change.receipt:
             self.cut_off.add((change.channel_id, change.job_id, change.part))
+        elif change.sequence > self.receipted.get(change.channel_id, 0):
+            self.receipted[change.channel_id] = change.sequence
 
     async def change(self, changes: Sequence[Change], *, also: Work[object] | None = None) -> list[Effect]:
         """Apply and journal, all or none. Raises `ProtocolError` (nothing changed) or `LedgerError` (nothing is to be said).
 
         `also` may not refuse: what is applied here cannot be taken back, so it has to reach the journal.
         """
+        posted = self.begin(changes, also=also)
+        await posted.durable()
+        return posted.effects
+
+    def begin(self, changes: Sequence[Change], *, also: Work[object] | None = None) -> Posted:
+        """The first half of `change`: applied and on its way to the disk when this returns. Whoever begins must await `durable`
+        of this or of a later one before speaking; records become durable in the order in which they were begun."""
         staged: dict[ChannelId, ChannelState] = {}
         effects: list[Effect] = []
         for change in changes:
@@ -191,16 +207,27 @@ class ChannelBook:
             staged[change.channel_id], more = apply(held, change)
             effects.extend(more)
         entries = [Entry(kind_of(c), bytes(c.channel_id), to_body(c)) for c in changes]
-        with trio.CancelScope(shield=True):
-            self._states.update(staged)
-            for state in staged.values():
-                self._weigh(state)
-            for change in changes:
-                self._note_end(change)
-            await self.ledger.append(entries, also=also)
+        written = self.ledger.begin(entries, also=also)
+        self._states.update(staged)
+        for state in staged.values():
+            self._weigh(state)
+        for change in changes:
+            self._note_end(change)
         self._since += len(entries)
         self._keep()
-        return effects
+        return Posted(effects, written)
+
+
+class Posted:
+    """Changes that are applied, and on their way to the disk."""
+
+    def __init__(self, effects: list[Effect], written: Pending[object]) -> None:
+        self.effects = effects
+        self._written = written
+
+    async def durable(self) -> None:
+        """Raises `LedgerError`: then nothing is to be said. Cannot be cancelled."""
+        await self._written.wait()
 
 
 async def refresh(book: ChannelBook, chains: Chains, channel_id: ChannelId) -> tuple[ChannelState, list[Effect]]:

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
@@ -54,6 +54,29 @@ ADOPTED = "journal_adopted"
 
 def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+class Pending(Generic[T]):
+    """Work that is queued for the journal's thread."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future = future
+
+    async def wait(self) -> T:
+        """Until it is durable. Cannot be cancelled: a half-known write would be worse than one slow disk write."""
+        if not self._future.done():
+            done, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+            def wake(_: Future[T]) -> None:
+                try:
+                    token.run_sync_soon(done.set)
+                except trio.RunFinishedError:
+                    pass  # the caller's world is gone; what it wrote is not
+
+            self._future.add_done_callback(wake)
+            with trio.CancelScope(shield=True):
+                await done.wait()
+        return self._future.result()
 
 
 class Ledger:
@@ -221,6 +244,10 @@ class Ledger:
         """
         return await self.write(self._appending(entries, also))
 
+    def begin(self, entries: Sequence[Entry], *, also: Work[object] | None = None) -> Pending[tuple[Record, ...]]:
+        """`append` in two halves: queued when this returns, durable when its `wait` does."""
+        return Pending(self._submit(self._appending(entries, also)))
+
     def append_sync(self, entries: Sequence[Entry], *, also: Work[object] | None = None) -> tuple[Record, ...]:
         """`append` for code outside trio. Blocks the calling thread."""
         return self.write_sync(self._appending(entries, also))
@@ -228,19 +255,7 @@ class Ledger:
     async def write(self, work: Work[T]) -> T:
         """Run other work on the same file in the next group, e.g. for `Results`."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        future = self._submit(work)
-        done, token = trio.Event(), trio.lowlevel.current_trio_token()
-
-        def wake(_: Future[T]) -> None:
-            try:
-                token.run_sync_soon(done.set)
-            except trio.RunFinishedError:
-                pass  # the caller's world is gone; what it wrote is not
-
-        future.add_done_callback(wake)
-        with trio.CancelScope(shield=True):
-            await done.wait()
-        return future.result()
+        return await Pending(self._submit(work)).wait()
 
     def post(self, work: Work[object]) -> None:
         """`write` without waiting, for what may as well not be written. Raises LedgerClosed, LedgerFailed."""

@@ -19,6 +19,7 @@ import trio
 
 from node.client.client import Client
 from node.ports import ByteStream, StreamClosed
+from node.testing.market import raw_key
 from node.worker.worker import Worker
 from protocol.channel import ChannelState
 from protocol.errors import RefusalReason
@@ -111,7 +112,7 @@ def _in_receipt(**changes: Any) -> Callable[[Worker], Tamper]:
         def change(message: ReceiptMessage) -> Sequence[JobConversation]:
             fields = {k: v(getattr(message.receipt, k)) if callable(v) else v for k, v in changes.items()}
             wire = msgspec.structs.replace(message.receipt, **fields)
-            signature = worker.key.sign(receipt_from_wire(wire).digest(_home(worker, message)))
+            signature = raw_key(worker.key).sign(receipt_from_wire(wire).digest(_home(worker, message)))
             return (ReceiptMessage(receipt=wire, signature=signature),)
 
         return _only(ReceiptMessage, change)
@@ -136,7 +137,7 @@ def _receipt_for_another_chain(worker: Worker) -> Tamper:
     def change(message: ReceiptMessage) -> Sequence[JobConversation]:
         home = _home(worker, message)
         digest = receipt_from_wire(message.receipt).digest(Domain(home.chain_id + 1, home.verifying_contract))
-        return (msgspec.structs.replace(message, signature=worker.key.sign(digest)),)
+        return (msgspec.structs.replace(message, signature=raw_key(worker.key).sign(digest)),)
 
     return _only(ReceiptMessage, change)
 
@@ -250,7 +251,7 @@ class Hand:
     ) -> VoucherMessage:
         """Right unless told otherwise. Not journaled: this client forgets what it signs."""
         voucher = Voucher(ChannelId(channel or self.state.channel_id), cumulative)
-        signature = (key or self.client.session).sign(voucher.digest(domain or self.domain))
+        signature = (key or raw_key(self.client.session)).sign(voucher.digest(domain or self.domain))
         return VoucherMessage(cumulative=amount_to_wire(cumulative), signature=signature)
 
     def ask(
@@ -276,7 +277,7 @@ class Hand:
         final = msgspec.structs.replace(draft, **fields)
         signed = draft if forged else final
         return msgspec.structs.replace(
-            final, signature=self.client.session.sign(ask_struct(signed).digest(self.domain))
+            final, signature=raw_key(self.client.session).sign(ask_struct(signed).digest(self.domain))
         )
 
     async def talk(self, *messages: JobConversation) -> Talk:

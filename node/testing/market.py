@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -33,6 +33,9 @@ from node.network.discovery import OfferBook
 from node.network.groups import plain_errors
 from node.network.memory import MemoryHub, open_hub
 from node.ports import ByteStream, StreamHandler
+from node.signer.journal import attach, known_channels
+from node.signer.local import LocalSigners
+from node.signer.table import Table
 from node.store.channels import ChannelBook
 from node.store.errors import LedgerClosed
 from node.store.ledger import Ledger
@@ -45,6 +48,8 @@ from protocol.channel import Role
 from protocol.ids import PeerId
 from protocol.keys import PrivateKey
 from protocol.pricing import Price, cost
+from protocol.signing import DomainRule, KeyRole, Policy, TokenRule
+from protocol.typed_data import MARKET_DOMAIN
 
 START_MS = 1_800_000_000_000
 PENALTY = 1_000
@@ -54,6 +59,12 @@ PENALTY = 1_000
 def key(name: str) -> PrivateKey:
     """A key made from a name: the same in every run. For tests only."""
     return PrivateKey(hashlib.sha256(f"gristmill test key {name}".encode()).digest())
+
+
+def raw_key(signer: Any) -> PrivateKey:
+    """The secret behind a signer of a market: for cheats, which no policy would sign."""
+    found: PrivateKey = signer._signers.core.keys[signer._role]
+    return found
 
 
 @dataclass(slots=True)
@@ -71,6 +82,8 @@ class Market:
     further: dict[str, MemoryLedger] = field(default_factory=dict)
     """Chains besides `ledger`, by name; see `add_chain`."""
     _scopes: dict[PeerId, trio.CancelScope] = field(default_factory=dict)
+    _tables: dict[str, Table] = field(default_factory=dict)
+    """By name of a node: what its signer has signed."""
     _names: itertools.count[int] = field(default_factory=itertools.count)
     _draws: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -124,8 +137,12 @@ class Market:
         for ledger in ledgers.values():
             ledger.mint(hot.address, native=10**18)
         journal = self._journal(name, bytes(hot.address))
+        book = ChannelBook.restore(journal, Role.WORKER, [ledger.domain for ledger in ledgers.values()])
+        signers = self.signers(name, {KeyRole.WORKER: hot})
+        await attach(signers, journal, known_channels(book))
         worker = Worker(
-            key=hot,
+            key=signers[KeyRole.WORKER],
+            book=book,
             network=self.hub.join(hot.peer_id),
             chains=Chains({name: MemoryChain(ledger, hot.address) for name, ledger in ledgers.items()}),
             ledger=journal,
@@ -192,10 +209,13 @@ class Market:
         randoms = (hashlib.sha256(f"{name} {n}".encode()).digest() for n in self._draws)
         options = settings or ClientSettings()
         book = ChannelBook.restore(self._journal(name, bytes(payer.address)), Role.CLIENT, known.domains)
+        signers = self.signers(name, {KeyRole.PAYER: payer, KeyRole.SESSION: session}, means)
+        ahead = await attach(signers, book.ledger, known_channels(book))
         await book.close_open_jobs(lambda _: 0)
         wallet = ClientWallet(
-            payer=payer,
-            session=session,
+            payer=signers[KeyRole.PAYER],
+            session=signers[KeyRole.SESSION],
+            ahead=ahead,
             chains=known,
             means=means,
             network=network,
@@ -224,6 +244,33 @@ class Market:
             for worker in self.workers:
                 await client.meet(worker.network.addresses[0])
         return client
+
+    def copy_table(self, name: str) -> Table:
+        """What the signer of a node remembers now, as a backup of its data dir would have it."""
+        table = self._tables[name]
+        copied = Table.in_memory({})
+        copied._connection.deserialize(table._connection.serialize())
+        copied.identity = table.identity
+        return copied
+
+    def put_back_table(self, name: str, table: Table) -> None:
+        self._tables[name] = table
+
+    def signers(self, name: str, keys: Mapping[KeyRole, PrivateKey], means: Sequence[Means] = ()) -> LocalSigners:
+        """The real policy before these keys, with a table in memory that the same `name` finds again."""
+        if name not in self._tables:
+            self._tables[name] = Table.in_memory({role: held.address for role, held in keys.items()})
+        kinds = ("Voucher", "Ask", "Receipt", "Close", "ChannelAllocation")
+        rules = [DomainRule(kind, MARKET_DOMAIN.chain_id, bytes(20)) for kind in ("Offer", "Refusal")]
+        for one in (self.ledger, *self.further.values()):
+            rules += [DomainRule(kind, one.chain_id, bytes(one.channels)) for kind in kinds]
+            home = bytes(one.jobs_domain.verifying_contract)
+            rules += [
+                DomainRule(kind, one.chain_id, home) for kind in ("Quote", "QuotedOrder", "Submission", "Acceptance")
+            ]
+        tokens = tuple(TokenRule(one.domain.chain_id, bytes(one.token)) for one in means)
+        policy = Policy(domains=tuple(rules), tokens=tokens)
+        return LocalSigners(keys, policy, self._tables[name], clock=lambda: self.now_ms() / 1000)
 
     def _journal(self, name: str, tag: bytes) -> Ledger:
         path = self.folder / name.replace(" ", "-") / "journal.sqlite"

@@ -20,7 +20,7 @@ import trio
 
 from node.chains import Chains
 from node.errors import ChainError
-from node.ports import Chain
+from node.ports import Chain, Signer
 from node.store.channels import ChannelBook, follow, refresh
 from node.worker.accepted import AcceptedAssets
 from protocol.channel import (
@@ -34,7 +34,7 @@ from protocol.channel import (
 )
 from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import Address, ChannelId, PeerId
-from protocol.keys import PrivateKey, require_signer
+from protocol.keys import require_signer
 from protocol.messages import (
     ChannelStatus,
     CloseConsent,
@@ -98,7 +98,7 @@ class ChannelDesk:
     def __init__(
         self,
         *,
-        key: PrivateKey,
+        key: Signer,
         book: ChannelBook,
         chains: Chains,
         accepted: AcceptedAssets,
@@ -245,9 +245,11 @@ class ChannelDesk:
             )
         if asked < final:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, f"{final} is due on this channel, not {asked}")
-        signature = self._key.sign(Close(state.channel_id, final).digest(state.home))
-        change = [CloseSigned(state.channel_id, final, signature)] if state.final is None else []
-        await self._book.change(change)  # of an equal consent that is on its way to the disk, too, the end is awaited
+        # Journaled before it is signed: from here on no job opens, so nothing moves the total while the signature is made.
+        decided = [CloseSigned(state.channel_id, final, b"")] if state.final is None else []
+        await self._book.change(decided)
+        signature = await self._key.sign(Close(state.channel_id, final), state.home)
+        await self._book.change([CloseSigned(state.channel_id, final, signature)] if decided else [])
         return CloseConsent(channel_id=bytes(state.channel_id), final=amount_to_wire(final), signature=signature)
 
     def _known(self, channel_id: bytes) -> ChannelState:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from node.ports import ModelInfo
+import trio
+
+from node.ports import ModelInfo, Signer
 from node.worker.accepted import AcceptedAssets
 from protocol.ids import Hash32, ModelId
-from protocol.keys import PrivateKey
 from protocol.messages import OfferMessage
-from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, open_offer, sign_offer
+from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, offer_frame, open_offer
+from protocol.typed_data import MARKET_DOMAIN
 
 HONOURED = (
     "temperature",
@@ -53,7 +55,7 @@ class OfferDesk:
 
     def __init__(
         self,
-        key: PrivateKey,
+        key: Signer,
         terms: Terms,
         models: Mapping[ModelId, ModelInfo],
         speeds: Mapping[ModelId, Speed],
@@ -70,24 +72,27 @@ class OfferDesk:
         self._now_ms = now_ms
         self._current: VerifiedOffer | None = None
         self._valid: dict[Hash32, VerifiedOffer] = {}
+        self._signing = trio.Lock()
 
     @property
     def valid(self) -> Mapping[Hash32, VerifiedOffer]:
         """Offers by hash that have not expired: what an ask may name."""
         return self._valid
 
-    def current(self) -> OfferMessage:
-        """The offer of now, signed anew when half of its life is over."""
-        now = self._now_ms()
-        held = self._current
-        if held is not None and now < (held.document.issued + held.document.expires) // 2:
-            return held.message
-        return self.renew()
+    async def current(self) -> OfferMessage:
+        """The offer of now, signed anew when half of its life is over. Raises `SignerError`."""
+        async with self._signing:
+            now = self._now_ms()
+            held = self._current
+            if held is not None and now < (held.document.issued + held.document.expires) // 2:
+                return held.message
+            return await self.renew()
 
-    def renew(self) -> OfferMessage:
+    async def renew(self) -> OfferMessage:
         """Sign a fresh offer, for instance because the free places changed."""
         now = self._now_ms()
-        message = sign_offer(self._document(now), self._key)
+        document, frame = offer_frame(self._document(now), self._key.peer_id)
+        message = OfferMessage(document=document, signature=await self._key.sign(frame, MARKET_DOMAIN))
         offer = open_offer(message, now_ms=now)
         self._valid = {h: o for h, o in self._valid.items() if o.valid_at(now)}
         self._valid[offer.hash] = offer

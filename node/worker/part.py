@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from node.errors import ModelError
+from node.errors import ModelError, SignerError, SignerRefused
 from node.network.drive import JobStream
 from node.network.groups import plain_errors
 from node.ports import Prompt, Step, StreamClosed
@@ -40,6 +40,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.payment import unsecured
+from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
     from node.worker.serve import JobServer
@@ -253,9 +254,12 @@ class ServedPart:
             server.stats.finished += 1
             return None
         receipt = machine.make_receipt(self.finish, server.now_ms())
-        message = ReceiptMessage(
-            receipt=receipt_to_wire(receipt), signature=server.key.sign(receipt.digest(self.terms.domain))
-        )
+        try:
+            signature = await server.key.sign(receipt, self.terms.domain)
+        except SignerError as error:
+            await self._end_unsigned(receipt, error)
+            return None
+        message = ReceiptMessage(receipt=receipt_to_wire(receipt), signature=signature)
         ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
         kept = KeptResult(
             ask=ask_struct(self.ask).struct_hash(),
@@ -274,6 +278,17 @@ class ServedPart:
         server.stats.output_tokens += receipt.output_tokens
         server.stats.ended[self.finish.code] += 1
         return message
+
+    async def _end_unsigned(self, receipt: Receipt, error: SignerError) -> None:
+        """No receipt can be had: what was delivered is booked all the same. Raises `SignerFailed` again: the worker must stop."""
+        log.error("no receipt for part %d of job %s: %s", self.key[1], self.key[0], error)
+        self.server.meter.drop(self.channel_id, self.key)
+        await self.server.book.change([JobEnded(self.channel_id, *self.key, receipt.cost, 0, b"")])
+        self.server.wake(self.channel_id)
+        self.server.stats.finished += 1
+        self.failure = "the worker could not sign a receipt"
+        if not isinstance(error, SignerRefused):
+            raise error
 
     async def conclude(self, message: ReceiptMessage | None) -> None:
         """Say how it ended, and wait for the ack."""

@@ -10,9 +10,8 @@ Rules
 from __future__ import annotations
 
 from node.errors import ChainError, KeyError_
-from node.ports import Chain, TxResult
+from node.ports import Chain, Signer, TxResult
 from protocol.ids import ZERO_ADDRESS, Address
-from protocol.keys import PrivateKey
 from protocol.typed_data import HotKey
 
 CONSENT_SECONDS = 600
@@ -32,9 +31,7 @@ async def needs_consent(chain: Chain, worker: Address) -> bool:
     return False
 
 
-async def set_payout(
-    chain: Chain, worker: Address, payout: Address, hot_key: PrivateKey | None = None
-) -> TxResult | None:
+async def set_payout(chain: Chain, worker: Address, payout: Address, hot_key: Signer | None = None) -> TxResult | None:
     """Send the earnings of `worker` to `payout`; None when they go there already.
 
     `chain.account` is the owner: it signs and pays the gas. `hot_key` is the worker's key and signs its consent; only needed
@@ -53,7 +50,7 @@ async def set_payout(
         nonce = (await chain.worker(worker)).nonce
         deadline = (await chain.head()).timestamp + CONSENT_SECONDS
         consent = HotKey(owner=chain.account, hot_key=worker, payout=payout, nonce=nonce, deadline=deadline)
-        signature = hot_key.sign(consent.digest(chain.workers_domain))
+        signature = await hot_key.sign(consent, chain.workers_domain)
         result = await chain.register_worker(worker, payout, deadline, signature)
     elif await chain.payout_of(worker) == payout:
         return None

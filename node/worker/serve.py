@@ -1,7 +1,7 @@
 """One job stream, one task: ask -> admission -> the part (`node.worker.part`) -> ack.
 
 The server owns what its streams share: the places, the vouchers of a channel, what is kept for clients that come back. A stream
-ends by itself whatever its peer does; only our own journal's failure is raised.
+ends by itself whatever its peer does; only the failure of our own journal or signer is raised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import trio
 
 from node.errors import ModelError, PromptInvalid
 from node.network.drive import JobStream
-from node.ports import Backend, ByteStream, Prompt, StreamClosed
+from node.ports import Backend, ByteStream, Prompt, Signer, StreamClosed
 from node.store.channels import ChannelBook
 from node.store.meter import Meter
 from node.store.results import Results
@@ -31,7 +31,7 @@ from protocol.channel import ChannelState, VoucherAdded
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import ChannelId, JobId, ModelId
 from protocol.job import JobWorker, Terms, ask_struct
-from protocol.keys import PrivateKey, require_signer
+from protocol.keys import require_signer
 from protocol.messages import (
     Ack,
     AskMessage,
@@ -96,7 +96,7 @@ class JobServer:
     def __init__(
         self,
         *,
-        key: PrivateKey,
+        key: Signer,
         accepted: AcceptedAssets,
         book: ChannelBook,
         results: Results,
@@ -146,7 +146,7 @@ class JobServer:
                 serving.notify()
 
     async def handle(self, stream: ByteStream) -> None:
-        """One stream. Ends normally whatever the peer does; only our own ledger's failure is raised."""
+        """One stream. Ends normally whatever the peer does; only the failure of our own journal or signer is raised."""
         link: JobStream[JobWorker] = JobStream(stream, JobWorker(), patience_s=self.settings.stall_ms / 1000)
         try:
             ask = await link.first(idle_s=self.settings.first_byte_ms / 1000, frame_s=self.settings.frame_ms / 1000)
@@ -266,8 +266,8 @@ class JobServer:
     async def _refuse(self, link: JobStream[JobWorker], ask: AskMessage, no: Rejected) -> None:
         self.stats.refused[no.reason.code] += 1
         at = self.now_ms()
-        signature = self.key.sign(Refusal(JobId(ask.job_id), int(no.reason), at).digest(MARKET_DOMAIN))
-        offer = None if self.draining else self.desk.current()
+        signature = await self.key.sign(Refusal(JobId(ask.job_id), int(no.reason), at), MARKET_DOMAIN)
+        offer = None if self.draining else await self.desk.current()
         await link.send(Refuse(reason=no.reason, detail=no.detail[:500], at=at, signature=signature, offer=offer))
 
     def _kept(self, ask: AskMessage) -> KeptResult | None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import trio
 
 from node.chains import Chains
-from node.errors import LedgerError, NetworkError
+from node.errors import LedgerError, NetworkError, SignerFailed
 from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
 from node.network.groups import plain_errors
-from node.ports import Backend, ByteStream, Chain, ChainEvent, Network
+from node.ports import Backend, ByteStream, Chain, ChainEvent, Network, Signer
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
 from node.store.meter import Meter
@@ -35,7 +35,6 @@ from node.worker.watch import ChainWatch
 from protocol.channel import ClaimNow, Role
 from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import ModelId, PeerId
-from protocol.keys import PrivateKey
 from protocol.messages import (
     BATCH_PROTOCOL,
     CHANNEL_PROTOCOL,
@@ -46,7 +45,7 @@ from protocol.messages import (
     OfferMessage,
     Params,
 )
-from protocol.typed_data import Domain, Struct
+from protocol.typed_data import Domain
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Worker:
     def __init__(
         self,
         *,
-        key: PrivateKey,
+        key: Signer,
         network: Network,
         chains: Chains,
         ledger: Ledger,
@@ -92,14 +91,16 @@ class Worker:
         settings: WorkerSettings,
         now_ms: Callable[[], int],
         speeds: Mapping[ModelId, Speed] | None = None,
+        book: ChannelBook | None = None,
     ) -> None:
+        """`book`: the fold of `ledger`, where the caller has made it already."""
         self.key = key
         self.network = network
         self.chains = chains
         self.ledger = ledger
         self.settings = settings
         self.now_ms = now_ms
-        self.book = ChannelBook.restore(ledger, Role.WORKER, chains.domains)
+        self.book = book or ChannelBook.restore(ledger, Role.WORKER, chains.domains)
         self.results = Results(ledger)
         self.meter = Meter()
         self.offers = OfferBook(now_ms)
@@ -175,14 +176,10 @@ class Worker:
             self.server.lodger = self.batch.runner
 
     def _batch_service(self, settings: BatchSettings, speeds: Mapping[ModelId, Speed]) -> BatchService:
-        async def sign(struct: Struct, domain: Domain) -> bytes:
-            await trio.lowlevel.checkpoint()
-            return self.key.sign(struct.digest(domain))
-
         by_jobs = {chain.jobs.domain: chain for chain in self.chains if chain.jobs}
         return BatchService(
             worker=self.key.address,
-            sign=sign,
+            sign=self.key.sign,
             ledger=self.ledger,
             results=self.results,
             chains=by_jobs,
@@ -222,7 +219,7 @@ class Worker:
         self.claimers[state.home].hurry(effect)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Catch up with the chains, then serve. Raises `LedgerError` as soon as the journal fails: nothing is signed then."""
+        """Catch up with the chains, then serve. Raises `LedgerError` or `SignerFailed` as soon as one of them fails."""
         ended = await self.book.close_open_jobs(self.accepted.tick)
         if ended:
             log.warning("%d parts were cut off by the last stop; booked what their vouchers cover", ended)
@@ -277,7 +274,7 @@ class Worker:
     async def _answer_offer(self, peer: PeerId, question: object) -> OfferMessage:
         if not isinstance(question, GetOffer):
             raise RemoteProtocolError(WireCode.UNEXPECTED, f"{type(question).__name__} is no question")
-        return self.desk.current()
+        return await self.desk.current()
 
     async def _serve_channel(self, stream: ByteStream) -> None:
         await serve_one(stream, CHANNEL_PROTOCOL, self.channels.answer, timeout_s=600)
@@ -288,7 +285,7 @@ class Worker:
         """Gossip the offer now and whenever half of its life is over."""
         while True:
             try:
-                await announce(self.network, self.desk.current())
+                await announce(self.network, await self.desk.current())
             except NetworkError as error:
                 log.warning("the offer could not be gossiped: %s", error)
             await trio.sleep(self.settings.offer_ttl_ms / 2000)
@@ -302,11 +299,12 @@ class Worker:
                 log.info("%d kept results were past their time", dropped)
 
     async def _watch_ledger(self) -> None:
-        while self.ledger.failure is None:
+        while self.ledger.failure is None and self.key.failure is None:
             await trio.sleep(0.25)
-        raise LedgerError(
-            self.ledger.failure, hint="nothing more is signed; free the disk or check it, then start again"
-        )
+        hint = "nothing more is signed; free the disk or check it, then start again"
+        if self.ledger.failure is not None:
+            raise LedgerError(self.ledger.failure, hint=hint)
+        raise SignerFailed(self.key.failure or "", hint=hint)
 
 
 async def self_test(backend: Backend, *, tokens: int = 8) -> dict[ModelId, Speed]:

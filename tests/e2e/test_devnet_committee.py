@@ -12,6 +12,7 @@ from node.chain.artifacts import contract, decode_log, error_name
 from node.chain.deploy import PLAY_COMMITTEE
 from node.chain.headers import header_rlp
 from node.chain.txs import DEVNET_POLICY, TxSender
+from node.signer.bare import Bare
 from node.testing.contracts import quote_tuple
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import Devnet, devnet
@@ -37,7 +38,7 @@ class World:
         self.net = net
         self.where: Any = net.deployment
         self._senders = {
-            key.address: TxSender(net.eth, key, net.chain_id, error_name=error_name, policy=DEVNET_POLICY)
+            key.address: TxSender(net.eth, Bare(key), net.chain_id, error_name=error_name, policy=DEVNET_POLICY)
             for key in (CLIENT, WORKER, JUROR)
         }
 

@@ -19,6 +19,7 @@ from node.chain.memory import MemoryChain, MemoryLedger
 from node.chain.txs import DEVNET_POLICY
 from node.errors import ChainError, ConfigError
 from node.ports import Chain, ClaimEntry, TxResult, WorkerOnChain
+from node.signer.bare import Bare
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import Devnet, devnet
 from protocol.ids import ZERO_ADDRESS, Address, Hash32, keccak256
@@ -69,7 +70,9 @@ async def world(kind: str) -> AsyncIterator[World]:
         chains: dict[Address, Chain] = {}
         for key in people:
             await net.faucet(key.address, native=10**20, tokens=10_000)
-            chains[key.address] = await EvmChain.connect([net.url], deployment, key, policy=DEVNET_POLICY, poll=0.01)
+            chains[key.address] = await EvmChain.connect(
+                [net.url], deployment, Bare(key), policy=DEVNET_POLICY, poll=0.01
+            )
         try:
             yield World(chains, net.advance, net)
         finally:
@@ -266,7 +269,7 @@ def test_a_chain_or_contract_that_is_not_ours_is_refused_at_connect(kind: str) -
 
         async def refused(deployment: Deployment, message: str) -> None:
             with pytest.raises(ChainError, match=message):
-                await EvmChain.connect([w.net.url], deployment, PAYER)  # type: ignore[union-attr]
+                await EvmChain.connect([w.net.url], deployment, Bare(PAYER))  # type: ignore[union-attr]
 
         await refused(replace(good, chain_id=1), "not of chain 1")
         await refused(replace(good, channels=PAYOUT), "no contract at")
@@ -282,7 +285,7 @@ def test_a_chain_or_contract_that_is_not_ours_is_refused_at_connect(kind: str) -
         impostor = await clone_with_foreign_domain(w.net, good)
         await refused(replace(good, channels=impostor), "another EIP-712 domain")
         with pytest.raises(ChainError, match=r"is a node of chain"):
-            await EvmChain.connect([w.net.url], replace(good, chain_id=good.chain_id + 1), PAYER)
+            await EvmChain.connect([w.net.url], replace(good, chain_id=good.chain_id + 1), Bare(PAYER))
 
     run(kind, main)
 

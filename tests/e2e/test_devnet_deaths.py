@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from node.chain.client import EvmChain
+from node.signer.bare import Bare
 from node.testing.devnet.devnet import available, devnet
 from protocol.keys import PrivateKey
 
@@ -25,6 +26,7 @@ import sys
 from pathlib import Path
 import trio
 from node.config import ChainConfig, Config
+from node.signer.bare import Bare
 from node.wiring import open_chain, open_journal
 from protocol.keys import PrivateKey
 
@@ -33,8 +35,8 @@ config = Config(data_dir=folder, chain=ChainConfig(rpc_urls=(url,), deployment=f
 key = PrivateKey(bytes([0x23]) * 32)
 
 async def main():
-    with open_journal(config, "client", key) as ledger:
-        async with open_chain(config, key, ledger) as chain:
+    with open_journal(config, "client", key.address) as ledger:
+        async with open_chain(config, Bare(key), ledger) as chain:
             print("ready", flush=True)
             for n in range(first, first + count):
                 for result in await chain.deposit(chain.token, 1 << n):
@@ -73,7 +75,7 @@ def test_a_killed_sender_sends_each_call_once(fault: str, tmp_path: Path) -> Non
             deployment = await net.deploy()
             await net.faucet(KEY.address, tokens=1 << 20)
             deployment.save(tmp_path / "deployment.json")
-            chain = await EvmChain.connect([net.url], deployment, PrivateKey(b"\x24" * 32), poll=0.01)
+            chain = await EvmChain.connect([net.url], deployment, Bare(PrivateKey(b"\x24" * 32)), poll=0.01)
             try:
                 status, done = await trio.to_thread.run_sync(run_child, tmp_path, net.url, 0, 4, fault)
                 assert status == -signal.SIGKILL and len(done) < 4

@@ -16,6 +16,7 @@ from node.chain.memory import MemoryChain, MemoryLedger
 from node.chain.txs import DEVNET_POLICY
 from node.errors import ChainError
 from node.ports import Chain, ClaimEntry, TxResult
+from node.signer.bare import Bare
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import devnet
 from protocol.ids import ZERO_ADDRESS, Address, Hash32
@@ -206,7 +207,7 @@ def test_memory_and_chain_agree(kind: str) -> None:
             for key in KEYS:
                 await net.faucet(key.address, native=10**20, tokens=2_000)
                 ledger.mint(key.address, native=10**20, tokens=2_000)
-                real.append(await EvmChain.connect([net.url], deployment, key, policy=DEVNET_POLICY, poll=0.01))
+                real.append(await EvmChain.connect([net.url], deployment, Bare(key), policy=DEVNET_POLICY, poll=0.01))
             twins: list[Chain] = [MemoryChain(ledger, key.address) for key in KEYS]
             left = Side(real, {deployment.channels: "channels", deployment.token: "token"})
             right = Side(twins, {ledger.channels: "channels", ledger.token: "token"})

@@ -17,6 +17,7 @@ from node.chain.txs import DEVNET_POLICY
 from node.chain.watcher import Watcher
 from node.errors import ReorgTooDeep
 from node.ports import ChainEvent
+from node.signer.bare import Bare
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import Devnet, devnet
 from protocol.keys import PrivateKey
@@ -50,7 +51,7 @@ def run(kind: str, main: Callable[[World], Awaitable[None]]) -> None:
             async with devnet(kind) as net:  # type: ignore[arg-type]
                 deployment = await net.deploy()
                 await net.faucet(KEY.address, tokens=10_000)
-                chain = await EvmChain.connect([net.url], deployment, KEY, policy=DEVNET_POLICY, poll=0.01)
+                chain = await EvmChain.connect([net.url], deployment, Bare(KEY), policy=DEVNET_POLICY, poll=0.01)
                 try:
                     await main(World(net, chain))
                 finally:

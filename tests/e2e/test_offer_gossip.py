@@ -11,6 +11,7 @@ from node.chain.memory import MemoryChain, MemoryLedger
 from node.chains import Chains
 from node.network.discovery import OfferBook, follow_gossip
 from node.network.host import open_host
+from node.signer.bare import Bare
 from node.store.ledger import Ledger
 from node.testing.fake_backend import FakeBackend
 from node.testing.market import key
@@ -39,7 +40,7 @@ def test_an_offer_comes_by_way_of_another_worker(tmp_path: Path) -> None:
                 ledger = Ledger.open(folder / "journal.sqlite", chain_tag=bytes(key(name).address))
                 stack.callback(ledger.close)
                 worker = Worker(
-                    key=key(name),
+                    key=Bare(key(name)),
                     network=network,
                     chains=Chains({"default": MemoryChain(chain, key(name).address)}),
                     ledger=ledger,
@@ -59,7 +60,7 @@ def test_an_offer_comes_by_way_of_another_worker(tmp_path: Path) -> None:
                 while book.of(far.key.peer_id) is None:
                     await trio.sleep(0.05)
             assert far.key.peer_id not in client.peers
-            forged = replace_signature(encode(far.desk.renew()))
+            forged = replace_signature(encode(await far.desk.renew()))
             await far.network.publish(OFFER_TOPIC, forged)
             with trio.fail_after(30):
                 while not near.offers.refused["bad_signature"]:

@@ -19,6 +19,7 @@ from node.chain.txs import TxPolicy, TxSender
 from node.chain.values import hex_data
 from node.errors import ChainError, TxTimeout
 from node.ports import ClaimEntry, TxResult
+from node.signer.bare import Bare
 from node.worker.claims import Claimer, ClaimPolicy
 from protocol.channel import ChannelState, Role
 from protocol.claiming import ClaimTerms
@@ -154,7 +155,7 @@ class Journal:
 def run(main: Callable[[FakeNode, Journal, TxSender], Awaitable[None]], policy: TxPolicy = POLICY) -> None:
     node = FakeNode()
     journal = Journal(node)
-    sender = TxSender(Eth(node), KEY, CHAIN, journal=journal, error_name=lambda data: data.hex(), policy=policy)
+    sender = TxSender(Eth(node), Bare(KEY), CHAIN, journal=journal, error_name=lambda data: data.hex(), policy=policy)
 
     async def timed() -> None:
         with trio.fail_after(3600):

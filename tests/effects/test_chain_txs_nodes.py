@@ -17,6 +17,7 @@ from node.chain.pending import unfinished
 from node.chain.rpc import RpcUnavailable
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, ChainMoved, TxTimeout
+from node.signer.bare import Bare
 from node.testing.lying_rpc import Faults, LyingRpc
 from node.testing.pool_node import PoolNode, Sent, decode
 from protocol.ids import Address
@@ -49,7 +50,7 @@ class World:
                 raise Died
 
         self.sender = TxSender(
-            AgreedEth(self.nodes), KEY, CHAIN, anchor=self.anchor, journal=journal, policy=self.policy
+            AgreedEth(self.nodes), Bare(KEY), CHAIN, anchor=self.anchor, journal=journal, policy=self.policy
         )
         return self.sender
 

@@ -25,7 +25,7 @@ from node.store import channels as book_module
 from node.store.channels import ChannelBook
 from node.testing.cheaters import Hand, corrupt
 from node.testing.fake_backend import FakeBackend, FakeSettings
-from node.testing.market import Market, run_market
+from node.testing.market import Market, raw_key, run_market
 from node.worker.accepted import Accepted, AcceptedAssets
 from node.worker.batch import BatchRules
 from node.worker.batch_run import RunSettings
@@ -98,7 +98,7 @@ def test_two_chains_two_tokens_two_clients() -> None:
 
     async def test(market: Market) -> None:
         two, worker = await everywhere(market, FakeBackend(FakeSettings(tokens=300)))
-        assert len(worker.desk.current().document) < 1200
+        assert len((await worker.desk.current()).document) < 1200
         clients = {}
         for name, ledger in (("default", market.ledger), ("two", two)):
             means = [market.means(ledger, rate=None), market.means(ledger, token=ZERO_ADDRESS, rate=None)]
@@ -170,7 +170,7 @@ async def twins(market: Market) -> tuple[MemoryLedger, Worker, Hand, Hand]:
     state = first.state
     channel_id = state.config.channel_id(two.domain)
     allocation = Allocation(channel_id, state.authorized, state.valid_before)
-    signature = client.wallet.payer.sign(allocation.digest(two.domain))
+    signature = raw_key(client.wallet.payer).sign(allocation.digest(two.domain))
     await client.book.change(
         [ChannelOpened(channel_id, state.config, state.authorized, state.valid_before, signature, two.domain)]
     )
@@ -229,7 +229,7 @@ def test_what_was_signed_for_one_chain_moves_nothing_on_the_other() -> None:
         wrong, right = client.wallet.chains.named("two"), client.wallet.chains.named("default")
         before = two.world.escrow
         more = Allocation(state.channel_id, 5_000_000, 2**40 - 1)
-        signature = client.wallet.payer.sign(more.digest(market.ledger.domain))
+        signature = raw_key(client.wallet.payer).sign(more.digest(market.ledger.domain))
         assert (await wrong.allocate(state.config, 5_000_000, 2**40 - 1, signature)).error == "Channels_BadSignature"
         entry = book_entry(state)
         await wrong.claim([entry])
@@ -601,7 +601,7 @@ def test_a_worker_takes_an_allocation_for_the_chain_that_it_names(chain_id: int)
                 config=config_to_wire(config),
                 allocated=amount_to_wire(5_000),
                 valid_before=2**40 - 1,
-                signature=here.client.wallet.payer.sign(allocation.digest(signed_for)),
+                signature=raw_key(here.client.wallet.payer).sign(allocation.digest(signed_for)),
             )
 
         ask = here.client.network, worker.key.peer_id, CHANNEL_PROTOCOL

@@ -19,7 +19,7 @@ from node.network.drive import converse
 from node.ports import StreamClosed
 from node.testing.cheaters import STRANGER, Hand
 from node.testing.fake_backend import FakeBackend, FakeSettings
-from node.testing.market import Market, run_market
+from node.testing.market import Market, raw_key, run_market
 from node.worker.channels import ChannelRules, GasBudget
 from node.worker.worker import Worker
 from protocol.channel import ChannelState, Role
@@ -79,7 +79,7 @@ def stocked(hand: Hand, worker: Worker, *, age_ms: int = 0, **model: Any) -> byt
               for f in document.models[0].__struct_fields__}),)  # fmt: skip
     values = {f: getattr(document, f) for f in document.__struct_fields__}
     values |= {"models": models, "issued": document.issued - age_ms, "expires": document.expires - age_ms}
-    message = sign_offer(type(document)(**values), worker.key)
+    message = sign_offer(type(document)(**values), raw_key(worker.key))
     offer = open_offer(message, now_ms=values["issued"] + 1)
     worker.desk._valid[offer.hash] = offer
     return bytes(offer.hash)
@@ -133,7 +133,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     ),
     "a voucher signed by the payer's cold key": (
         RefusalReason.VOUCHER_INVALID,
-        lambda h, w: h.ask(voucher=h.voucher(400, key=h.client.wallet.payer)),
+        lambda h, w: h.ask(voucher=h.voucher(400, key=raw_key(h.client.wallet.payer))),
     ),
     "a voucher for another channel": (
         RefusalReason.VOUCHER_INVALID,
@@ -532,7 +532,7 @@ def test_a_close_that_may_not_be(case: str) -> None:
         hand = await Hand.of(client, worker)
         await wait_idle(worker)
         final = 0 if case == "too little" else stream.cost
-        signer = STRANGER if case == "stranger" else client.session
+        signer = STRANGER if case == "stranger" else raw_key(client.session)
         if case == "busy":
             backend.settings.seconds_per_token = 0.05
             talk = await hand.talk(hand.ask(500))
@@ -594,7 +594,7 @@ def _open_question(client: Client, state: ChannelState, allocated: int, salt: in
         config=config_to_wire(config),
         allocated=amount_to_wire(allocated),
         valid_before=state.valid_before,
-        signature=client.wallet.payer.sign(allocation.digest(state.home)),
+        signature=raw_key(client.wallet.payer).sign(allocation.digest(state.home)),
     )
 
 

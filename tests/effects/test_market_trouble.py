@@ -15,14 +15,14 @@ import trio.testing
 from node.audit import audit
 from node.chain.memory import MemoryChain
 from node.client.client import Client
-from node.errors import ChainError, LedgerError, Refused, WorkerFault
+from node.errors import ChainError, LedgerError, Refused, SignerOutdated, WorkerFault
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry
 from node.store import channels as books
 from node.store.channels import ChannelBook
 from node.store.writer import Writer
 from node.testing.cheaters import Hand
 from node.testing.fake_backend import FakeBackend, FakeSettings
-from node.testing.market import Market, run_market
+from node.testing.market import Market, raw_key, run_market
 from node.worker.worker import Worker
 from protocol.channel import ChainSeen, Change, ChannelState, Role
 from protocol.errors import LocalProtocolError, RefusalReason
@@ -379,8 +379,28 @@ def test_a_reorg_that_takes_the_allocation_back_ends_the_credit(running: bool) -
     run_market(test)
 
 
+def test_a_worker_whose_journal_alone_is_an_old_copy_does_not_start() -> None:
+    """K10: its signer has seen a later one."""
+
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(name="w"), await market.client()
+        await greet(client)
+        await until(lambda: not worker.server.busy)
+        saved = {end: (market.folder / "w" / f"journal.sqlite{end}").read_bytes() for end in ("", "-wal")}
+        await greet(client)
+        await until(lambda: not worker.server.busy)
+        market.crash(worker)
+        for end, data in saved.items():
+            (market.folder / "w" / f"journal.sqlite{end}").write_bytes(data)
+        with pytest.raises(SignerOutdated, match="old copy"):
+            await market.worker(name="w")
+
+    run_market(test)
+
+
 def test_a_worker_that_starts_from_an_old_copy_takes_nothing_it_did_not_earn_and_leaves_evidence() -> None:
-    """The chain cannot tell it apart from a payer who claims for us; a receipt number that the client saw twice can."""
+    """Journal and signer's table were both put back, and no fence is here. The chain cannot tell it apart from a payer who claims
+    for us; a receipt number that the client saw twice can."""
 
     async def test(market: Market) -> None:
         worker, client = await market.worker(name="w"), await market.client()
@@ -388,6 +408,7 @@ def test_a_worker_that_starts_from_an_old_copy_takes_nothing_it_did_not_earn_and
         await until(lambda: not worker.server.busy)
         old = (market.folder / "w" / "journal.sqlite").read_bytes()
         wal = (market.folder / "w" / "journal.sqlite-wal").read_bytes()
+        table = market.copy_table("w")
         known = the_channel(worker).cumulative
         while the_channel(worker).spent <= known:
             await greet(client)
@@ -396,6 +417,7 @@ def test_a_worker_that_starts_from_an_old_copy_takes_nothing_it_did_not_earn_and
         market.crash(worker)
         (market.folder / "w" / "journal.sqlite").write_bytes(old)
         (market.folder / "w" / "journal.sqlite-wal").write_bytes(wal)
+        market.put_back_table("w", table)
         again = await market.worker(name="w")
         assert the_channel(again).claimed > the_channel(again).cumulative
         client.history.clear()
@@ -421,7 +443,7 @@ def test_a_payer_who_claims_for_the_worker_with_a_voucher_it_never_sent_pays_it_
         await until(lambda: not worker.server.busy)
         mine = the_channel(client)
         amount = mine.cumulative + 5_000
-        voucher = client.session.sign(Voucher(mine.channel_id, amount).digest(mine.home))
+        voucher = raw_key(client.session).sign(Voucher(mine.channel_id, amount).digest(mine.home))
         result = await client.wallet.chain.claim([ClaimEntry(mine.config, amount, amount, voucher)])
         assert result.ok
         await until(lambda: worker.book.channels[mine.channel_id].claimed == amount)

@@ -13,6 +13,7 @@ from node.chain.memory import MemoryChain, MemoryLedger
 from node.cli import main as frame
 from node.errors import ChainError, KeyError_
 from node.ports import WorkerOnChain
+from node.signer.bare import Bare
 from node.testing.devnet.devnet import available
 from node.worker.payout import needs_consent, payout_notice, set_payout
 from protocol.ids import ZERO_ADDRESS, Address
@@ -28,7 +29,7 @@ def test_the_owner_registers_and_changes_the_payout() -> None:
         chain = MemoryChain(ledger, OWNER.address)
         assert await needs_consent(chain, HOT.address)
         assert await chain.worker(HOT.address) == WorkerOnChain(ZERO_ADDRESS, False, ZERO_ADDRESS, 0)
-        first = await set_payout(chain, HOT.address, FIRST, HOT)
+        first = await set_payout(chain, HOT.address, FIRST, Bare(HOT))
         assert first is not None and first.purpose == "register"
         assert await chain.worker(HOT.address) == WorkerOnChain(OWNER.address, True, FIRST, 1)
         assert await chain.payout_of(HOT.address) == FIRST
@@ -47,11 +48,11 @@ def test_the_owner_registers_and_changes_the_payout() -> None:
 def test_a_stolen_hot_key_moves_nothing() -> None:
     async def main() -> None:
         ledger = MemoryLedger()
-        await set_payout(MemoryChain(ledger, OWNER.address), HOT.address, FIRST, HOT)
+        await set_payout(MemoryChain(ledger, OWNER.address), HOT.address, FIRST, Bare(HOT))
         for account in (HOT, THIEF):
             chain = MemoryChain(ledger, account.address)
             with pytest.raises(KeyError_):
-                await set_payout(chain, HOT.address, SECOND, HOT)
+                await set_payout(chain, HOT.address, SECOND, Bare(HOT))
             assert (await chain.set_payout(HOT.address, SECOND)).error == "Workers_NotOwner"
         assert await chain.payout_of(HOT.address) == FIRST
 
@@ -62,7 +63,7 @@ def test_the_hot_key_never_becomes_its_own_owner() -> None:
     async def main() -> None:
         chain = MemoryChain(MemoryLedger(), HOT.address)
         with pytest.raises(KeyError_, match="the owner key is the worker's hot key"):
-            await set_payout(chain, HOT.address, FIRST, HOT)
+            await set_payout(chain, HOT.address, FIRST, Bare(HOT))
         assert (await chain.worker(HOT.address)).owner == ZERO_ADDRESS
 
     trio.run(main)
@@ -73,7 +74,7 @@ def test_registering_needs_the_workers_consent() -> None:
         chain = MemoryChain(MemoryLedger(), OWNER.address)
         for key in (None, THIEF):
             with pytest.raises(KeyError_, match="must consent"):
-                await set_payout(chain, HOT.address, FIRST, key)
+                await set_payout(chain, HOT.address, FIRST, key and Bare(key))
 
     trio.run(main)
 
@@ -84,7 +85,7 @@ def test_a_start_says_where_earnings_go_and_sends_nothing() -> None:
         chain = MemoryChain(ledger, HOT.address)
         assert "worker's own account" in await payout_notice(chain, HOT.address, None)
         assert f"`gristmill payout set {FIRST}`" in await payout_notice(chain, HOT.address, FIRST)
-        await set_payout(MemoryChain(ledger, OWNER.address), HOT.address, FIRST, HOT)
+        await set_payout(MemoryChain(ledger, OWNER.address), HOT.address, FIRST, Bare(HOT))
         height = ledger.head.number
         assert await payout_notice(chain, HOT.address, FIRST) == await payout_notice(chain, HOT.address, None) == ""
         changed = await payout_notice(chain, HOT.address, SECOND)

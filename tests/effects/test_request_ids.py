@@ -13,6 +13,7 @@ from node.chain.eth import Eth
 from node.chain.requesting import Requesting
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, RequestConflict, TxTimeout
+from node.signer.bare import Bare
 from node.testing.pool_node import PoolNode
 from protocol.ids import Address
 from protocol.keys import PrivateKey
@@ -35,7 +36,7 @@ class World:
 
     async def start(self) -> TxSender:
         """A sender as after a restart: all it knows is in the journal."""
-        sender = TxSender(Eth(self.node), KEY, CHAIN, journal=self.journal, policy=POLICY)
+        sender = TxSender(Eth(self.node), Bare(KEY), CHAIN, journal=self.journal, policy=POLICY)
         await sender.resume(list(self.records))
         return sender
 

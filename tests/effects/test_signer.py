@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import trio
 
-from node.errors import KeyError_, SignerError, SignerFailed, SignerOutdated, SignerRefused
+from node.errors import KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
 from node.keystore import Keystore
 from node.network.groups import plain_errors
 from node.signer.client import ProcessSigners, open_process
 from node.signer.journal import BEGUN, attach
 from node.signer.keys import Follow, Signers
 from node.signer.local import LocalSigners, open_local
+from node.signer.sources import KeyFile, RawKey
 from node.signer.table import Table
-from node.signer.wire import KeyFile, RawKey
-from node.store.ledger import Entry, Ledger
+from node.store.ledger import ADOPTED, Entry, Ledger
 from node.testing.pair import key
 from protocol.identity import IdentityMessage
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId
@@ -250,7 +250,7 @@ def test_the_table_is_private_locked_and_bound_to_its_keys(tmp_path: Path) -> No
     path = table_at(tmp_path)
     table = Table.open(path, accounts(CLIENT))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    with pytest.raises(SignerError, match="in use by process"):
+    with pytest.raises(SignerLocked, match="in use by process"):
         Table.open(path, accounts(CLIENT))
     table.close()
     with pytest.raises(SignerError, match="other keys"):
@@ -375,7 +375,7 @@ def test_what_keeps_a_signer_from_starting_is_told_by_its_name(
 def test_two_signers_of_one_table(tmp_path: Path) -> None:
     async def main() -> None:
         async with in_process(table_at(tmp_path)):
-            with pytest.raises(SignerError, match="in use"):
+            with pytest.raises(SignerLocked, match="in use"):
                 async with in_process(table_at(tmp_path)):
                     pass
 
@@ -419,7 +419,7 @@ def test_the_signer_dies_with_its_node(tmp_path: Path) -> None:
 import os, sys, trio
 from pathlib import Path
 from node.signer.client import open_process
-from node.signer.wire import RawKey
+from node.signer.sources import RawKey
 from protocol.signing import KeyRole, Policy
 async def main():
     async with open_process({{KeyRole.WORKER: RawKey(bytes(31) + b"\\1")}}, Policy(), Path({str(table_at(tmp_path))!r})):
@@ -708,6 +708,31 @@ def test_a_forgotten_table_is_begun_anew_from_the_journal(tmp_path: Path) -> Non
                 for number in (1, 2, 3, 4):
                     with pytest.raises(SignerRefused):
                         await signers[KeyRole.WORKER].sign(receipt(number, 9), DOMAIN)
+
+    run(main)
+
+
+@pytest.mark.parametrize("table_too", [False, True])
+def test_an_old_journal_whose_owner_goes_on_with_it(tmp_path: Path, table_too: bool) -> None:
+    """After `journal adopt --accept-loss` the marks stand above the journal, or begin with it; no number comes twice."""
+
+    async def main() -> None:
+        with journal(tmp_path) as ledger:
+            await serve(tmp_path, ledger, 1, 2)
+        copy(tmp_path / "data" / "journal.sqlite", tmp_path / "data" / "backup.sqlite")
+        copy(table_at(tmp_path), tmp_path / "old.sqlite")
+        with journal(tmp_path) as ledger:
+            await serve(tmp_path, ledger, 3, signed=2)
+        if table_too:
+            os.replace(tmp_path / "old.sqlite", table_at(tmp_path))
+        with journal(tmp_path, "backup") as ledger:
+            await ledger.append([Entry(ADOPTED, b"", {})])
+            for channels in ([known(signed=2, given=2)], []):
+                async with inline(table_at(tmp_path), WORKER) as signers:
+                    await attach(signers, ledger, channels)
+                    for number in (1, 2) if table_too else (1, 2, 3):
+                        with pytest.raises(SignerRefused):
+                            await signers[KeyRole.WORKER].sign(receipt(number, 9), DOMAIN)
 
     run(main)
 

@@ -26,6 +26,7 @@ from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId
 from protocol.keys import recover
 from protocol.signing import (
     KINDS,
+    OWN_ACCOUNT,
     CallRule,
     ChannelAllocation,
     DomainRule,
@@ -85,7 +86,7 @@ POLICY = Policy(
     calls=(
         CallRule(CHAIN, bytes(VAULT)),
         CallRule(CHAIN, bytes(VAULT), DEPOSIT, payable=True),
-        CallRule(CHAIN, bytes(VAULT), WITHDRAW, words=((1, (bytes(12) + OWN,)),)),
+        CallRule(CHAIN, bytes(VAULT), WITHDRAW, words=((1, (OWN_ACCOUNT,)),)),
         CallRule(CHAIN, bytes(TOKEN), APPROVE, words=((0, (bytes(12) + VAULT,)),)),
     ),
     fees=(FeeRule(CHAIN, max_fee=100, day=400_000_000),),
@@ -432,7 +433,8 @@ PLANTED = {
         "if rule is None:\n        return ()\n    if len(selector) != 4",
     ),
     "coins with any call": ("(tx.value and not rule.payable)", "False"),
-    "any argument": ("if word not in allowed:", "if False:"),
+    "any argument": ("if word not in allowed and not", "if False and not"),
+    "another's account for our own": ("word == bytes(12) + book.accounts[asked.role]", "len(word) == 32"),
     "arguments one word further": (
         "word = tx.data[4 + 32 * position : 36 + 32 * position]",
         "word = tx.data[36 + 32 * position : 68 + 32 * position]",

@@ -26,6 +26,7 @@ from node.chain.rpc import JsonRpc
 from node.chain.txs import DEVNET_POLICY, TxSender
 from node.errors import ChainError
 from node.ports import TxResult
+from node.signer.bare import Bare
 from node.testing.devnet.anvil import CHAIN_ID as ANVIL_CHAIN_ID
 from node.testing.devnet.anvil import anvil_command, find_anvil, port_of
 from node.testing.devnet.keys import FUNDED_KEYS
@@ -52,7 +53,7 @@ class Devnet:
     def __post_init__(self) -> None:
         self.eth = Eth(self.rpc)
         self.funder = TxSender(
-            self.eth, self.funded_keys[0], self.chain_id, error_name=error_name, policy=DEVNET_POLICY
+            self.eth, Bare(self.funded_keys[0]), self.chain_id, error_name=error_name, policy=DEVNET_POLICY
         )
 
     def describe(self) -> str:
