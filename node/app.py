@@ -95,6 +95,12 @@ def claim_terms(config: Config, accepted: Accepted, name: str) -> ClaimTerms:
     )
 
 
+def head_age_s(config: Config, name: str) -> int:
+    """How old the newest block of a chain may be; 0 = any age. What `devnet up` started makes a block per transaction."""
+    devnet = config.network == "devnet" and name == DEFAULT
+    return 0 if devnet else config.chain_named(name).max_head_age_s
+
+
 def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     given = config.worker
     accepts = tuple(accepted_asset(config, chains, name) for name in given.accept)
@@ -117,6 +123,7 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
         credit_ticks=given.credit_ticks,
         min_withdraw_delay=given.min_withdraw_delay_s,
         batch=batch_settings(config, chains),
+        head_ages_s={chains.named(name).domain: head_age_s(config, name) for name in chains.names},
         polls_ms={chains.named(name).domain: max(config.chain_named(name).poll_ms, 100) for name in chains.names},
         version=node.__version__,
     )

@@ -109,6 +109,14 @@ class ChainConfig:
         low=0,
         high=CONFIRMATIONS_MAX,
     )
+    max_head_age_s: int = setting(
+        120,
+        "A newest block that is older than this is no fresh view of the chain: new jobs are refused. 0 means any age, for a "
+        "chain that makes blocks only when there is something in them, as that of `devnet up`, where it is not looked at.",
+        unit="s",
+        low=0,
+        high=86_400,
+    )
     poll_ms: int = setting(200, "How often the head is asked for.", unit="ms", low=5, high=60_000)
     day_fees: int = setting(
         0,

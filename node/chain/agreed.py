@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import trio
+
 from node.chain.endpoints import Endpoints, Node, NoQuorum, shown
 from node.chain.eth import Eth
 from node.chain.rpc import Reverted
@@ -28,6 +30,8 @@ from protocol.ids import Address
 log = logging.getLogger(__name__)
 FORKS: Final = 4
 """Blocks below the newest common height at which nodes may still honestly stand on different branches."""
+CATCHING_UP_S: Final = 10.0
+"""How long a node may honestly take to have a block that a quorum has."""
 MAX_GAS: Final = 1 << 24
 """No transaction may use more (EIP-7825): a node that estimates more is wrong."""
 
@@ -45,6 +49,21 @@ class AgreedEth(Eth):
     def __init__(self, nodes: Endpoints) -> None:
         super().__init__(nodes)
         self.nodes = nodes
+        self._floor = 0
+        self._floor_until = float("-inf")
+
+    def expect(self, number: int) -> None:
+        """State is not read below this block for a while: another quorum may have a node in it that does not have it yet."""
+        if number >= self._floor:
+            self._floor, self._floor_until = number, trio.current_time() + CATCHING_UP_S
+
+    async def sight(self) -> Header:
+        """The head to read state at: one that has our own last transaction, unless the chain got shorter."""
+        while True:
+            head = await self.head()
+            if head.number >= self._floor or trio.current_time() >= self._floor_until:
+                return head
+            await trio.sleep(0.1)
 
     async def header(self, block: int | bytes | str = "latest") -> Header | None:
         if block == "latest":
@@ -117,7 +136,7 @@ class AgreedEth(Eth):
         block: str | bytes = "latest",
     ) -> bytes:
         compared = len(self.nodes.nodes) > 1
-        at = (await self.head()).hash if block == "latest" and compared else block
+        at = (await self.sight()).hash if block == "latest" and compared else block
 
         async def ask(node: Node) -> bytes | _Revert:
             try:

@@ -259,7 +259,7 @@ class EvmChain:
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
         if not self._confirmations:
             return await self._channel_at(channel_id, "latest")
-        head = await self._eth.head()
+        head = await self._eth.sight()
         now = await self._channel_at(channel_id, head.hash)
         deep = head.number - self._confirmations
         if deep < self.deployment.block:

@@ -26,6 +26,9 @@ class Eth:
     def __init__(self, rpc: Caller) -> None:
         self.rpc = rpc
 
+    def expect(self, number: int) -> None:
+        """A transaction of ours is in block `number`. With one node the next answer has it."""
+
     async def chain_id(self) -> int:
         return quantity(await self.rpc.call("eth_chainId"), "chain id")
 

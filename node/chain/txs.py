@@ -502,6 +502,7 @@ class TxSender:
         if self._ended.get(tx.nonce) != receipt.block_hash:  # else it is journaled already
             await self._journal("tx_final", bytes(self.account), body)
         self._doubts.pop(tx.nonce, None)
+        self._eth.expect(receipt.block_number + self._policy.confirmations)
         self._keep(winner)
         self._ended[tx.nonce] = receipt.block_hash
         result = TxResult(winner.purpose, receipt.hash, receipt.block_number, receipt.gas_used, receipt.ok, error)

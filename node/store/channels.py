@@ -71,6 +71,8 @@ class ChannelBook:
         self._states: dict[ChannelId, ChannelState] = {}
         self._at_risk: set[ChannelId] = set()
         self._sights: dict[ChannelId, trio.Lock] = {}
+        self.seen_at: dict[ChannelId, float] = {}
+        """When the contract was last asked for each channel and answered; trio's time."""
         self.quarantined: dict[ChannelId, str] = {}
         """Channels whose last sight of the contract breaks a rule, and why: no new work, until a sight that can be taken."""
         self.cut_off: set[tuple[ChannelId, JobId, int]] = set()
@@ -241,7 +243,9 @@ async def refresh(book: ChannelBook, chains: Chains, channel_id: ChannelId) -> t
         raise LocalProtocolError(f"channel {channel_id} is not in this journal")
     chain = chains.of(held.domain)
     async with book._sights.setdefault(channel_id, trio.Lock()):
+        asked = trio.current_time()
         seen = await chain.channel(channel_id)
+        book.seen_at[channel_id] = asked
         state = book.channels[channel_id]
         sight = ChainSeen(channel_id, seen.allocated, seen.claimed, seen.withdraw_at, seen.closed)
         effects: list[Effect] = []

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from node.chains import Chains
-from node.errors import ChainError
+from node.errors import ChainError, ChainMoved
 from node.ports import Chain, Signer
 from node.store.channels import ChannelBook, follow, refresh
 from node.worker.accepted import AcceptedAssets
@@ -147,18 +147,31 @@ class ChannelDesk:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)
         chain = self._chains.of(domain)
         async with self._opening[domain]:
-            transaction = b""
+            transaction = await self._lock(chain, config, channel_id, least, message)
+            await self._note(config, domain, channel_id, allocated, message)
+            state = await self.refresh(channel_id)
+        await self._book.change([])  # what another task applied a moment ago is durable before it is told
+        return self._status(state, transaction)
+
+    async def _lock(
+        self, chain: Chain, config: ChannelConfig, channel_id: ChannelId, least: int, message: OpenChannel
+    ) -> bytes:
+        """Have the contract lock the allocation. The transaction's hash; empty when it is locked already."""
+        allocated = amount_from_wire(message.allocated)
+        for again in (True, True, False):
             seen = await chain.channel(channel_id)
             if self._book.adopted and seen.allocated and self._book.get(channel_id) is None:
                 raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)  # its receipt numbers may have been used before
             if seen.closed:
                 raise RemoteProtocolError(WireCode.BAD_VOUCHER, "this channel is over; open one with another salt")
-            if seen.allocated < allocated:
-                transaction = await self._submit(chain, config, allocated - seen.allocated, least, message)
-            await self._note(config, domain, channel_id, allocated, message)
-            state = await self.refresh(channel_id)
-        await self._book.change([])  # what another task applied a moment ago is durable before it is told
-        return self._status(state, transaction)
+            if seen.allocated >= allocated:
+                break
+            try:
+                return await self._submit(chain, config, allocated - seen.allocated, least, message)
+            except ChainMoved:
+                if not again:
+                    raise
+        return b""
 
     def _check(self, config: ChannelConfig, domain: Domain, valid_before: int) -> int:
         """The least that an allocation must add. Raises `RemoteProtocolError` for a channel that we do not want."""
@@ -224,6 +237,30 @@ class ChannelDesk:
     async def follow(self, channel_id: ChannelId) -> None:
         """Refresh one channel of many: what is wrong with it stays its own. Raises `ChainError`."""
         self._act(await follow(self._book, self._chains, channel_id))
+
+    async def restore(self, channel_id: ChannelId) -> None:
+        """Submit a payer's allocation again that the chain had and has not any more. Raises `ChainError`.
+
+        What we sent ourselves is first sent again as it was, and costs nothing more. The rest is as in `open`: only what the
+        vault holds, and within the budget.
+        """
+        chain = self._chains.of(self._book.channels[channel_id].domain)
+        await chain.catch_up()
+        await self.follow(channel_id)
+        state = self._book.channels[channel_id]
+        missing = state.authorized - state.allocated
+        if missing <= 0 or state.leaving or state.valid_before <= self._now_s():
+            return
+        if await chain.vault_balance(state.config.token, state.config.payer) < missing:
+            return
+        try:
+            self._gas[chain.domain].take(state.config.payer, self._now_s())
+        except RemoteProtocolError as error:
+            log.warning("the allocation of channel %s is not submitted again: %s", channel_id, error)
+            return
+        result = await chain.allocate(state.config, state.authorized, state.valid_before, state.allocation_signature)
+        log.info("the allocation of channel %s was submitted again: %s", channel_id, result.error or "locked")
+        await self.follow(channel_id)
 
     def _act(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -157,8 +157,9 @@ class ServedPart:
         last = stalled = -1.0
         deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
         while self.finish is None:
-            if trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving:
-                self._end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody will be able to pay for it
+            over = trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving
+            if over or server.blind(self.channel_id):
+                self._end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody may be able to pay for it
                 continue
             if not self.pending:
                 if self.produced:

@@ -28,6 +28,7 @@ from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, result_key
 from node.worker.part import ServedPart
 from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
 from protocol.channel import ChannelState, VoucherAdded
+from protocol.claiming import PATIENCE
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import ChannelId, JobId, ModelId
 from protocol.job import JobWorker, Terms, ask_struct
@@ -41,7 +42,7 @@ from protocol.messages import (
     amount_from_wire,
 )
 from protocol.payment import crumb, exposure, needless
-from protocol.typed_data import MARKET_DOMAIN, Domain, Refusal, Voucher
+from protocol.typed_data import MARKET_DOMAIN, Refusal, Voucher
 
 log = logging.getLogger(__name__)
 _CRUMBS = 4
@@ -105,7 +106,7 @@ class JobServer:
         meter: Meter,
         settings: ServeSettings,
         now_ms: Callable[[], int],
-        chain_age_ms: Callable[[Domain], int],
+        chain_age_ms: Callable[[ChannelState], int],
     ) -> None:
         self.key = key
         self.accepted = accepted
@@ -173,7 +174,7 @@ class JobServer:
                 s for s in self.book.at_risk if s.channel_id != asking.channel_id and self.accepted.of(s) is accepted
             )
             in_use = sum(exposure(s, credit) for s in same)
-            age = self.chain_age_ms(accepted.domain)
+            age = self.chain_age_ms(asking)
         return Load(
             free_slots=self.free_slots,
             draining=self.draining,
@@ -182,6 +183,16 @@ class JobServer:
             chain_age_ms=age,
             chain_age_limit_ms=self.settings.chain_age_limit_ms,
         )
+
+    def blind(self, channel_id: ChannelId) -> bool:
+        """Whether the channel has been out of sight for so long that work under way on it must end.
+
+        New work is refused earlier. What runs was covered when it was last seen, and its money cannot leave before the delay has
+        passed: a quarter of it is waited for, so that three are left to claim in.
+        """
+        state = self.book.channels[channel_id]
+        limit = max(self.settings.chain_age_limit_ms, state.config.withdraw_delay * 1000 // PATIENCE)
+        return self.chain_age_ms(state) > limit
 
     async def _answer(self, link: JobStream[JobWorker], ask: AskMessage) -> None:
         self.busy += 1

@@ -32,7 +32,7 @@ from node.worker.claims import Claimer, ClaimPolicy, ClaimReport, claim_all
 from node.worker.desk import HONOURED, OfferDesk, Speed, Terms
 from node.worker.serve import JobServer, ServeSettings
 from node.worker.watch import ChainWatch
-from protocol.channel import ClaimNow, Role
+from protocol.channel import ChannelState, ClaimNow, Role
 from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import ModelId, PeerId
 from protocol.messages import (
@@ -70,6 +70,8 @@ class WorkerSettings:
     """... but for chains that have an interval of their own."""
     reread_ms: int = 30_000
     """How often every channel is read again, whether or not an event told of it."""
+    head_ages_s: Mapping[Domain, int] = field(default_factory=dict)
+    """How old a chain's newest block may be; any age where there is no entry."""
     sweep_ms: int = 600_000
     """How often kept results past their time are dropped. (Room for a new one is made at once, whenever it is needed.)"""
     batch: BatchSettings | None = None
@@ -135,6 +137,9 @@ class Worker:
                 chain=chain,
                 book=self.book,
                 follow=self.channels.follow,
+                restore=self.channels.restore,
+                now_s=lambda: now_ms() // 1000,
+                head_age_s=settings.head_ages_s.get(chain.domain, 0),
                 poll_ms=settings.polls_ms.get(chain.domain, settings.chain_poll_ms),
                 reread_ms=settings.reread_ms,
                 heard=self._heard,
@@ -169,7 +174,7 @@ class Worker:
             meter=self.meter,
             settings=settings.serve,
             now_ms=now_ms,
-            chain_age_ms=lambda domain: self.age_of(domain),
+            chain_age_ms=lambda state: self.age_of(state),
         )
         self.batch = self._batch_service(settings.batch, speeds or {}) if settings.batch else None
         if self.batch:
@@ -202,9 +207,9 @@ class Worker:
         """The default one."""
         return self.chains.first
 
-    def age_of(self, domain: Domain) -> int:
-        """Milliseconds since one chain was last seen."""
-        return self.watches[domain].age_ms()
+    def age_of(self, state: ChannelState) -> int:
+        """Milliseconds since a channel, and the chain that it is on, were last seen as they are."""
+        return self.watches[state.home].age_ms(state.channel_id)
 
     def chain_age_ms(self) -> int:
         """Since the chain that was seen least lately was seen."""
