@@ -6,7 +6,7 @@ Rules:
 - The agreed head is fresh or it is an error: when no quorum stands within `max_behind` blocks, a node lags or invents blocks, and
   nobody can say which.
 - What nodes may honestly differ in is taken the careful way: a receipt counts when a quorum has it, a count of transactions is
-  the highest that a quorum reaches, a revert is believed when a quorum says so, and one node that knows a transaction is enough
+  what a quorum says or, of all, the most that a quorum reaches, a revert is believed when a quorum says so, and one node that knows a transaction is enough
   to know that it is out.
 """
 
@@ -116,9 +116,14 @@ class AgreedEth(Eth):
         raise NoQuorum(f"blocks {lowest} to {height}: no {self.nodes.quorum} endpoints have one of them")
 
     async def nonce(self, account: Address, tag: str = "latest") -> int:
+        """What a quorum counts alike; where none does, the most that a quorum of all nodes reaches."""
+
         def judge(counts: Mapping[int, int]) -> tuple[int] | None:
-            most = sorted(counts.values(), reverse=True)
-            return (most[self.nodes.quorum - 1],) if len(most) >= self.nodes.quorum else None
+            number, alike = Counter(counts.values()).most_common(1)[0]
+            if alike >= self.nodes.quorum:
+                return (number,)
+            everybody = len(counts) == len(self.nodes.nodes)
+            return (sorted(counts.values(), reverse=True)[self.nodes.quorum - 1],) if everybody else None
 
         found = await self.nodes.gather(lambda node: Eth(node).nonce(account, tag), judge, f"nonce of {account}")
         return found[0]

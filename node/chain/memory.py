@@ -2,7 +2,7 @@
 
 Several accounts share one `MemoryLedger`, as several nodes share one chain. Everything that the contracts check is checked,
 signatures included, with the contracts' error names; every change is one block and emits the contracts' events. Gas is
-free. Test knobs are on the ledger: `mint`, `mine`, `advance`, `reorg`, `fail_next`.
+free. Test knobs are on the ledger: `mint`, `mine`, `advance`, `reorg`, `fail_next`, `outage`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class MemoryLedger:
         )
         self.domain = Domain(chain_id, self.channels)
         self.workers_domain = Domain(chain_id, self.workers)
+        self.outage: float | None = None
+        """The chain is away: every call fails after so many seconds. None: it is there."""
         self.gas_price = 0
         """Wei per gas, as far as anybody asks; nobody pays it."""
         self.jobs_domain = Domain(chain_id, jobs)
@@ -250,6 +252,9 @@ class MemoryChain:
 
     async def look(self) -> World:
         await trio.lowlevel.checkpoint()
+        if self.ledger.outage is not None:
+            await trio.sleep(self.ledger.outage)
+            raise ChainError("the memory chain is away")
         self.ledger.check_failure()
         return self.ledger.world
 

@@ -44,6 +44,8 @@ class ClientSettings:
     first_token_ms: int = 30_000
     stall_ms: int = 15_000
     open_timeout_ms: int = 30_000
+    lock_wait_ms: int = 5_000
+    """How long our own view of the chain may take to show what the worker says is locked."""
     tick_tokens: int = 64
     """Most output paid ahead, whatever tick an offer names: what one worker can take and not deliver."""
     min_tick_tokens: int = 8

@@ -280,8 +280,12 @@ class ClientWallet:
             raise WorkerFault(f"{peer} did not open the channel: {error}") from error
         if not isinstance(reply, ChannelStatus):
             raise WorkerFault(f"{peer} answered {type(reply).__name__} to an open request")
-        # The worker's word is not enough: the contract says what is locked.
+        # The worker's word is not enough: the contract says what is locked. Our servers may be some blocks behind the worker's.
+        patience = trio.current_time() + self._settings.lock_wait_ms / 1000
         state = await self.refresh(channel_id)
+        while state.allocated < state.authorized and trio.current_time() < patience:
+            await trio.sleep(0.1)
+            state = await self.refresh(channel_id)
         if state.allocated < state.authorized:
             raise WorkerFault(f"{peer} says the channel is open, but the contract has locked {state.allocated}")
         return state, reply.transaction

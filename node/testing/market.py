@@ -32,7 +32,7 @@ from node.errors import NodeError
 from node.network.discovery import OfferBook
 from node.network.groups import plain_errors
 from node.network.memory import MemoryHub, open_hub
-from node.ports import ByteStream, StreamHandler
+from node.ports import ByteStream, Chain, StreamHandler
 from node.signer.journal import attach, known_channels
 from node.signer.local import LocalSigners
 from node.signer.table import Table
@@ -129,22 +129,27 @@ class Market:
         settings: WorkerSettings | None = None,
         name: str = "",
         chains: Sequence[str] = ("default",),
+        on: Chain | None = None,
     ) -> Worker:
-        """A worker that serves, on these chains. The same `name` reopens the same key and journal."""
+        """A worker that serves, on these chains. The same `name` reopens the same key and journal. `on`: a chain of the caller's
+        instead, opened for `key(name)`, with coins on it."""
         name = name or f"worker {next(self._names)}"
         hot = key(name)
-        ledgers = self.ledgers(chains)
+        ledgers = self.ledgers(() if on else chains)
         for ledger in ledgers.values():
             ledger.mint(hot.address, native=10**18)
+        known = Chains(
+            {"default": on} if on else {name: MemoryChain(ledger, hot.address) for name, ledger in ledgers.items()}
+        )
         journal = self._journal(name, bytes(hot.address))
-        book = ChannelBook.restore(journal, Role.WORKER, [ledger.domain for ledger in ledgers.values()])
+        book = ChannelBook.restore(journal, Role.WORKER, known.domains)
         signers = self.signers(name, {KeyRole.WORKER: hot})
         await attach(signers, journal, known_channels(book))
         worker = Worker(
             key=signers[KeyRole.WORKER],
             book=book,
             network=self.hub.join(hot.peer_id),
-            chains=Chains({name: MemoryChain(ledger, hot.address) for name, ledger in ledgers.items()}),
+            chains=known,
             ledger=journal,
             backend=backend or FakeBackend(),
             settings=settings or self.settings(),
@@ -193,18 +198,22 @@ class Market:
         name: str = "",
         meet: bool = True,
         chains: Sequence[str] = ("default",),
+        on: Chain | None = None,
     ) -> Client:
         """A client that knows every worker's offer, with a deposit of everything that it pays with: by default the token of the
-        first of `chains`. The same `name` reopens the same keys and journal."""
+        first of `chains`. The same `name` reopens the same keys and journal. `on`: a chain of the caller's instead, opened
+        for the payer `key(f"{name} payer")`, with what is deposited on it."""
         name = name or f"client {next(self._names)}"
         payer, session = key(f"{name} payer"), key(f"{name} session")
-        ledgers = self.ledgers(chains)
+        ledgers = self.ledgers(() if on else chains)
         means = means or [self.means(next(iter(ledgers.values())))]
-        for one in means:
+        for one in means if ledgers else ():
             (ledger,) = [ledger for ledger in ledgers.values() if ledger.domain == one.domain]
             ledger.mint(payer.address, native=10**18)
             ledger.apply(lambda world, _, token=one.token: (world.pay(token, payer.address, deposit), []))
-        known = Chains({name: MemoryChain(ledger, payer.address) for name, ledger in ledgers.items()})
+        known = Chains(
+            {"default": on} if on else {name: MemoryChain(ledger, payer.address) for name, ledger in ledgers.items()}
+        )
         network = self.hub.join(session.peer_id)
         randoms = (hashlib.sha256(f"{name} {n}".encode()).digest() for n in self._draws)
         options = settings or ClientSettings()

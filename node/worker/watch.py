@@ -70,7 +70,8 @@ class ChainWatch:
         """How long it took to read every channel."""
         self._looked: dict[ChannelId, tuple[bytes, bool]] = {}
         """Block (undone or not) of the last event for which each channel was looked at."""
-        self._lost = trio.Event()
+        self._back, self._lost = trio.Event(), trio.Event()
+        """The chain answers again; an event was undone."""
         self._events_from = 0
         """Block from which a new reading of events misses nothing."""
 
@@ -117,11 +118,18 @@ class ChainWatch:
 
     async def _watch_head(self) -> None:
         """Keep the view of the chain fresh; when it is not, `chain_stale` refuses new work."""
+        away = False
         while True:
             try:
                 self._note(await self.chain.head())
+                if away:
+                    log.warning("the chain %s can be read again", self.name)
+                    self._back.set()
+                away = False
             except ChainError as error:
-                log.warning("the chain %s cannot be read: %s", self.name, error)
+                if not away:
+                    log.warning("the chain %s cannot be read: %s", self.name, error)
+                away = True
             await trio.sleep(self._poll_s)
 
     # ---------------------------------------------------------------------------------------------------------- events
@@ -189,9 +197,12 @@ class ChainWatch:
             raise failed
 
     async def _reread(self) -> None:
-        """Look at every channel now and then: an event that never came must not hide a withdrawal for long."""
+        """Look at every channel now and then, and when the chain is back: an event that never came must not hide a withdrawal
+        for long."""
         while True:
-            await trio.sleep(self._reread_s)
+            with trio.move_on_after(self._reread_s):
+                await self._back.wait()
+            self._back = trio.Event()
             try:
                 await self._look_at_all()
             except ChainError as error:

@@ -378,12 +378,17 @@ def test_only_a_no_of_every_node_is_a_no() -> None:
 def test_counts_of_transactions_are_those_that_a_quorum_reaches() -> None:
     async def main(w: World) -> None:
         w.chain.nonce = 7
-        for lie in (-5, 1_000):
-            w.liars[2].set(nonce_offset=lie)
-            assert await w.eth.nonce(ACCOUNT, "pending") == 7
-            w.liars[2].set(nonce_offset=0)
-        w.liars[0].set(nonce_offset=1_000)
-        assert await w.eth.nonce(ACCOUNT) == 7, "no gap can be talked into our nonces"
+        for liar in w.liars:
+            for lie in (-5, 1_000):
+                liar.set(nonce_offset=lie)
+                assert await w.eth.nonce(ACCOUNT, "pending") == 7, "no gap and no doubt can be talked into our nonces"
+                liar.set(nonce_offset=0)
+        w.liars[0].set(nonce_offset=-1)  # two honest ones that are behind, each by another block
+        w.liars[1].set(nonce_offset=-2)
+        assert await w.eth.nonce(ACCOUNT) == 6
+        w.liars[2].set(refuse=True)
+        with pytest.raises(NoQuorum):
+            await w.eth.nonce(ACCOUNT)
 
     run(main)
 

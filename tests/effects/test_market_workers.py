@@ -296,7 +296,7 @@ def test_a_channel_that_is_said_to_be_open_and_is_not() -> None:
             return bytes(32)
 
         worker.channels._submit = pretend  # type: ignore[method-assign, assignment]
-        client = await market.client()
+        client = await market.client(settings=ClientSettings(lock_wait_ms=100))
         with pytest.raises(WorkerFault, match="the contract has locked 0"):
             async with client.chat("fake", HELLO):
                 pass
