@@ -6,8 +6,8 @@ Rules:
 - The agreed head is fresh or it is an error: when no quorum stands within `max_behind` blocks, a node lags or invents blocks, and
   nobody can say which.
 - What nodes may honestly differ in is taken the careful way: a receipt counts when a quorum has it, a count of transactions is
-  what a quorum says or, of all, the most that a quorum reaches, a revert is believed when a quorum says so, and one node that knows a transaction is enough
-  to know that it is out.
+  what a quorum says or, of all, the most that a quorum reaches, a revert is believed when a quorum says so, and one node that
+  knows a transaction is enough to know that it is out.
 """
 
 from __future__ import annotations

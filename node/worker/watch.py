@@ -75,14 +75,14 @@ class ChainWatch:
         self._events_from = 0
         """Block from which a new reading of events misses nothing."""
 
-    def age_ms(self, channel_id: ChannelId | None = None) -> int:
-        """Since the chain was last seen fresh; of a channel, or since it was due to be read, if that is longer ago."""
-        now = trio.current_time()
-        age = now - self._seen
-        if channel_id is not None:
-            due = self._book.seen_at.get(channel_id, float("-inf")) + self._allowance
-            age = max(age, now - due)
-        return int(min(age, 1e9) * 1000)
+    def age_ms(self) -> int:
+        """Since the chain was last seen fresh."""
+        return _ms(trio.current_time() - self._seen)
+
+    def unread_ms(self, channel_id: ChannelId) -> int:
+        """Since a channel was due to be read; below zero when it is not yet."""
+        due = self._book.seen_at.get(channel_id, float("-inf")) + self._allowance
+        return _ms(trio.current_time() - due)
 
     @property
     def _allowance(self) -> float:
@@ -220,3 +220,7 @@ class ChainWatch:
                         await self._restore(state.channel_id)
                     except ChainError as error:
                         log.warning("the allocation of channel %s could not be restored: %s", state.channel_id, error)
+
+
+def _ms(seconds: float) -> int:
+    return int(min(seconds, 1e9) * 1000)

@@ -174,7 +174,7 @@ class Worker:
             meter=self.meter,
             settings=settings.serve,
             now_ms=now_ms,
-            chain_age_ms=lambda state: self.age_of(state),
+            chain_age_ms=self.sight_age_ms,
         )
         self.batch = self._batch_service(settings.batch, speeds or {}) if settings.batch else None
         if self.batch:
@@ -207,9 +207,13 @@ class Worker:
         """The default one."""
         return self.chains.first
 
-    def age_of(self, state: ChannelState) -> int:
-        """Milliseconds since a channel, and the chain that it is on, were last seen as they are."""
-        return self.watches[state.home].age_ms(state.channel_id)
+    def age_of(self, domain: Domain) -> int:
+        """Milliseconds since one chain was last seen."""
+        return self.watches[domain].age_ms()
+
+    def sight_age_ms(self, state: ChannelState) -> int:
+        """Since a channel's chain was last seen, or since the channel itself was due to be read, if that is longer ago."""
+        return max(self.age_of(state.home), self.watches[state.home].unread_ms(state.channel_id))
 
     def chain_age_ms(self) -> int:
         """Since the chain that was seen least lately was seen."""

@@ -225,7 +225,7 @@ def test_without_a_quorum_new_work_ends_with_the_float_and_comes_back_by_itself(
             assert refused and served_after < 2.5, "nothing is taken beyond the float"
             assert w.channel.allocated == state.allocated and w.channel.claimed == state.claimed
         w.heal()
-        await until(lambda: w.worker.age_of(w.channel) < 1_000)
+        await until(lambda: w.worker.sight_age_ms(w.channel) < 1_000)
         await w.greet()
         await w.worker.claim()
         assert (await w.truth()).claimed == w.channel.spent
@@ -278,7 +278,7 @@ def test_a_reorg_of_12_after_an_allocation_brings_the_same_transaction_again() -
         with trio.fail_after(20):
             while (await w.truth()).allocated != state.allocated:
                 await trio.sleep(0.02)
-        await until(lambda: w.worker.age_of(w.channel) < 1_000 and w.channel.allocated == state.allocated)
+        await until(lambda: w.worker.sight_age_ms(w.channel) < 1_000 and w.channel.allocated == state.allocated)
         await w.greet()
         assert len(await w.logs("Allocated")) == 1
         assert {raw for liar in w.liars for raw in liar.submitted} == {raw}, "not one transaction more was signed"

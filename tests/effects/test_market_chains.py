@@ -641,7 +641,7 @@ def any_asset(self: AcceptedAssets, state: ChannelState) -> Accepted:
     return next(iter(self))
 
 
-def first_age(self: Worker, state: ChannelState) -> int:
+def first_age(self: Worker, domain: Domain) -> int:
     return next(iter(self.watches.values())).age_ms()
 
 

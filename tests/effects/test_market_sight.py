@@ -92,7 +92,7 @@ def test_through_an_outage_a_worker_serves_within_its_float_and_comes_back_by_it
         last = refused[-1][1]
         digest = Refusal(JobId(number), int(last.reason), last.at).digest(MARKET_DOMAIN)
         assert recover(digest, last.signature) == worker.key.address
-        await until(lambda: worker.age_of(the_channel(worker)) < 100)
+        await until(lambda: worker.sight_age_ms(the_channel(worker)) < 100)
         assert isinstance(await answer(hand, the_channel(worker).spent + 400), Accept)
         assert market.failures == {}
 
@@ -196,7 +196,7 @@ def test_a_channel_that_cannot_be_read_is_stale_and_the_others_are_served() -> N
         assert caught.value.reason is RefusalReason.CHAIN_STALE
         await greet(sound)
         del worker.chain.channel
-        await until(lambda: worker.age_of(the_channel(hidden)) < LIMIT_MS)
+        await until(lambda: worker.sight_age_ms(the_channel(hidden)) < LIMIT_MS)
         hidden.history.clear()
         await greet(hidden)
 
@@ -348,10 +348,6 @@ def always_fresh(self: ChainWatch, head: Any) -> None:
     self._seen = trio.current_time()
 
 
-def head_only(self: ChainWatch, channel_id: ChannelId | None = None) -> int:
-    return int((trio.current_time() - self._seen) * 1000)
-
-
 async def believing(self: ChainWatch, event: ChainEvent) -> None:
     """An event is taken at its word."""
     book: ChannelBook = self._book
@@ -365,8 +361,8 @@ PLANTED: dict[str, tuple[str, Any, Callable[..., None], tuple[Any, ...]]] = {
     "channels are never read again": ("_reread", no_look, test_hidden_events_are_found_by_reading_again, ()),
     "any answered head is fresh": ("_note", always_fresh, test_a_head_that_stands_still_makes_the_view_stale, ()),
     "a channel is as fresh as the head": (
-        "age_ms",
-        head_only,
+        "unread_ms",
+        lambda self, channel_id: 0,
         test_a_channel_that_cannot_be_read_is_stale_and_the_others_are_served,
         (),
     ),
@@ -379,9 +375,9 @@ PLANTED: dict[str, tuple[str, Any, Callable[..., None], tuple[Any, ...]]] = {
     ),
     "the view never ages": (
         "age_ms",
-        lambda self, channel_id=None: 0,
-        test_through_an_outage_a_worker_serves_within_its_float_and_comes_back_by_itself,
-        (0.0,),
+        lambda self: 0,
+        test_a_head_that_stands_still_makes_the_view_stale,
+        (),
     ),
 }
 
