@@ -21,6 +21,7 @@ from node.chain.txs import TxPolicy
 from node.client.client import Client
 from node.errors import Refused
 from node.ports import ChainEvent, ChannelOnChain
+from node.signer.bare import Bare
 from node.testing.devnet.anvil import find_anvil
 from node.testing.devnet.devnet import Devnet, devnet
 from node.testing.lying_rpc import Faults, LyingRpc, served
@@ -97,17 +98,18 @@ def run(kind: str, main: Callable[[World], Awaitable[None]]) -> None:
                 liars = [LyingRpc(JsonRpc(net.url, chain_id=net.chain_id), f"node {n}") for n in range(3)]
                 urls = [await stack.enter_async_context(served(liar)) for liar in liars]
                 market = await stack.enter_async_context(open_market())
+                market.further["devnet"] = deployment  # type: ignore[assignment]
                 chain = await EvmChain.connect(
                     urls,
                     deployment,
-                    key("w"),
+                    Bare(key("w")),
                     policy=POLICY,
                     poll=0.02,
                     timeout=1.0,
                     rules=Rules(aside_s=0.3, hedge_s=0.2),
                 )
                 stack.push_async_callback(chain.aclose)
-                paying = await EvmChain.connect([net.url], deployment, key("c payer"), policy=POLICY, poll=0.02)
+                paying = await EvmChain.connect([net.url], deployment, Bare(key("c payer")), policy=POLICY, poll=0.02)
                 stack.push_async_callback(paying.aclose)
                 settings = market.settings(
                     market.accepted(ledger=deployment),  # type: ignore[arg-type]
