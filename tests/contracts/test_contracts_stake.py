@@ -227,7 +227,7 @@ def test_earned_stake_can_neither_leave_nor_be_held(scene: Scene) -> None:
     assert scene.act("withdrawStake", scene.token).value == 150
 
 
-@pytest.mark.parametrize("earned", [0, 1, 2**128, 2**256 - 1])
+@pytest.mark.parametrize("earned", [0, 1, 10_000, 2**128 - 1, 2**128, 2**256 - 1])
 def test_locking_earnings_never_fails_and_never_locks_more_than_there_is(scene: Scene, earned: int) -> None:
     for hot in (MALLORY.address, WORKER.address):  # no owner; no stake
         assert scene.by_module("lockForEarnings", scene.token, earned, hot=hot).events == ()
