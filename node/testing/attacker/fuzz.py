@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -123,8 +123,12 @@ def run(
     first: int = 0,
     processes: int | None = None,
     shrinking: float = SHRINK_SECONDS,
+    tick: Callable[[], object] = lambda: None,
 ) -> Report:
-    """`runs` sequences of `steps` calls each; ends at the first failure, shrunk for `shrinking` seconds and explained."""
+    """`runs` sequences of `steps` calls each; ends at the first failure, shrunk for `shrinking` seconds and explained.
+
+    `tick` is called after each sequence.
+    """
     report, seeds = Report(), range(first, first + runs)
     processes = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -134,7 +138,8 @@ def run(
             report.runs += 1
             report.calls += calls
             report.seconds += seconds
-            report.outcomes += outcomes
+            report.outcomes.update(outcomes)
+            tick()
             if failed:
                 pool.shutdown(cancel_futures=True)
                 report.failure = explain(zoo, seed, shrink(zoo, seed, range(steps), shrinking))
