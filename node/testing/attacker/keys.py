@@ -66,7 +66,11 @@ def register_plainly(a: Attacker, owner: Address, hot: Address) -> None:
     """As the honest do."""
     deadline = a.now + 99
     signature = a.voices.sign(HotKey(owner, hot, PAYOUT, 0, deadline), hot, "none", a.world.workers_domain)
-    model = lambda s: escrow.register(s, a.now, owner, hot, PAYOUT, deadline, hot)  # noqa: E731
+
+    def model(s: Escrow) -> Escrow:  # replays are judged by it too, and by then the nonce may be another
+        signer = consenting(a, s, owner, hot, PAYOUT, deadline, signature)
+        return escrow.register(s, a.now, owner, hot, PAYOUT, deadline, signer)
+
     a.step(owner, "Workers.register", (hot, PAYOUT, deadline, signature), model)
 
 
