@@ -175,8 +175,8 @@ class Attacker(Judge):
         return resolver == self.world.committee.address
 
     def quiet(self, resolver: Address) -> None:
-        """Its attack from inside the call has not worked."""
-        if resolver in self._strange:
+        """Its attack from inside the call has not worked; unarmed, it calls nobody."""
+        if resolver in self._armed:
             self.require(not self._strange[resolver].call("attackWorked"), "a resolver called back in")
 
     def says(self, state: Escrow, quote: Quote) -> Outcome:
