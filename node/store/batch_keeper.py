@@ -76,7 +76,9 @@ class _Memory:
     """It was not looked at since the start, or an event spoke of it."""
     pause: float = 0.0
     again: float = -1e9
-    """Not before."""
+    """Not before ..."""
+    rest: BatchState | None = None
+    """... unless the job is not this any more. None: whatever it is."""
 
 
 class BatchKeeper:
@@ -119,17 +121,30 @@ class BatchKeeper:
             while self._ledger_error is None:
                 for state in list(self._book.jobs.values()):
                     memory = self._of(state.job_id)
-                    if (not state.ended or memory.stale) and not memory.busy and trio.current_time() >= memory.again:
+                    if self._due(state, memory):
                         memory.busy = True
                         nursery.start_soon(self._guarded, state.job_id, memory)
                 await self._book.changed(self._poll_s)
             nursery.cancel_scope.cancel()
         raise self._ledger_error
 
+    def _due(self, state: BatchState, memory: _Memory) -> bool:
+        if memory.busy or (state.ended and not memory.stale):
+            return False
+        news = memory.rest is not None and (memory.stale or state is not memory.rest)
+        return news or trio.current_time() >= memory.again
+
     async def _guarded(self, job_id: JobId, memory: _Memory) -> None:
+        before, memory.rest = self._book.jobs[job_id], None
         try:
-            done = await self.step(job_id)
-            memory.pause = 0.0 if done else min(PAUSE_MOST_S, max(self._poll_s, memory.pause * 2))
+            if not await self.step(job_id):
+                memory.pause = min(PAUSE_MOST_S, max(self._poll_s, memory.pause * 2))
+            elif (
+                self._book.jobs[job_id] is before
+            ):  # a worker that is still at work is asked now and then, not all the time
+                memory.pause, memory.rest = self._poll_s, before
+            else:
+                memory.pause = 0.0
         except (LedgerFailed, LedgerClosed) as error:
             self._ledger_error = error
             self._book.nudge()

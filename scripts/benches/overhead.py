@@ -13,10 +13,8 @@ counted on a timeline (`node.testing.rounds`) in runs of their own, not timed.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from contextlib import AsyncExitStack, aclosing
-from pathlib import Path
+from contextlib import aclosing
 from statistics import median, quantiles
 from typing import Any
 
@@ -69,43 +67,10 @@ def run(args: Any = None) -> dict[str, Any]:
 
 
 async def _run(runs: int) -> dict[str, Any]:
-    from node.app import open_worker
-    from node.client.connect import connect
-    from node.config import Config, load
-    from node.testing.devnet.devnet import devnet
-    from node.testing.market import key
+    from node.testing.loopback import open_loopback
 
-    async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-overhead-")))
-        folder.chmod(0o700)
-        net = await stack.enter_async_context(devnet())
-        deployment = await net.deploy()
-        deployment.save(folder / "deployment.json")
-        hot, payer, session = key("bench worker"), key("bench payer"), key("bench session")
-        await net.faucet(hot.address, native=10**18)
-        await net.faucet(payer.address, native=10**18, tokens=50_000_000)
-
-        def config(role: str) -> Config:
-            return load(
-                {
-                    "data_dir": folder / role,
-                    "chain.rpc_urls": [net.url],
-                    "chain.deployment": str(folder / "deployment.json"),
-                    "models.folder": str(load({}).models_dir),
-                    "worker.models": ["smollm2-135m-instruct"],
-                    "client.allocation": 10_000_000,
-                }
-            )
-
-        for role in ("worker", "client"):
-            (folder / role).mkdir(mode=0o700)
-        running = await stack.enter_async_context(open_worker(config("worker"), hot))
-        worker = running.worker
-        client = await stack.enter_async_context(
-            connect(config("client"), payer=payer, session=session, workers=worker.network.addresses)
-        )
-        await client.deposit(50_000_000)
-        return await _measure(runs, worker, client, net)
+    async with open_loopback(50_000_000, client__allocation=10_000_000) as here:
+        return await _measure(runs, here.worker, here.client, here.net)
 
 
 async def _measure(runs: int, worker: Any, client: Any, net: Any) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import pytest
 import trio
 
 from node.audit import audit
+from node.client import job_fetch
 from node.client.client import Client
 from node.client.job_quotes import JobWish
 from node.client.jobs import Job
+from node.client.settings import ClientSettings
 from node.errors import ConfigError, InsufficientFunds, JobFailed, NodeError, NoWorker, WorkerFault
 from node.network.drive import converse
 from node.testing.fake_backend import FAKE_MODEL, FakeBackend, FakeSettings
@@ -82,8 +84,6 @@ async def pair(
 
 
 async def a_client(market: Market, *, name: str = "", deposit: int = DEPOSIT, meet: bool = True) -> Client:
-    from node.client.settings import ClientSettings
-
     quick = ClientSettings(jobs=FAST, job_poll_s=0.05, job_reread_s=0.1)
     return await market.client(settings=quick, name=name and f"{name} c", deposit=deposit, meet=meet)
 
@@ -820,6 +820,33 @@ def test_a_client_without_funds_is_told_what_is_missing() -> None:
         with pytest.raises(ConfigError, match="no message has a place"):
             await rich.post_job("fake", LINES, messages=[{"role": "user", "content": "no place"}])
         assert rich.jobs.all() == []
+
+    run_market(test)
+
+
+def test_a_worker_at_work_is_asked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer is news, and news must not lead to the next question at once."""
+
+    async def test(market: Market) -> None:
+        asked, ask = 0, job_fetch.ask
+
+        async def counted(*args: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return await ask(*args)
+
+        monkeypatch.setattr(job_fetch, "ask", counted)
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=200, seconds_per_token=0.005)), settings(market))
+        quick = ClientSettings(jobs=FAST, job_poll_s=0.2, job_reread_s=0.4)
+        client = await market.client(settings=quick, deposit=DEPOSIT)
+        begun = trio.current_time()
+        job = await client.post_job("fake", LINES[:4], max_tokens=200)
+        await job.result(20)
+        took = trio.current_time() - begun
+        assert took > 1, "the job was too quick to tell"
+        assert asked <= 6 + 2 * took / 0.2
+        await until(lambda: job.state.ended)
+        await clean(market, worker, client)
 
     run_market(test)
 
