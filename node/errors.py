@@ -7,7 +7,7 @@ Client errors are typed by blame: `NoWorker`, `Refused` and `InsufficientFunds` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from protocol.errors import GristmillError, RefusalReason
 
@@ -25,6 +25,10 @@ class NodeError(GristmillError):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def details(self) -> Mapping[str, Any]:
+        """For programs, beside the code: `reason` out of a closed set, or `reasons` per worker; empty when there is none."""
+        return {}
 
 
 class ConfigError(NodeError):
@@ -74,6 +78,9 @@ class SignerRefused(SignerError):
         self.reason = reason
         self.detail = detail
 
+    def details(self) -> Mapping[str, Any]:
+        return {"reason": self.reason.value}
+
 
 class NetworkError(NodeError):
     code = "network"
@@ -89,6 +96,21 @@ class TxTimeout(ChainError):
     """A transaction was sent and has no receipt yet. It may still land, so nothing is known about it but its hash."""
 
     code = "chain_timeout"
+
+
+class ContractRefused(ChainError):
+    """A contract took a transaction and said no; `reason` is the name of its error, empty when it gave none."""
+
+    code = "contract_refused"
+
+    def __init__(self, purpose: str, reason: str, *, hint: str = "") -> None:
+        super().__init__(
+            f"the {purpose} transaction was refused by the contract: {reason or 'no reason given'}", hint=hint
+        )
+        self.reason = reason
+
+    def details(self) -> Mapping[str, Any]:
+        return {"reason": self.reason}
 
 
 class ChainMoved(ChainError):
@@ -141,6 +163,9 @@ class NoWorker(NodeError):
         super().__init__(message, hint=hint)
         self.reasons = dict(reasons)
 
+    def details(self) -> Mapping[str, Any]:
+        return {"reasons": self.reasons}
+
 
 class Refused(NodeError):
     """The chosen worker signed a refusal."""
@@ -152,6 +177,9 @@ class Refused(NodeError):
         super().__init__(f"the worker refused: {reason.code}" + (f" ({detail})" if detail else ""), hint=hint)
         self.reason = reason
         self.detail = detail
+
+    def details(self) -> Mapping[str, Any]:
+        return {"reason": self.reason.code}
 
 
 class WorkerFault(NodeError):

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from node.errors import ContractRefused
 from protocol.escrow import JobState, Outcome
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
 from protocol.messages import ChatMessage, FinishReason, Params
@@ -176,6 +177,12 @@ class TxResult:
     ok: bool
     error: str = ""
     """Name of the contract's custom error when it reverted."""
+
+    def sound(self) -> TxResult:
+        """The same. Raises `ContractRefused` when the contract did not take it."""
+        if not self.ok:
+            raise ContractRefused(self.purpose, self.error)
+        return self
 
 
 @dataclass(frozen=True, slots=True)

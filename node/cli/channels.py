@@ -10,10 +10,12 @@ from node.cli.assets import chain_option, on_chain, token_info
 from node.cli.connected import client_options, run
 from node.cli.main import Group, Shared
 from node.cli.options import password_options
+from node.cli.params import CHANNEL
 from node.errors import ConfigError
 
 if TYPE_CHECKING:
     from node.client.client import Client
+    from protocol.ids import ChannelId
 
 
 @click.group(cls=Group)
@@ -62,31 +64,35 @@ def list_(shared: Shared, chain: str | None) -> None:
 
 
 @command.command()
-@click.argument("channel", required=False)
+@click.argument("channel", type=CHANNEL, required=False)
 @chain_option
 @client_options
 @click.pass_obj
-def close(shared: Shared, channel: str | None, chain: str | None, workers: tuple[str, ...]) -> None:
+def close(shared: Shared, channel: ChannelId | None, chain: str | None, workers: tuple[str, ...]) -> None:
     """Close CHANNEL, or every channel when none is named. Run it again after the delay to finish a delayed one."""
 
     async def work(client: Client) -> None:
         from node.cli.start import transaction
-        from protocol.ids import ChannelId
 
         chains = client.wallet.chains
-        wanted = None if channel is None else ChannelId(channel)
-        if wanted is not None and wanted not in client.book.channels:
+        if channel is not None and channel not in client.book.channels:
             raise ConfigError(f"{channel} is not a channel of this client", hint="gristmill channels list")
         peers = {offer.worker: offer.peer_id for offer in client.offers.current()}
         for state in list(client.book.channels.values()):
-            if state.closed or (wanted is not None and state.channel_id != wanted):
+            if state.closed or (channel is not None and state.channel_id != channel):
                 continue
             if not on_chain(chains, state, chain):
                 continue
-            if chains.get(state.domain) is None and wanted is None:
+            if chains.get(state.domain) is None and channel is None:
                 shared.output.say(f"{state.channel_id} is left alone: {chains.name(state.domain)}")
                 continue
             show = (await token_info(chains, state.domain, state.config.token)).show
+            if not state.withdraw_at:
+                shared.output.say(
+                    f"closing {state.channel_id}: up to {show(state.allocated - max(state.spent, state.claimed))} of "
+                    f"{show(state.allocated)} come back to the vault balance, at once if the worker consents, else "
+                    f"{state.config.withdraw_delay} s after the withdrawal begins; the payer's key pays the gas"
+                )
             done = await client.wallet.close(state.channel_id, peers.get(state.config.receiver))
             data = {
                 "channel": done.channel_id,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from node.cli import passwords
-from node.cli.assets import shown
+from node.cli.assets import shown, sums
 from node.cli.main import Command, Shared
 from node.cli.options import password_options
 from node.signer.sources import KeyFile
@@ -27,7 +28,9 @@ def command(shared: Shared) -> None:
     from node.worker import control
 
     async def ask() -> dict[str, Any]:
-        return await control.ask(shared.config.data_dir / "control.sock", "claim", timeout_s=180)
+        path = shared.config.data_dir / "control.sock"
+        _announce(shared, (await control.ask(path, "status"))["assets"])
+        return await control.ask(path, "claim", timeout_s=180)
 
     try:
         done = trio.run(ask)
@@ -36,6 +39,15 @@ def command(shared: Shared) -> None:
     lines = [f"claimed  {shown(one, 'amount')} ({one['chain']})" for one in done["totals"]] or ["claimed  nothing"]
     lines += [f"{item['purpose']:<8} {item['hash']}  {item['gas']} gas" for item in done["transactions"]]
     shared.output.result(done, "\n".join(lines))
+
+
+def _announce(shared: Shared, assets: Sequence[Mapping[str, Any]]) -> None:
+    """What will be done, before it is."""
+    for one in assets:
+        shared.output.say(
+            f"claiming {shown(one, 'claimable')} on {one['chain']}, and settling what is claimed to the payout account; "
+            "the worker's key pays the gas"
+        )
 
 
 async def _alone(shared: Shared, key: KeyFile) -> dict[str, Any]:
@@ -58,6 +70,8 @@ async def _alone(shared: Shared, key: KeyFile) -> dict[str, Any]:
             for state in list(book.channels.values()):
                 if not state.closed and chains.get(state.domain) is not None:
                     await look(state.channel_id)
+            amounts = {"claimable": lambda state: state.claimable}
+            _announce(shared, await sums(chains, book.channels.values(), amounts))
             claimers = [
                 Claimer(book=book, chain=chain, policy=ClaimPolicy(), follow=look, now_s=now_s, receiver=hot.address)
                 for chain in chains

@@ -20,6 +20,7 @@ from node.errors import ConfigError
 
 if TYPE_CHECKING:
     from node.client.client import Client
+    from node.client.job_quotes import Quoted
     from node.client.jobs import Job
     from protocol.ids import Address
 
@@ -105,12 +106,18 @@ def post(
             min_penalty=penalty,
         )
         shared.output.say(f"asking workers to run {model} on {len(inputs)} inputs, to be done in {deadline} s")
-        job = await client.post_job(model, inputs, id=label, messages=messages, wish=wish, **params)
-        show = await shower(client, job.state)
-        shared.output.say(
-            f"job {job.id}: {show(job.state.quote.amount)} is locked, the most that it can cost; what is not used, "
-            f"and all of it if nothing is submitted by {when(job.state.quote.deadline)}, comes back by itself"
-        )
+
+        async def announce(quoted: Quoted) -> None:
+            quote = quoted.quote
+            amount = (await shower(client, quoted.domain, quote))(quote.amount)
+            shared.output.say(
+                f"ordering job {label} of worker {quoted.peer}: {amount} of the vault balance is locked, the most that it "
+                f"can cost; what is not used, and all of it if nothing is submitted by {when(quote.deadline)}, comes back "
+                "by itself"
+            )
+
+        job = await client.post_job(model, inputs, id=label, messages=messages, wish=wish, confirm=announce, **params)
+        show = await shower(client, job.state.domain, job.state.quote)
         if wait:
             await _result(shared, client, job, target, None)
         else:
@@ -130,7 +137,7 @@ def list_(shared: Shared) -> None:
 
         await _tend(shared, client)
         for job in client.jobs.all():
-            state, show = job.state, await shower(client, job.state)
+            state, show = job.state, await shower(client, job.state.domain, job.state.quote)
             count = len(state.terms.input_tokens)
             money = f"paid {show(state.paid)} of" if status_of(state) == "settled" else "up to"
             text = f"{state.label:<24} {status_of(state):<10} {count:>5} inputs  {money} {show(state.quote.amount)}"
@@ -152,7 +159,7 @@ def show(shared: Shared, name: str, workers: tuple[str, ...]) -> None:
         job = client.jobs.get(name)
         await _tend(shared, client)
         await job.status()
-        _show(shared, client, job, words_of(job, await shower(client, job.state)))
+        _show(shared, client, job, words_of(job, await shower(client, job.state.domain, job.state.quote)))
 
     run(shared, work, workers)
 
@@ -186,9 +193,12 @@ def cancel(shared: Shared, name: str, workers: tuple[str, ...]) -> None:
         from node.cli.job_text import shower, words_of
 
         job = client.jobs.get(name)
+        shared.output.say(
+            f"asking the worker of job {job.id} to stop; what is finished by then is paid, the rest comes back"
+        )
         await job.cancel()
         await job.status()
-        _show(shared, client, job, words_of(job, await shower(client, job.state)))
+        _show(shared, client, job, words_of(job, await shower(client, job.state.domain, job.state.quote)))
 
     run(shared, work, workers)
 
@@ -213,7 +223,7 @@ def dispute(shared: Shared, name: str, evidence: Path | None, workers: tuple[str
         from protocol.ids import Hash32
 
         job = client.jobs.get(name)
-        show = await shower(client, job.state)
+        show = await shower(client, job.state.domain, job.state.quote)
         said = Hash32(hashlib.sha256(evidence.read_bytes()).digest() if evidence else bytes(32))
         bond = await client.jobs.bond(job.job_id)
         shared.output.say(f"disputing job {job.id}: {show(bond)} is locked as a bond until the dispute ends")
@@ -280,7 +290,7 @@ async def _result(shared: Shared, client: Client, job: Job, target: Path | None,
     with trio.move_on_after(5):  # the worker hands the acceptance in at once: say what was paid, when it is known
         while not job.state.ended:
             await client.jobs.book.changed(0.5)
-    text = words_of(job, await shower(client, job.state))
+    text = words_of(job, await shower(client, job.state.domain, job.state.quote))
     if shared.output.json:
         _show(shared, client, job, text)
     else:

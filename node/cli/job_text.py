@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from node.client.client import Client
     from node.client.jobs import Job
     from protocol.batch import BatchState
+    from protocol.typed_data import Domain, Quote
     from protocol.workload import ResultItem
 
 
-async def shower(client: Client, state: BatchState) -> Callable[[int], str]:
-    """How to write amounts of the job's token."""
+async def shower(client: Client, domain: Domain, quote: Quote) -> Callable[[int], str]:
+    """How to write amounts of the token that a job is paid in."""
     from node.ports import TokenInfo
 
-    chain = client.jobs.vault_of(state)
-    info = TokenInfo(state.quote.token, "(smallest unit)", 0) if chain is None else None
-    return (info or await chain.token_info(state.quote.token)).show  # type: ignore[union-attr]
+    chain = client.jobs.vault_of(domain)
+    info = TokenInfo(quote.token, "(smallest unit)", 0) if chain is None else await chain.token_info(quote.token)
+    return info.show
 
 
 def data_of(client: Client, job: Job) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def data_of(client: Client, job: Job) -> dict[str, Any]:
     from protocol.ids import ModelId
 
     state, told = job.state, job.told
-    quote, chain = state.quote, client.jobs.vault_of(state)
+    quote, chain = state.quote, client.jobs.vault_of(state.domain)
     data: dict[str, Any] = {
         "id": state.label,
         "job": state.job_id,

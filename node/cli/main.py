@@ -210,7 +210,7 @@ def report(error: BaseException, shared: Shared) -> int:
             output.error("failure", error.format_message())
             return error.exit_code
         case NodeError():
-            output.error(error.code, error.message, error.hint)
+            output.error(error.code, error.message, error.hint, error.details())
             return error.exit_status
         case GristmillError():
             output.error("protocol", str(error))

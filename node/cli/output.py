@@ -71,10 +71,10 @@ class Output:
         """Progress and remarks, on stderr."""
         print(text, file=sys.stderr, flush=True)
 
-    def error(self, code: str, message: str, hint: str = "") -> None:
-        """An error in the form that both people and machines rely on."""
+    def error(self, code: str, message: str, hint: str = "", details: Mapping[str, Any] | None = None) -> None:
+        """An error in the form that both people and machines rely on. `details`: for machines, what the message says too."""
         if self.json:
-            self._line(dumps({"error": {"code": code, "message": message, "hint": hint}}))
+            self._line(dumps({"error": {"code": code, "message": message, "hint": hint, **(details or {})}}))
             return
         label = "\x1b[31merror\x1b[0m" if color(sys.stderr) else "error"
         print(f"{label}: {message}", file=sys.stderr)

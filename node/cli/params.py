@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from protocol.errors import InvalidValue
-from protocol.ids import UINT128_MAX, Address
+from protocol.ids import UINT128_MAX, Address, ChannelId
 
 
 class AddressType(click.ParamType):
@@ -21,6 +21,18 @@ class AddressType(click.ParamType):
             return value if isinstance(value, Address) else Address(str(value))
         except InvalidValue as error:
             self.fail(str(error), param, ctx)
+
+
+class ChannelType(click.ParamType):
+    """A channel's id: 32 bytes in hexadecimal."""
+
+    name = "channel"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ChannelId:
+        try:
+            return value if isinstance(value, ChannelId) else ChannelId(str(value))
+        except InvalidValue as error:
+            self.fail(f"{str(value)[:80]!r} is no channel id: {error}", param, ctx)
 
 
 class AmountType(click.ParamType):
@@ -52,4 +64,5 @@ class DurationType(click.ParamType):
 
 ADDRESS = AddressType()
 AMOUNT = AmountType()
+CHANNEL = ChannelType()
 DURATION = DurationType()

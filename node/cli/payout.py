@@ -64,6 +64,10 @@ def set_(shared: Shared, address: Address, worker: Address | None, chain: str | 
 
     worker = worker or shared.keystore.address("worker")
     owner = passwords.source(shared, "owner")
+    shared.output.say(
+        f"sending what worker {worker} settles from now on to {address}, on the chain {chain or DEFAULT}; "
+        f"the owner {shared.keystore.address('owner')} signs and pays the gas"
+    )
     result = trio.run(_set, shared, owner, worker, address, chain or DEFAULT)
     data = {
         "chain": chain or DEFAULT,

@@ -9,9 +9,9 @@ import click
 from node.cli import passwords
 from node.cli.assets import chain_option
 from node.cli.main import Command, Shared
-from node.cli.options import password_options
+from node.cli.options import password_options, request_option
 from node.cli.params import AMOUNT
-from node.cli.staking import owner_chain, sound, stake_data, stake_text
+from node.cli.staking import owner_chain, stake_data, stake_text
 from node.signer.sources import KeyFile
 
 
@@ -19,9 +19,10 @@ from node.signer.sources import KeyFile
 @click.argument("amount", type=AMOUNT, required=False)
 @click.option("--exposure", type=AMOUNT, help="Set the most that open jobs may hold of it, smallest unit.")
 @chain_option
+@request_option
 @password_options
 @click.pass_obj
-def command(shared: Shared, amount: int | None, exposure: int | None, chain: str | None) -> None:
+def command(shared: Shared, amount: int | None, exposure: int | None, chain: str | None, request: str) -> None:
     """Stake AMOUNT (smallest unit of the chain's token) for this owner's workers; without AMOUNT show the stake.
 
     It comes out of the owner's vault balance; what is missing there is deposited first from the owner's account. It goes
@@ -32,13 +33,15 @@ def command(shared: Shared, amount: int | None, exposure: int | None, chain: str
 
     if amount == 0:
         raise click.UsageError("nothing to stake: AMOUNT is 0")
+    if request and amount is None and exposure is None:
+        raise click.UsageError("--id names a request, and nothing is asked for: say AMOUNT or --exposure")
     owner = passwords.source(shared, "owner")
-    data, text = trio.run(_stake, shared, owner, amount, exposure, chain)
+    data, text = trio.run(_stake, shared, owner, amount, exposure, chain, request)
     shared.output.result(data, text)
 
 
 async def _stake(
-    shared: Shared, owner: KeyFile, amount: int | None, exposure: int | None, name: str | None
+    shared: Shared, owner: KeyFile, amount: int | None, exposure: int | None, name: str | None, request: str
 ) -> tuple[dict[str, Any], str]:
     from node.chain.stakes import Stakes
     from node.cli.start import transaction
@@ -46,10 +49,11 @@ async def _stake(
 
     async with owner_chain(shared, owner, name) as chain:
         info = await chain.token_info(chain.token)
-        stakes, done = Stakes(chain), []
+        once = chain.once(request)
+        stakes, done = Stakes(once), []
         if amount is not None:
             free = await chain.vault_balance(chain.token, chain.account)
-            missing = max(0, amount - free)
+            missing = 0 if once.has_answered(request, "stake") else max(0, amount - free)
             held = await chain.token_balance(chain.token, chain.account)
             if missing > held:
                 raise InsufficientFunds(
@@ -63,11 +67,11 @@ async def _stake(
                 + f"; it comes back {await stakes.unbonding_seconds() // 86_400} days after `unstake`"
             )
             if missing:
-                done += [sound(result) for result in await chain.deposit(chain.token, missing)]
-            done.append(sound(await stakes.stake(chain.token, amount)))
+                done += [result.sound() for result in await once.deposit(chain.token, missing)]
+            done.append((await stakes.stake(chain.token, amount)).sound())
         if exposure is not None:
             shared.output.say(f"open jobs may hold up to {info.show(exposure)}")
-            done.append(sound(await stakes.expose(chain.token, exposure)))
+            done.append((await stakes.expose(chain.token, exposure)).sound())
         stake = await stakes.of(chain.account, chain.token)
         now = (await chain.head()).timestamp
     data = {

@@ -13,7 +13,7 @@ from node.config import DEFAULT
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
     from node.chain.stakes import Stake
-    from node.ports import TokenInfo, TxResult
+    from node.ports import TokenInfo
     from node.signer.sources import KeyFile
 
 
@@ -38,17 +38,6 @@ async def owner_chain(shared: Shared, owner: KeyFile, name: str | None) -> Async
                 hint="send it some of the chain's coin",
             )
         yield chain
-
-
-def sound(result: TxResult) -> TxResult:
-    """The same, or `ChainError` naming the contract's reason."""
-    from node.errors import ChainError
-
-    if not result.ok:
-        raise ChainError(
-            f"the {result.purpose} transaction was refused by the contract: {result.error or 'no reason given'}"
-        )
-    return result
 
 
 def stake_data(stake: Stake, info: TokenInfo) -> dict[str, Any]:

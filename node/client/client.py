@@ -23,7 +23,7 @@ import trio
 
 from node.client.chat import ChatStream
 from node.client.job_quotes import JobWish
-from node.client.jobs import ClientJobs, Job
+from node.client.jobs import ClientJobs, Confirm, Job
 from node.client.settings import ClientSettings
 from node.client.vouchers import Vouchers
 from node.client.wallet import ClientWallet
@@ -161,6 +161,7 @@ class Client:
         messages: Sequence[Mapping[str, str] | ChatMessage] = ({"role": "user", "content": PLACE},),
         policy: Policy | None = None,
         wish: JobWish | None = None,
+        confirm: Confirm | None = None,
         **params: Any,
     ) -> Job:
         """Order a batch job: the same messages around each input, in escrow. See `node.client.jobs.ClientJobs.post`.
@@ -168,7 +169,9 @@ class Client:
         `id`: the caller's name of the job; posting the same name again goes on with the same job. By default a random one.
         """
         name = id or self.random32()[:6].hex()
-        return await self.jobs.post(model, inputs, id=name, messages=messages, wish=wish, policy=policy, **params)
+        return await self.jobs.post(
+            model, inputs, id=name, messages=messages, wish=wish, policy=policy, confirm=confirm, **params
+        )
 
     async def open_channel(
         self,

@@ -13,14 +13,14 @@ Rules
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from node.client import job_quotes
 from node.client.job_fetch import Told
-from node.client.job_quotes import JobWish
+from node.client.job_quotes import JobWish, Quoted
 from node.client.job_steps import JobSteps, Sign
 from node.errors import (
     ChainError,
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LABEL_MOST: Final = 128
+Confirm = Callable[[Quoted], Awaitable[None]]
 DELIVERY_S: Final = 10.0
 """How long `result` waits for an acceptance to reach the worker."""
 
@@ -170,9 +171,9 @@ class ClientJobs:
         chain = self._client.wallet.chains.get(channels)
         return self._chains.get(chain.jobs.domain) if chain is not None and chain.jobs is not None else None
 
-    def vault_of(self, state: BatchState) -> Chain | None:
-        """The chain that a job is on; None when it is not configured."""
-        return self._vaults.get(state.domain)
+    def vault_of(self, domain: Domain) -> Chain | None:
+        """The chain of jobs in this domain; None when it is not configured."""
+        return self._vaults.get(domain)
 
     async def bond(self, job_id: JobId) -> int:
         """What a dispute of this job locks. Raises `ChainError`."""
@@ -214,9 +215,12 @@ class ClientJobs:
         messages: Sequence[Mapping[str, str] | ChatMessage] = ({"role": "user", "content": PLACE},),
         wish: JobWish | None = None,
         policy: Policy | None = None,
+        confirm: Confirm | None = None,
         **params: object,
     ) -> Job:
         """Order a job, or go on with the one of that name. Returns when the contract has locked its amount.
+
+        `confirm` sees the quote before it is ordered; when it raises, nothing is ordered.
 
         Raises `ConfigError` for what cannot be asked, `NoWorker` (with every worker's reason), `InsufficientFunds`, `Refused`,
         `ChainError`, `NetworkError` or `Timeout`. After an error the same call with the same `id` goes on where it stopped.
@@ -233,7 +237,7 @@ class ClientJobs:
                         f"the id {id!r} is that of another job, {state.job_id}", hint="choose another --id"
                     )
             else:
-                state = await self._order(id, model, spec, raw, wish, policy or Policy())
+                state = await self._order(id, model, spec, raw, wish, policy or Policy(), confirm)
         return await self._opened(state, wish)
 
     def _spec(
@@ -259,12 +263,21 @@ class ClientJobs:
             raise ConfigError(f"this job cannot be posted: {error}") from None
 
     async def _order(
-        self, label: str, model: str, spec: BatchSpec, raw: bytes, wish: JobWish, policy: Policy
+        self,
+        label: str,
+        model: str,
+        spec: BatchSpec,
+        raw: bytes,
+        wish: JobWish,
+        policy: Policy,
+        confirm: Confirm | None,
     ) -> BatchState:
         """The best quote, journaled as ordered. Nothing is signed yet."""
         if not self._chains:
             raise ChainError("no chain here has a Jobs contract", hint="use `gristmill chat`, or another network")
         quoted = await job_quotes.best(self._client, model, spec, raw, wish, policy)
+        if confirm is not None:
+            await confirm(quoted)
         quote, domain = quoted.quote, quoted.domain
         change = BatchOrdered(
             job_id=quote.job_id(domain),

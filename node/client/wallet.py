@@ -18,7 +18,7 @@ import trio
 from node.chains import Chains
 from node.client.settings import ClientSettings, Means
 from node.client.vouchers import Vouchers
-from node.errors import ChainError, ConfigError, InsufficientFunds, NodeError, WorkerFault
+from node.errors import ConfigError, InsufficientFunds, NodeError, WorkerFault
 from node.network.drive import converse
 from node.ports import Chain, Network, Signer, TxResult
 from node.store.channels import ChannelBook, refresh
@@ -157,7 +157,7 @@ class ClientWallet:
                 hint="send tokens to this account first",
             )
         self._seen.pop(asset or self.preferred, None)
-        return _all_ok(list(await chain.once(request).deposit(token, amount)))
+        return [result.sound() for result in await chain.once(request).deposit(token, amount)]
 
     async def balance(self, asset: Asset | None = None) -> int:
         """Vault balance that is not allocated to any channel."""
@@ -172,7 +172,7 @@ class ClientWallet:
         chain, token = self._chain_and_token(asset)
         self._seen.pop(asset or self.preferred, None)
         result = await chain.once(request).withdraw(token, amount, to or self.payer.address)
-        _all_ok([result])
+        result.sound()
         return result
 
     def _chain_and_token(self, asset: Asset | None) -> tuple[Chain, Address]:
@@ -322,7 +322,7 @@ class ClientWallet:
             except RemoteProtocolError as error:
                 reason = str(error)
         result = await self.chains.of(state.domain).initiate_withdraw(state.config)
-        _all_ok([result])
+        result.sound()
         state = await self.refresh(channel_id)
         note = f"the worker did not consent ({reason}); the delayed withdrawal has begun"
         return Farewell(channel_id, False, 0, state.withdraw_at, [result], note)
@@ -334,7 +334,7 @@ class ClientWallet:
             wait = state.withdraw_at - head.timestamp
             return Farewell(state.channel_id, False, 0, state.withdraw_at, note=f"{wait} s of the delay are left")
         result = await chain.finalize_withdraw(state.config)
-        _all_ok([result])
+        result.sound()
         after = await self.refresh(state.channel_id)
         return Farewell(state.channel_id, False, state.allocated - after.claimed, 0, [result])
 
@@ -361,7 +361,7 @@ class ClientWallet:
         result = await self.chains.of(state.domain).close_channel(
             state.config, final, state.cumulative, state.voucher_signature, reply.signature
         )
-        _all_ok([result])
+        result.sound()
         await self.refresh(state.channel_id)
         return Farewell(state.channel_id, True, state.allocated - final, 0, [result])
 
@@ -395,12 +395,3 @@ def _conceded(state: ChannelState, final: int) -> list[Change]:
     more = final - state.spent
     part = (JobId(bytes(32)), 0)
     return [JobOpened(state.channel_id, *part, 0, more), JobEnded(state.channel_id, *part, more, 0, b"")]
-
-
-def _all_ok(results: list[TxResult]) -> list[TxResult]:
-    for result in results:
-        if not result.ok:
-            raise ChainError(
-                f"the {result.purpose} transaction was refused by the contract: {result.error or 'no reason given'}"
-            )
-    return results

@@ -9,7 +9,7 @@ Rules
 
 from __future__ import annotations
 
-from node.errors import ChainError, KeyError_
+from node.errors import KeyError_
 from node.ports import Chain, Signer, TxResult
 from protocol.ids import ZERO_ADDRESS, Address
 from protocol.typed_data import HotKey
@@ -56,9 +56,7 @@ async def set_payout(chain: Chain, worker: Address, payout: Address, hot_key: Si
         return None
     else:
         result = await chain.set_payout(worker, payout)
-    if not result.ok:
-        raise ChainError(f"the contract refused the payout address: {result.error}")
-    return result
+    return result.sound()
 
 
 async def payout_notice(chain: Chain, worker: Address, wanted: Address | None) -> str:

@@ -95,7 +95,9 @@ def run(main: Callable[[World], Awaitable[None]]) -> None:
     async def timed() -> None:
         with trio.fail_after(300):
             async with AsyncExitStack() as stack:
-                await main(await _world(stack))
+                world = await _world(stack)
+                await main(world)
+                world.market.nursery.cancel_scope.cancel()
 
     trio.run(timed)
 
@@ -134,7 +136,6 @@ async def _world(stack: AsyncExitStack) -> World:
     quick = ClientSettings(jobs=FAST, job_poll_s=0.1, job_reread_s=0.3)
     means = [market.means(ledger=deployment)]  # type: ignore[arg-type]
     client = await market.client(name="c", deposit=DEPOSIT, means=means, settings=quick, on=await chain_of("c payer"))
-    stack.callback(market.nursery.cancel_scope.cancel)
     return World(net, market, judge, worker, client, owner, payout)
 
 
@@ -146,24 +147,27 @@ def cheat(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-async def disputed(world: World, resolver: Address) -> Job:
+async def disputed(world: World, resolver: Address) -> tuple[Job, int]:
+    """A job under dispute, and what its worker has claimed."""
     wish = JobWish(min_penalty=PENALTY, resolver=resolver, open_s=60)
     job = await world.client.post_job("fake", LINES, max_tokens=8, id="job", wish=wish)
     await until(lambda: job.state.chain is JobState.SUBMITTED)
     with pytest.raises(JobFailed, match="not its result"):
         await job.result(30)
+    claimed = job.state.claimed
+    assert claimed > 0
     await job.dispute(Hash32(b"\x05" * 32))
     assert job.state.chain is JobState.DISPUTED
-    return job
+    return job, claimed
 
 
-async def ended(world: World, job: Job, outcome: Outcome) -> None:
+async def ended(world: World, job: Job, claimed: int, outcome: Outcome) -> None:
     """The money is where the table of docs/spec/batch.md says, nothing is locked, and both journals agree with the chain."""
     await until(lambda: job.state.ended)
     batch = world.worker.batch
     assert batch is not None
     await until(lambda: batch.book.jobs[job.job_id].ended)
-    claimed, bond = job.state.claimed, escrow.bond_for(job.state.quote)
+    bond = escrow.bond_for(job.state.quote)
     to_worker = {Outcome.ACCEPT: 0, Outcome.REJECT: claimed}.get(outcome, claimed // 2)
     back = {Outcome.REJECT: 0, Outcome.NONE: bond}.get(outcome, bond - bond // 2)
     share = bond - bond // 2 if outcome is Outcome.REJECT else 0
@@ -171,8 +175,9 @@ async def ended(world: World, job: Job, outcome: Outcome) -> None:
     assert job.state.paid == to_worker and job.state.accepted is None
     assert (await world.locked(Module.JOBS), await world.locked(Module.DISPUTES)) == (0, 0)
     stake = await Stakes(world.owner).of(world.owner.account, world.owner.token)
-    # A lost dispute books the slash; until it moves, after the veto delay, it is held.
-    assert stake.held == (PENALTY if outcome is Outcome.ACCEPT else 0)
+    # A lost dispute books the slash: it has left the stake, and moves after the veto delay.
+    lost = PENALTY if outcome is Outcome.ACCEPT else 0
+    assert (stake.active, stake.held) == (STAKE - lost, 0)
     for node in (world.worker, world.client):
         await node.book.change([])
         chains = node.wallet.chains if isinstance(node, Client) else node.chains
@@ -184,9 +189,9 @@ async def ended(world: World, job: Job, outcome: Outcome) -> None:
 def test_a_verdict_is_executed_by_itself(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(world: World) -> None:
         cheat(monkeypatch)
-        job = await disputed(world, world.judge)
+        job, claimed = await disputed(world, world.judge)
         await world.judged(outcome)
-        await ended(world, job, outcome)
+        await ended(world, job, claimed, outcome)
 
     run(main)
 
@@ -194,9 +199,9 @@ def test_a_verdict_is_executed_by_itself(outcome: Outcome, monkeypatch: pytest.M
 def test_a_resolver_that_says_nothing_ends_as_a_draw_with_the_bond_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(world: World) -> None:
         cheat(monkeypatch)
-        job = await disputed(world, world.judge)
+        job, claimed = await disputed(world, world.judge)
         await world.net.advance(15 * DAY)
-        await ended(world, job, Outcome.NONE)
+        await ended(world, job, claimed, Outcome.NONE)
 
     run(main)
 
@@ -204,8 +209,8 @@ def test_a_resolver_that_says_nothing_ends_as_a_draw_with_the_bond_back(monkeypa
 def test_a_committee_without_jurors_ends_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(world: World) -> None:
         cheat(monkeypatch)
-        job = await disputed(world, world.net.deployment.committee)  # type: ignore[union-attr]
+        job, claimed = await disputed(world, world.net.deployment.committee)  # type: ignore[union-attr]
         await world.net.advance(15 * DAY)
-        await ended(world, job, Outcome.NONE)
+        await ended(world, job, claimed, Outcome.NONE)
 
     run(main)

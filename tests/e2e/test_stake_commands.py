@@ -96,6 +96,22 @@ def test_a_request_id_makes_one_deposit_of_two_commands(run: Run, tmp_path: Path
     assert run("deposit", "700", "--id", "monday")[1]["vault_balance"] == "0"
 
 
+def test_a_request_id_makes_one_stake_of_two_commands(run: Run, tmp_path: Path) -> None:
+    run("devnet", "faucet", run("wallet", "address", "owner")[1]["address"], "--tokens", "5000000")
+    first = run("stake", "3000000", "--id", "monday")[1]
+    assert [one["purpose"] for one in first["transactions"]] == ["approve", "deposit", "stake"]
+    again = run("stake", "3000000", "--id", "monday")[1]
+    assert again == {**first, "transactions": first["transactions"][2:]}
+    status, error = run("stake", "1000000", "--id", "monday")
+    assert status == 6 and error["error"]["code"] == "request_conflict"
+    assert run("stake", "--id", "tuesday")[0] == 2
+
+    out = run("unstake", "2000000", "--id", "friday")[1]
+    assert run("unstake", "2000000", "--id", "friday")[1] == out, "it could not be done twice: 1 tUSD is left"
+    assert run("unstake", "--id", "friday")[0] == 2
+    assert run("stake")[1]["stake"]["unbonding"] == "2000000"
+
+
 def test_the_words_say_what_can_be_taken_and_when() -> None:
     info = TokenInfo(Address(b"\7" * 20), "tUSD", 6)
     stake = Stake(active=1_000_000, unbonding=2_000_000, held=500_000, exposure=500_000, free_at=DAY, locked=1_500_000)
