@@ -49,7 +49,7 @@ def gristmill(folder: Path, *words: str, check: bool = True, timeout: float = 12
     if check:
         assert done.returncode == 0, (words, rows, done.stderr.decode()[-2000:])
     assert b"Traceback" not in done.stderr, done.stderr.decode()[-3000:]
-    return [*rows, {"status": done.returncode}]
+    return [*rows, {"status": done.returncode, "said": done.stderr.decode()}]
 
 
 class World:
@@ -139,7 +139,8 @@ def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> 
         assert status["finished"] == 1
         (asset,) = status["assets"]
         assert asset["earned"] == answer["cost"] and asset["chain"] == answer["chain"] == "default"
-        claimed = gristmill(world.worker, "claim")[0]
+        claimed, end = gristmill(world.worker, "claim")
+        assert "claiming 0." in end["said"] and "tUSD on default" in end["said"]
         assert [one["amount"] for one in claimed["totals"]] == [answer["cost"]]
         assert [t["purpose"] for t in claimed["transactions"]] == ["claim", "settle"]
         # A sampled answer with a seed is the same answer twice.
@@ -210,6 +211,8 @@ def test_a_killed_worker_leaves_a_typed_error_and_the_money_comes_back(world: Wo
     states = [row for row in before if row.get("status") == "open"]
     assert states
     first = gristmill(world.client, *world.settings, "channels", "close")
+    for state in states:
+        assert f"closing {state['channel']}: up to " in first[-1]["said"]
     assert all(row["cooperative"] is False for row in first[:-1])
     wait = max(row["available_at"] for row in first[:-1]) - int(time.time())
     _advance(world.state["url"], wait + 3600)

@@ -60,7 +60,6 @@ class Attacker(Judge):
         self._strange: dict[Address, Contract] = {contract.address: contract for contract in made}
         self._moods: dict[Address, Mood] = {address: Mood() for address in self._strange}
         self.resolvers = tuple(self._strange)
-        self._armed: set[Address] = set()
         self.calls: list[Call] = []
         """What a replay chooses from (I3)."""
         self.votes: dict[tuple[JobId, Address, int], tuple[Outcome, bytes]] = {}
@@ -163,10 +162,8 @@ class Attacker(Judge):
         self._moods[resolver] = mood
         strange = self._strange[resolver]
         strange.send(ANN, "set", *mood)
-        if self.quotes:
-            disputes, quote = self.world.disputes, dice.choice(list(self.quotes.values()))
-            strange.send(ANN, "arm", disputes.address, disputes.encode("resolve", quote_tuple(quote)))
-            self._armed.add(resolver)
+        disputes = self.world.disputes  # armed before it is asked anything: a call to nobody would succeed
+        strange.send(ANN, "arm", disputes.address, disputes.encode("resolve", self.any_quote(dice)))
 
     def takes(self, resolver: Address) -> bool:
         """Whether a resolver with all the gas that it is promised takes a case."""
@@ -175,8 +172,8 @@ class Attacker(Judge):
         return resolver == self.world.committee.address
 
     def quiet(self, resolver: Address) -> None:
-        """Its attack from inside the call has not worked; unarmed, it calls nobody."""
-        if resolver in self._armed:
+        """Its attack from inside the call has not worked."""
+        if resolver in self._strange:
             self.require(not self._strange[resolver].call("attackWorked"), "a resolver called back in")
 
     def says(self, state: Escrow, quote: Quote) -> Outcome:
@@ -187,7 +184,7 @@ class Attacker(Judge):
         if mood.outcome == MIND_CHANGER:
             return Outcome.REJECT if self.now % 2 else Outcome.ACCEPT
         if mood.outcome == REENTRANT:
-            return Outcome.DRAW if quote.resolver in self._armed else Outcome.ACCEPT
+            return Outcome.DRAW
         return mood.answer if mood.outcome in (HONEST, HUNGRY) else Outcome.NONE
 
     def header(self, dice: Dice, number: int) -> tuple[bool, bytes, bytes | None]:
