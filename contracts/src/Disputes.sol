@@ -30,6 +30,8 @@ contract Disputes is IDisputes, ReentrancyGuardTransient {
     IChannels public immutable channels;
 
     mapping(bytes32 jobId => Dispute) private _disputes;
+    /// @dev Once per key and token: a first proof in a token without stake must not shelter the stake in the others.
+    mapping(address hotKey => mapping(address token => bool)) private _proven;
 
     constructor(IVault vault_, IWorkers workers_, IJobs jobs_, IChannels channels_) {
         if (address(vault_).code.length == 0) revert Disputes_NotAContract(address(vault_));
@@ -58,8 +60,10 @@ contract Disputes is IDisputes, ReentrancyGuardTransient {
         }
         _requireKey(config.receiver, one, firstSignature);
         _requireKey(config.receiver, other, secondSignature);
-        if (!workers.convict(config.receiver, other)) revert Disputes_ConvictedBefore(config.receiver);
+        if (_proven[config.receiver][config.token]) revert Disputes_ConvictedBefore(config.receiver);
 
+        _proven[config.receiver][config.token] = true;
+        workers.convict(config.receiver, other);
         // As much as the cap of a verdict allows.
         (slashId,) = workers.bookSlash(
             config.receiver, config.token, type(uint128).max, config.payer, msg.sender, other

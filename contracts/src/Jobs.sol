@@ -32,7 +32,7 @@ contract Jobs is IJobs, EIP712 {
     /// and its result tells how it ended: NO_RESULT when it was refunded, else settled. Whoever opens a job pays for both
     /// slots, so that the ends, which strangers bring about, are cheap.
     /// `tag` is the beginning of the result's hash, so that an acceptance is compared without reading the second slot. Making
-    /// another result with the same tag takes 2^80 tries, and gains no more than the client signed.
+    /// two results with one tag takes about 2^40 tries, and gains nothing: what is paid is the amount that the client signed.
     struct Record {
         State state;
         uint40 windowEnd;
@@ -71,6 +71,8 @@ contract Jobs is IJobs, EIP712 {
         Record storage found = _records[jobId];
         if (found.state != State.None || found.result != 0) revert Jobs_WrongState(jobId, job(jobId).state);
         if (workers.isRetired(quote.worker)) revert Jobs_WorkerRetired(quote.worker);
+        // Else a client could open what the worker's node never hears of, and be paid for the silence.
+        if (quote.penalty > 0 && !_isWorker(quote, msg.sender)) revert Jobs_NotWorker(jobId, msg.sender);
         _requireSigner(jobId, quote.worker, jobId, workerSignature);
         if (msg.sender != quote.client) _requireSigner(jobId, quote.client, orderDigest(jobId), clientSignature);
 
@@ -161,9 +163,7 @@ contract Jobs is IJobs, EIP712 {
         if (state == State.Open && block.timestamp >= quote.deadline) {
             revert Jobs_TooLate(jobId, quote.deadline, block.timestamp);
         }
-        if (msg.sender != quote.worker && msg.sender != workers.ownerOf(quote.worker)) {
-            revert Jobs_NotWorker(jobId, msg.sender);
-        }
+        if (!_isWorker(quote, msg.sender)) revert Jobs_NotWorker(jobId, msg.sender);
 
         _empty(found);
         if (state == State.Submitted) found.result = NO_RESULT;
@@ -276,6 +276,10 @@ contract Jobs is IJobs, EIP712 {
 
     function _slash(bytes32 jobId, Quote calldata quote, uint128 amount, address reporter) private {
         if (amount > 0) workers.bookSlash(quote.worker, quote.token, amount, quote.client, reporter, jobId);
+    }
+
+    function _isWorker(Quote calldata quote, address account) private view returns (bool) {
+        return account == quote.worker || account == workers.ownerOf(quote.worker);
     }
 
     function _requireSigner(bytes32 jobId, address signer, bytes32 digest, bytes calldata signature) private view {

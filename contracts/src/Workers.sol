@@ -8,11 +8,13 @@ import {IVault} from "./interfaces/IVault.sol";
 import {IWorkers} from "./interfaces/IWorkers.sol";
 
 contract Workers is IWorkers, EIP712 {
-    /// @dev IWorkers.Worker and the flag that retires for ever; the first three fields share a slot.
+    /// @dev IWorkers.Worker and the flag that retires for ever; the first four fields share a slot.
     struct Key {
         address owner;
         bool active;
         bool convicted;
+        /// @dev By its owner; 0 while active.
+        uint40 retiredAt;
         address payout;
         uint256 nonce;
     }
@@ -78,7 +80,7 @@ contract Workers is IWorkers, EIP712 {
     function rotate(address hotKey, address newHotKey, uint40 deadline, bytes calldata signature) external {
         Key storage key = _ownedActive(hotKey);
 
-        key.active = false;
+        (key.active, key.retiredAt) = (false, uint40(block.timestamp));
         _activate(newHotKey, key.payout, deadline, signature);
 
         emit Rotated(hotKey, newHotKey, msg.sender);
@@ -86,7 +88,9 @@ contract Workers is IWorkers, EIP712 {
 
     /// @inheritdoc IWorkers
     function revoke(address hotKey) external {
-        _ownedActive(hotKey).active = false;
+        Key storage key = _ownedActive(hotKey);
+
+        (key.active, key.retiredAt) = (false, uint40(block.timestamp));
 
         emit Revoked(hotKey, msg.sender);
     }
@@ -193,8 +197,9 @@ contract Workers is IWorkers, EIP712 {
         Stake storage found = _stakes[owner][token];
         // One look for the many that have no stake; the rest is read only where there is something to lock.
         if (found.active == 0 && found.unbonding == 0) return;
-        uint256 free = _free(owner, token);
         Earnings memory known = _earningsNow(owner, token);
+        // What jobs hold counts as free here: held for a moment by a job of one's own, it would be no lock.
+        uint256 free = _above(uint256(found.active) + found.unbonding, uint256(known.amount) + known.before);
 
         // Every bound below keeps the arithmetic inside its type: a payment must not fail because of its size.
         uint256 amount = earned > type(uint128).max ? free : earned * EARNINGS_LOCK_PPM / PPM;
@@ -245,9 +250,15 @@ contract Workers is IWorkers, EIP712 {
         address reporter,
         bytes32 cause
     ) external onlyModule returns (uint256 slashId, uint128 booked) {
-        address owner = _keys[hotKey].owner;
+        Key storage key = _keys[hotKey];
+        // As long as a stake answers after it began to leave; the signatures of a key that is long gone are a thief's.
+        if (key.retiredAt != 0 && block.timestamp > key.retiredAt + UNBONDING) return (0, 0);
+        address owner = key.owner;
         booked = _take(owner, token, amount);
         if (booked == 0) return (0, 0);
+        // Used up, or a thief of the key would lose it again and again.
+        Stake storage found = _stakes[owner][token];
+        found.exposure = uint128(_above(found.exposure, booked));
 
         slashId = ++_lastSlash;
         Slash memory made = Slash(
@@ -351,6 +362,7 @@ contract Workers is IWorkers, EIP712 {
 
         key.owner = msg.sender;
         key.active = true;
+        key.retiredAt = 0;
         key.payout = payout;
         key.nonce += 1;
 
@@ -400,9 +412,11 @@ contract Workers is IWorkers, EIP712 {
     /// @dev A slash may leave less stake than is locked; then nothing is free.
     function _free(address owner, address token) private view returns (uint256) {
         Stake storage found = _stakes[owner][token];
-        uint256 total = uint256(found.active) + found.unbonding;
-        uint256 locked = _locked(owner, token);
-        return total > locked ? total - locked : 0;
+        return _above(uint256(found.active) + found.unbonding, _locked(owner, token));
+    }
+
+    function _above(uint256 all, uint256 part) private pure returns (uint256) {
+        return all > part ? all - part : 0;
     }
 
     function _share(uint128 amount, uint256 ppm) private pure returns (uint128) {

@@ -86,9 +86,8 @@ abstract contract Court is Lite {
         returns (IJobs.Quote memory quote)
     {
         quote = quoteOf(amount, resolver, salt);
-        bytes memory word = signed(WORKER, jobs.jobIdOf(quote));
-        vm.prank(vm.addr(CLIENT));
-        jobs.open(quote, word, "");
+        bytes32 id = jobs.jobIdOf(quote);
+        jobs.open(quote, signed(WORKER, id), signed(CLIENT, jobs.orderDigest(id)));
         vm.prank(vm.addr(WORKER));
         jobs.submit(quote, RESULT, claimed, "");
     }

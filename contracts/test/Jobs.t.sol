@@ -28,6 +28,20 @@ contract JobsTest is Court {
         jobs.open(quote, word, order);
     }
 
+    function testFuzz_aPenaltyIsTheWorkersToPutAtRisk(uint128 penalty, uint8 who) public {
+        IJobs.Quote memory quote = quoteOf(1, address(0), 1);
+        quote.penalty = uint128(within(penalty, 0, 100));
+        bytes32 id = jobs.jobIdOf(quote);
+        bytes memory word = signed(WORKER, id);
+        bytes memory order = signed(CLIENT, jobs.orderDigest(id));
+        address sender = [quote.worker, address(this), quote.client, address(0xbad)][who % 4];
+        bool good = quote.penalty == 0 || who % 4 < 2;
+        if (!good) vm.expectRevert(abi.encodeWithSelector(IJobs.Jobs_NotWorker.selector, id, sender));
+        vm.prank(sender);
+        jobs.open(quote, word, order);
+        same(locked(address(jobs)), good ? 1 : 0, "I4");
+    }
+
     function testFuzz_theWindowBelongsToTheClient(uint128 amount, uint128 claimed, uint40 window, uint256 waited) public {
         (amount, claimed) = _amounts(amount, claimed);
         IJobs.Quote memory quote = quoteOf(amount, address(0), 1);
@@ -152,8 +166,7 @@ contract JobsTest is Court {
 
     function _open(IJobs.Quote memory quote) private returns (bytes32 id) {
         id = jobs.jobIdOf(quote);
-        vm.prank(quote.client);
-        jobs.open(quote, signed(WORKER, id), "");
+        jobs.open(quote, signed(WORKER, id), signed(CLIENT, jobs.orderDigest(id)));
     }
 
     /// @dev I6: what was paid, returned and is still locked is the whole purse; nothing is held for an ended job (I12).

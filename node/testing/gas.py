@@ -219,7 +219,7 @@ def _jobs(
         terms = quote(name, penalty)
         job = terms.job_id(domain)
         signatures = worker.sign(terms.digest(domain)), ann.sign(Order(job).digest(domain))
-        gas[name] = market.send(anyone, jobs, "open", astuple(terms), *signatures)
+        gas[name] = market.send(worker.address if penalty else anyone, jobs, "open", astuple(terms), *signatures)
         return terms, job
 
     def submit(terms: Quote, job: JobId) -> int:

@@ -33,7 +33,7 @@ def prove_equivocation(
     second: Receipt,
     second_signer: Address | None,
 ) -> Escrow:
-    """Convict the receiver of `config` by two receipts of its own key; slash up to the cap for the payer."""
+    """Convict the receiver of `config` by two receipts of its own key; slash up to the cap for the payer, once per token."""
     channel_id = config.channel_id(state.domain)
     require(
         first.channel_id == second.channel_id == channel_id and first.sequence == second.sequence and first != second,
@@ -41,8 +41,9 @@ def prove_equivocation(
     )
     require(first_signer == config.receiver, "Disputes_BadSignature")
     require(second_signer == config.receiver, "Disputes_BadSignature")
-    state, first_time = workers.convict(state, config.receiver)
-    require(first_time, "Disputes_ConvictedBefore")
+    require((config.receiver, config.token) not in state.proven, "Disputes_ConvictedBefore")
+    state, _ = workers.convict(state, config.receiver)
+    state = replace(state, proven=state.proven | {(config.receiver, config.token)})
     cause = Hash32(second.digest(state.domain))
     return workers.book_slash(state, now, config.receiver, config.token, UINT128_MAX, config.payer, caller, cause)
 

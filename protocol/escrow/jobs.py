@@ -44,6 +44,7 @@ def open_job(
     job_id = quote.job_id(state.jobs_domain)
     require(state.job(job_id).state is JobState.NONE, "Jobs_WrongState")
     require(not workers.is_retired(state, quote.worker), "Jobs_WorkerRetired")
+    require(not quote.penalty or _is_worker(state, quote, caller), "Jobs_NotWorker")
     require(worker_signer == quote.worker, "Jobs_BadSignature")
     require(caller == quote.client or client_signer == quote.client, "Jobs_BadSignature")
     state = _put(state, job_id, Job(JobState.OPEN))
@@ -113,7 +114,7 @@ def fail(state: Escrow, now: int, caller: Address, quote: Quote) -> Escrow:
     submission back loses all of it, as in a dispute that is lost."""
     job_id, job = _in(state, quote, JobState.OPEN, JobState.SUBMITTED)
     require(job.state is JobState.SUBMITTED or now < quote.deadline, "Jobs_TooLate")
-    require(caller in (quote.worker, state.owner_of(quote.worker)), "Jobs_NotWorker")
+    require(_is_worker(state, quote, caller), "Jobs_NotWorker")
     penalty = quote.penalty // FAIL_DIVISOR if job.state is JobState.OPEN else quote.penalty
     return _give_back(state, now, quote, job_id, penalty, ZERO_ADDRESS)
 
@@ -146,6 +147,10 @@ def _in(state: Escrow, quote: Quote, *allowed: JobState) -> tuple[JobId, Job]:
     job = state.job(job_id)
     require(job.state in allowed, "Jobs_WrongState")
     return job_id, job
+
+
+def _is_worker(state: Escrow, quote: Quote, account: Address) -> bool:
+    return account in (quote.worker, state.owner_of(quote.worker))
 
 
 def _put(state: Escrow, job_id: JobId, job: Job) -> Escrow:

@@ -108,6 +108,8 @@ class Worker:
     active: bool
     nonce: int
     """Consents used; the next one carries it."""
+    retired_at: int = 0
+    """When its owner retired it; 0 while active."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +270,8 @@ class Escrow:
     """Who may cancel a booked slash."""
     capabilities: Mapping[Address, Capability] = field(default_factory=dict)
     convicted: frozenset[Address] = frozenset()
+    proven: frozenset[tuple[Address, Address]] = frozenset()
+    """(hot key, token) whose equivocation was proved."""
     """Hot keys that can never work again."""
     stakes: Mapping[tuple[Address, Address], Stake] = field(default_factory=dict)
     """(owner, token) -> stake"""

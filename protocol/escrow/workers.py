@@ -69,13 +69,13 @@ def rotate(
 ) -> Escrow:
     """Retire `hot_key`, register `new_key` with the same payout by its own consent."""
     worker = _owned_active(state, caller, hot_key)
-    retired = _put_worker(state, hot_key, replace(worker, active=False))
+    retired = _put_worker(state, hot_key, replace(worker, active=False, retired_at=now))
     return register(retired, now, caller, new_key, worker.payout, deadline, signer)
 
 
-def revoke(state: Escrow, caller: Address, hot_key: Address) -> Escrow:
+def revoke(state: Escrow, now: int, caller: Address, hot_key: Address) -> Escrow:
     worker = _owned_active(state, caller, hot_key)
-    return _put_worker(state, hot_key, replace(worker, active=False))
+    return _put_worker(state, hot_key, replace(worker, active=False, retired_at=now))
 
 
 def announce(
@@ -124,9 +124,7 @@ def set_exposure(state: Escrow, caller: Address, token: Address, exposure: int) 
 
 def locked_stake(state: Escrow, now: int, owner: Address, token: Address) -> int:
     """Penalties of open jobs, and what was locked for the earnings of this epoch and the last."""
-    epoch = now // EARNINGS_WINDOW
-    earned = state.earnings.get((owner, token, epoch), 0) + state.earnings.get((owner, token, epoch - 1), 0)
-    return state.stake_of(owner, token).held + earned
+    return state.stake_of(owner, token).held + _locked_by_earnings(state, now, owner, token)
 
 
 def move_slash(state: Escrow, now: int, slash_id: int) -> Escrow:
@@ -156,11 +154,13 @@ def cancel_slash(state: Escrow, now: int, caller: Address, slash_id: int) -> Esc
 
 
 def lock_for_earnings(state: Escrow, now: int, hot_key: Address, token: Address, earned: int) -> Escrow:
-    """Lock a share of what was earned, at most what is there and free. Never reverts."""
+    """Lock a share of what was earned, at most what earnings do not lock yet. What jobs hold counts too, or a job of one's own
+    would keep the lock away. Never reverts."""
     owner = state.owner_of(hot_key)
     if owner == ZERO_ADDRESS:
         return state
-    amount = min(earned * EARNINGS_LOCK_PPM // PPM, _free_stake(state, now, owner, token))
+    rest = max(state.stake_of(owner, token).total - _locked_by_earnings(state, now, owner, token), 0)
+    amount = min(earned * EARNINGS_LOCK_PPM // PPM, rest)
     return replace(state, earnings=add(state.earnings, (owner, token, now // EARNINGS_WINDOW), amount))
 
 
@@ -191,7 +191,11 @@ def book_slash(
     reporter: Address,
     cause: Hash32,
 ) -> Escrow:
-    """Take at most `amount` and the cap out of the stake, unbonding part first (I7). Nothing when there is nothing."""
+    """Take at most `amount` and the cap out of the stake, unbonding part first (I7), and use up exposure. Nothing when there is
+    nothing, or when the key retired longer ago than a stake needs to leave."""
+    worker = state.workers.get(hot_key)
+    if worker is not None and worker.retired_at and now > worker.retired_at + UNBONDING:
+        return state
     owner = state.owner_of(hot_key)
     theirs = state.stake_of(owner, token)
     amount = min(amount, theirs.total * SLASH_CAP_PPM // PPM)
@@ -199,7 +203,10 @@ def book_slash(
         return state
     from_unbonding = min(amount, theirs.unbonding)
     left = replace(
-        theirs, active=theirs.active - (amount - from_unbonding), unbonding=theirs.unbonding - from_unbonding
+        theirs,
+        active=theirs.active - (amount - from_unbonding),
+        unbonding=theirs.unbonding - from_unbonding,
+        exposure=max(theirs.exposure - amount, 0),
     )
     slash = Slash(owner, token, amount, victim, reporter, now + SLASH_DELAY, SlashState.BOOKED, cause)
     state = _put_stake(state, owner, token, left)
@@ -229,6 +236,11 @@ def _put_stake(state: Escrow, owner: Address, token: Address, mine: Stake) -> Es
 
 def _put_slash(state: Escrow, slash_id: int, slash: Slash) -> Escrow:
     return replace(state, slashes=put(state.slashes, slash_id, slash))
+
+
+def _locked_by_earnings(state: Escrow, now: int, owner: Address, token: Address) -> int:
+    epoch = now // EARNINGS_WINDOW
+    return state.earnings.get((owner, token, epoch), 0) + state.earnings.get((owner, token, epoch - 1), 0)
 
 
 def _free_stake(state: Escrow, now: int, owner: Address, token: Address) -> int:

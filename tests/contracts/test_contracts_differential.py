@@ -81,6 +81,7 @@ EXPECTED = {
         "Jobs_WindowOutOfRange",
         "Jobs_WrongState",
         "Jobs_WorkerRetired",
+        "Jobs_NotWorker",
         "Jobs_BadSignature",
         "Workers_NotActive",
         "Workers_OverExposure",

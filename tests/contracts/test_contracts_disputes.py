@@ -21,7 +21,7 @@ from node.testing.contracts import Deployment, config_tuple, high_s, key, quote_
 from node.testing.evm import Contract, Reverted
 from protocol.ids import ZERO_ADDRESS, Address, Hash32, JobId, ModelId
 from protocol.keys import PrivateKey
-from protocol.typed_data import ChannelConfig, Domain, Receipt
+from protocol.typed_data import ChannelConfig, Domain, HotKey, Receipt
 
 ZOO = Path(__file__).parent / "zoo"
 MALLORY, FISHER = key("mallory"), key("fisher")
@@ -481,6 +481,42 @@ def test_a_key_is_convicted_once_whatever_else_it_signed(fraud: Fraud) -> None:
             fraud.prove(first, replace(first, cost=99))
     with refused("Disputes_ConvictedBefore"):
         fraud.prove(fraud.second, fraud.first)  # the other way round
+
+
+def test_a_proof_in_a_token_without_stake_shelters_no_stake(fraud: Fraud) -> None:
+    """A worker that sees the proof coming convicts itself under a channel of its own, in a token that nobody staked."""
+    world, token = fraud.world, fraud.batch.token
+    mine = replace(fraud.config, token=Address(b"\x12" * 20), payer=MALLORY.address)
+    first = replace(fraud.first, channel_id=mine.channel_id(world.domain))
+    assert fraud.prove(first, replace(first, cost=99), config=mine).value == 0  # type: ignore[attr-defined]
+    assert world.workers.call("isConvicted", WORKER.address) is True
+    slash = world.workers.call("slash", fraud.prove().value)  # type: ignore[attr-defined]
+    assert (slash[2], slash[3]) == (STAKE // 2, CLIENT.address)
+    for config in (mine, fraud.config):
+        again = replace(fraud.first, channel_id=config.channel_id(world.domain))
+        with refused("Disputes_ConvictedBefore"):
+            fraud.prove(again, replace(again, cost=99), config=config)
+    assert world.workers.call("stakeOf", OWNER.address, token)[0] == STAKE - STAKE // 2
+
+
+@pytest.mark.parametrize("how", ["revoke", "rotate"])
+def test_a_key_that_is_long_gone_costs_nothing_any_more(fraud: Fraud, how: str) -> None:
+    """As long as a stake answers after it began to leave; a thief of an old disk comes too late."""
+    world = fraud.world
+    if how == "revoke":
+        world.workers.send(OWNER.address, "revoke", WORKER.address)
+    else:
+        fresh = key("fresh")
+        consent = HotKey(OWNER.address, fresh.address, PAYOUT, 0, 2**40 - 1)
+        signature = fresh.sign(consent.digest(world.workers_domain))
+        world.workers.send(OWNER.address, "rotate", WORKER.address, fresh.address, 2**40 - 1, signature)
+    world.evm.set_time(world.evm.now + 52 * DAY)
+    with world.evm.undone():
+        assert fraud.prove().value == 1  # type: ignore[attr-defined]
+    world.evm.set_time(world.evm.now + 1)
+    assert fraud.prove().value == 0  # type: ignore[attr-defined]
+    assert world.workers.call("isConvicted", WORKER.address) is True
+    assert world.workers.call("stakeOf", OWNER.address, fraud.batch.token)[0] == STAKE
 
 
 def test_what_is_not_two_receipts_of_one_number_proves_nothing(fraud: Fraud) -> None:

@@ -69,7 +69,9 @@ class Scene:
     def send(self, function: str, *args: object, sender: Address = MALLORY.address) -> Result:
         return self.jobs.send(sender, function, quote_tuple(self.quote), *args)
 
-    def open(self, worker: bytes | None = None, client: bytes | None = None, sender: Address = MALLORY.address) -> None:
+    def open(self, worker: bytes | None = None, client: bytes | None = None, sender: Address | None = None) -> None:
+        """By anybody who may: a stranger, or the worker where its stake answers."""
+        sender = sender or (self.quote.worker if self.quote.penalty else MALLORY.address)
         worker = self.sign(WORKER, self.quote) if worker is None else worker
         client = self.sign(ANN, Order(self.id)) if client is None else client
         self.send("open", worker, client, sender=sender)
@@ -157,6 +159,7 @@ def test_the_client_accepts_the_whole_before_any_submission(scene: Scene) -> Non
 
 
 def test_client_and_worker_need_no_signature_when_they_send_themselves(scene: Scene) -> None:
+    scene.quote = replace(scene.quote, penalty=0)
     scene.open(client=b"", sender=ANN.address)
     scene.send("submit", RESULT, 10, b"", sender=WORKER.address)
     scene.send("settle", RESULT, 20, b"", sender=ANN.address)
@@ -402,6 +405,7 @@ def test_what_is_asked_stays_within_what_was_quoted(scene: Scene) -> None:
 
 def test_a_quote_with_dirty_bits_opens_nothing(scene: Scene) -> None:
     """The id is hashed over raw calldata, so that both could sign the id of a quote that no field fits: `open` reads them all."""
+    scene.quote = replace(scene.quote, penalty=0)
     words = scene.jobs.encode("jobIdOf", quote_tuple(scene.quote))[4:]
     for word in range(1, 10):
         dirty = words[: 32 * word] + b"\x01" + words[32 * word + 1 :]
@@ -415,6 +419,20 @@ def test_a_quote_with_dirty_bits_opens_nothing(scene: Scene) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ who may what
+
+
+def test_a_penalty_is_the_workers_to_put_at_risk(scene: Scene) -> None:
+    """A client with a signed quote must not open what the worker's node never hears of, and be paid for the silence."""
+    for sender in (ANN, MALLORY):
+        with refused("Jobs_NotWorker"):
+            scene.open(sender=sender.address)
+    with scene.world.evm.undone():
+        scene.open(sender=OWNER.address)
+        assert scene.stake()[2] == PENALTY
+    scene.open(sender=WORKER.address)
+    scene.quote = replace(scene.quote, penalty=0, salt=OTHER)
+    scene.open(sender=MALLORY.address)
+    assert scene.stake()[2] == PENALTY
 
 
 def test_a_retired_or_convicted_worker_opens_nothing_new_and_ends_what_it_has(scene: Scene) -> None:

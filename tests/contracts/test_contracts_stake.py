@@ -235,7 +235,18 @@ def test_locking_earnings_never_fails_and_never_locks_more_than_there_is(scene: 
     scene.by_module("hold", scene.token, 100)
     for _ in range(3):
         scene.by_module("lockForEarnings", scene.token, earned)
-    assert scene.locked() == (400 if earned > 1 else 100)
+    assert scene.locked() == 100 + (400 if earned > 1 else 0)
+    with refused("Workers_StakeTooLow" if earned > 1 else "Workers_OverExposure"):
+        scene.by_module("hold", scene.token, 1 if earned > 1 else 2**127)
+
+
+def test_a_job_of_ones_own_keeps_no_lock_away(scene: Scene) -> None:
+    """All stake held for a moment, a payment in that moment: the payment locks what it would have locked without."""
+    scene.stake(400, 400)
+    scene.by_module("hold", scene.token, 400)
+    scene.by_module("lockForEarnings", scene.token, 500)
+    scene.by_module("letGo", scene.token, 400)
+    assert scene.locked() == 250
 
 
 def test_locking_earnings_survives_the_largest_stake(scene: Scene) -> None:
@@ -314,6 +325,24 @@ def test_one_slash_takes_half_at_most_and_the_leaving_part_first(scene: Scene) -
     assert scene.stakes() == (140, 0, 0)
     assert scene.slash(0) == (0, 0)
     assert scene.slash(10, hot=MALLORY.address) == (0, 0)
+
+
+def test_what_a_stolen_key_can_lose_is_bounded_by_the_exposure_of_once(scene: Scene) -> None:
+    """Job after job, each with a lost verdict: the exposure is used up by the slashes, not only by what is held at one time."""
+    scene.stake(400, 60)
+    lost = 0
+    for _ in range(10):
+        held = scene.world.workers.call("stakeOf", OWNER.address, scene.token)[3]
+        if not held:
+            break
+        scene.by_module("hold", scene.token, held)
+        scene.by_module("letGo", scene.token, held)
+        lost += scene.slash(min(held, 25))[1]
+    assert lost == 60
+    with refused("Workers_OverExposure"):
+        scene.by_module("hold", scene.token, 1)
+    scene.act("setExposure", scene.token, 10)  # until the owner says so again
+    scene.by_module("hold", scene.token, 10)
 
 
 def test_a_slash_may_take_what_is_held_and_then_nothing_is_free(scene: Scene) -> None:

@@ -51,7 +51,7 @@ def fresh() -> Escrow:
 
 
 def opened(quote: Quote = QUOTE) -> Escrow:
-    return escrow.open_job(fresh(), NOW, BOB, quote, WORKER, ANN)
+    return escrow.open_job(fresh(), NOW, WORKER, quote, WORKER, ANN)
 
 
 def submitted(claimed: int = 900) -> Escrow:
@@ -153,12 +153,15 @@ def test_what_can_not_be_opened() -> None:
         ({"penalty": 2_001}, "Workers_OverExposure"),
         ({"amount": 10_001}, "Vault_Insufficient"),
     ):
-        refused(name, escrow.open_job, state, NOW, BOB, replace(QUOTE, **change), WORKER, ANN)
-    refused("Jobs_WrongState", escrow.open_job, opened(), NOW, BOB, QUOTE, WORKER, ANN)  # I3
-    refused("Jobs_BadSignature", escrow.open_job, state, NOW, BOB, QUOTE, ANN, ANN)
-    refused("Vault_Paused", escrow.open_job, escrow.set_paused(state, True), NOW, BOB, QUOTE, WORKER, ANN)
-    retired = escrow.revoke(state, OWNER, WORKER)
-    refused("Jobs_WorkerRetired", escrow.open_job, retired, NOW, BOB, QUOTE, WORKER, ANN)
+        refused(name, escrow.open_job, state, NOW, WORKER, replace(QUOTE, **change), WORKER, ANN)
+    refused("Jobs_WrongState", escrow.open_job, opened(), NOW, WORKER, QUOTE, WORKER, ANN)  # I3
+    refused("Jobs_BadSignature", escrow.open_job, state, NOW, WORKER, QUOTE, ANN, ANN)
+    for stranger in (BOB, ANN):  # the client too: what answers with a stake is the worker's to open
+        refused("Jobs_NotWorker", escrow.open_job, state, NOW, stranger, QUOTE, WORKER, ANN)
+    assert escrow.open_job(state, NOW, BOB, replace(QUOTE, penalty=0), WORKER, ANN)
+    refused("Vault_Paused", escrow.open_job, escrow.set_paused(state, True), NOW, WORKER, QUOTE, WORKER, ANN)
+    retired = escrow.revoke(state, NOW, OWNER, WORKER)
+    refused("Jobs_WorkerRetired", escrow.open_job, retired, NOW, WORKER, QUOTE, WORKER, ANN)
 
 
 def test_stake_leaves_after_its_delay_and_not_while_it_is_held() -> None:

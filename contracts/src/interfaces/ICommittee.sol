@@ -21,6 +21,9 @@ import {IResolver} from "./IResolver.sol";
 /// reward, and so choose among at most 2^k seeds. Who proposes all SEED_DELAY of them knows the seed when the case begins.
 /// Warning: when nobody calls `seal` while the seed block's hash can be read (8,191 blocks, 256 where there is no EIP-2935), a
 /// new block is named, so who does not like the seed may hope for silence. A juror, the worker or the client must call in time.
+/// Warning: a majority of tickets can be bought for one case, up to the block in which it begins, and given back afterwards:
+/// losing votes cost nothing but the time until the bond may leave. So all tickets together must cost more to hold than a
+/// case is worth. A seat that keeps a vote to itself loses a tenth of a ticket: set `seatBond` against what jobs are worth.
 /// Warning: on a chain of one sequencer, the sequencer chooses the seed. Where PREVRANDAO is a constant there is no committee.
 interface ICommittee is IResolver {
     /// @param seatBond Behind each ticket, at least ten units.

@@ -6,8 +6,8 @@ import {IJobs} from "./IJobs.sol";
 import {IResolver} from "./IResolver.sol";
 
 /// @title Faults that code decides, and challenges that a resolver decides
-/// @notice Objective: two different receipts of one hot key under one channel and sequence convict the key, once and for
-/// ever. (A missed deadline is decided in IJobs.refund.) Subjective: within the window of a job its client may challenge the
+/// @notice Objective: two different receipts of one hot key under one channel and sequence convict the key for ever, and
+/// slash once in each token. (A missed deadline is decided in IJobs.refund.) Subjective: within the window of a job its client may challenge the
 /// result with a bond; the quote's resolver says Accept, Reject or Draw; silence until `resolveBy` is a draw.
 ///
 ///   outcome   worker gets     client gets back      bond                                   penalty
@@ -72,7 +72,11 @@ interface IDisputes {
 
     /// @notice Convicts the receiver of `config`: both receipts are of that channel, have one sequence, differ, and are signed
     /// by the receiver's own key. Its key is retired for ever and the owner's stake in the channel's token is slashed by the
-    /// cap, half of it for the payer. Anyone may report.
+    /// cap, half of it for the payer. Once per key and token: a proof in a token without stake shelters no other. Anyone may
+    /// report.
+    /// Warning: whoever steals a key can so cost its owner half of the stake in every token. Nothing is slashed when the key
+    /// was retired longer ago than UNBONDING.
+    /// Warning: a proof can be copied from the pool; whoever is first is the reporter, the worker's owner too.
     /// Warning: receipts signed by a `receiverAuthorizer` that is not the receiver prove nothing: the payer chose that key.
     function proveEquivocation(
         IChannels.ChannelConfig calldata config,
@@ -85,6 +89,8 @@ interface IDisputes {
     /// @notice Client only, within the window of a submitted job: locks the bond, stops the window, calls the resolver.
     /// @param evidence Content hash of what the client has to say; only for the resolver.
     /// Warning: the caller must send enough gas for the resolver to be called with all that it may use, or it reverts.
+    /// Warning: keep `bondFor` free in the vault from the opening of the job on. A pause or a delisting stops new deposits but
+    /// not the window, and whoever holds an unsubmitted allocation or order of the client can lock what is free.
     function open(IJobs.Quote calldata quote, bytes32 evidence) external;
 
     /// @notice Ends the dispute by the resolver's outcome, or as a draw from `resolveBy` on. Anyone may call.

@@ -87,7 +87,8 @@ interface IJobs {
     event Failed(bytes32 indexed jobId);
     event Disputed(bytes32 indexed jobId);
 
-    /// @notice Locks `amount` of the client's vault balance and `penalty` of the worker's stake. Anyone may submit.
+    /// @notice Locks `amount` of the client's vault balance and `penalty` of the worker's stake. Anyone may submit a quote
+    /// without a penalty; one with a penalty the worker or its owner alone, so that nobody is held to a job it never heard of.
     /// Warning: of a penalty that is slashed the client gets half, and never more than half of the cap of one slash
     /// (IWorkers.bookSlash): it makes breaking the word dear, it does not insure the job.
     /// @param workerSignature By the worker's key over the quote.
@@ -116,6 +117,7 @@ interface IJobs {
 
     /// @notice Worker or its owner: gives the job up and returns everything. Before the deadline, when nothing was submitted,
     /// it slashes a quarter of the penalty; after a submission the whole of it. Nobody gets the reporter's share.
+    /// Warning: where another slash has left less stake than the penalty, the cap can make silence cheaper than this.
     function fail(Quote calldata quote) external;
 
     /// @notice Module only (Disputes): stops the window.

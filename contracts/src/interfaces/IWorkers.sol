@@ -123,7 +123,8 @@ interface IWorkers {
     /// @param signature By `newHotKey`, as for `register`, over the payout of `hotKey`.
     function rotate(address hotKey, address newHotKey, uint40 deadline, bytes calldata signature) external;
 
-    /// @notice Owner only: retires `hotKey`. Its payout address stays.
+    /// @notice Owner only: retires `hotKey`. Its payout address stays. What the key signed answers with the stake for
+    /// `UNBONDING` longer, as a stake does that begins to leave now; after that nothing is slashed for it.
     function revoke(address hotKey) external;
 
     /// @notice Hot key or its owner (any key for itself when it was never registered): commits to a benchmark document.
@@ -139,10 +140,13 @@ interface IWorkers {
 
     /// @notice After the delay: moves the caller's unbonding stake back to its vault balance, but for what is held by open
     /// jobs or locked by recent earnings. What stays can be taken later without a new delay.
+    /// Warning: from `freeAt` on this part can leave at any moment, ahead of a proof too. Who looks at a stake before trusting
+    /// it counts `active` alone.
     function withdrawStake(address token) external returns (uint128 amount);
 
     /// @notice The most of the caller's stake that open jobs of all its hot keys may hold at once. A hot key signs quotes
-    /// with penalties by itself, so this bounds what a stolen machine can put at risk.
+    /// with penalties by itself, so this bounds what a stolen machine can lose: each slash uses it up, and the owner sets it
+    /// anew.
     function setExposure(address token, uint128 exposure) external;
 
     /// @notice After `movesAt`: pays a booked slash out. Anyone may call.
@@ -153,7 +157,7 @@ interface IWorkers {
     function cancelSlash(uint256 slashId) external;
 
     /// @notice Module only (Channels): locks a share of the stake behind `hotKey` for one to two `EARNINGS_WINDOW`s because it was paid
-    /// `earned`. Locks at most what is there and free; never reverts, so that no payment hangs on it.
+    /// `earned`. Locks at most what earnings do not lock yet, held or not; never reverts, so that no payment hangs on it.
     function lockForEarnings(address hotKey, address token, uint256 earned) external;
 
     /// @notice Module only: holds `amount` of the stake behind `hotKey` for an open job.
@@ -163,7 +167,7 @@ interface IWorkers {
     function letGo(address hotKey, address token, uint128 amount) external;
 
     /// @notice Module only: books a slash of at most `amount`, the stake and `SLASH_CAP` of it, unbonding part first.
-    /// Nothing is booked (id 0) when there is no owner or no stake.
+    /// Nothing is booked (id 0) when there is no owner or no stake, or when the key was retired longer ago than `UNBONDING`.
     function bookSlash(
         address hotKey,
         address token,

@@ -245,13 +245,14 @@ def _stake(judge: Judge, seen: Seen, key: tuple[Address, Address], before: Words
     if booked:
         require(was - total == booked <= was // 2, "I7: a slash over the cap, or that is not what left the stake")
         require(now[0] == before[0] or now[1] == 0, "I7: active stake was slashed before what is leaving")
+        require(now[3] == max(before[3] - booked, 0), "I7: a slash has not used up exposure")
     elif total < was:
         require(seen.call == "Workers.withdrawStake" and seen.sender == owner, f"I8: {seen.call} took stake away")
         require(judge.now >= judge.when("unstaked", key) + UNBONDING, "I8: stake left before its delay")
         require(now[0] == before[0], "I8: active stake left")
         earned = sum(n for at, n in judge.earned.get(key, ()) if judge.now < at + 7 * 86400)
         require(total >= min(was, held + earned), "I8: stake left that was held or locked by earnings")
-    if now[3] != before[3]:
+    if not booked and now[3] != before[3]:
         require(seen.call == "Workers.setExposure" and seen.sender == owner, "I8: exposure by another's hand")
 
 

@@ -102,7 +102,7 @@ def set_payout(a: Attacker, dice: Dice) -> None:
 def revoke(a: Attacker, dice: Dice) -> None:
     hot = dice.choice(WORKERS)
     who = owner_for(a, dice, hot)
-    a.step(who, "Workers.revoke", (hot,), lambda s: escrow.revoke(s, who, hot))
+    a.step(who, "Workers.revoke", (hot,), lambda s: escrow.revoke(s, a.now, who, hot))
 
 
 def announce(a: Attacker, dice: Dice) -> None:

@@ -98,6 +98,8 @@ def open_job(a: Attacker, dice: Dice) -> None:
     ordered = JobId(theirs.digest(domain)) if not whose else job_id
     client_signature = a.voices.sign(Order(ordered), quote.client, "none" if whose else flaw, domain)
     sender = dice.choice((quote.client, MALLORY, *CLIENTS, WORKER))
+    if quote.penalty and dice.randint(0, 3):
+        sender = dice.choice((quote.worker, a.state.owner_of(quote.worker)))
     sender = sender if sender in CROWD else MALLORY
     worker_signer = recovered(quote, domain, worker_signature)
     client_signer = recovered(Order(job_id), domain, client_signature)
