@@ -126,6 +126,21 @@ def unfinished(records: History, chain_id: int) -> list[PendingTx]:
     return sorted(waiting.values(), key=lambda tx: tx.signed.transaction.nonce)
 
 
+def dropped(records: History, chain_id: int, anchor: str, last: int = 64) -> list[PendingTx]:
+    """The last transactions on this chain whose caller was told that they will not happen, by nonces that have no end. A server
+    that refused one may have kept it."""
+    found: dict[str, PendingTx] = {}
+    signed: dict[str, Mapping[str, Any]] = {}
+    for kind, body in records:
+        if kind == "tx_signed" and int(body["chain_id"]) == chain_id and body.get("anchor", "") in ("", anchor):
+            signed[body["hash"]] = body
+        elif kind == "tx_dropped" and body["hash"] in signed:
+            found[body["hash"]] = PendingTx.from_body(signed[body["hash"]])
+        elif kind == "tx_final" and body["hash"] in signed:
+            found = {h: tx for h, tx in found.items() if tx.signed.transaction.nonce != int(body["nonce"])}
+    return list(found.values())[-last:]
+
+
 def landed(records: History, chain_id: int, anchor: str, last: int = 64) -> list[PendingTx]:
     """The last transactions on this chain that ended with a receipt: what a reorganisation may have thrown out meanwhile."""
     signed: dict[str, Mapping[str, Any]] = {}

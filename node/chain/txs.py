@@ -28,7 +28,18 @@ from dataclasses import dataclass
 import trio
 
 from node.chain.eth import Eth
-from node.chain.pending import Answered, Call, History, Journal, PendingTx, answered, landed, no_journal, unfinished
+from node.chain.pending import (
+    Answered,
+    Call,
+    History,
+    Journal,
+    PendingTx,
+    answered,
+    dropped,
+    landed,
+    no_journal,
+    unfinished,
+)
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.values import Receipt
 from node.errors import ChainError, ChainMoved, RequestConflict, SignerRefused, TxTimeout
@@ -116,6 +127,11 @@ class TxSender:
         """By nonce. Whatever is journaled without an end is in here, or some task waits for it."""
         self._answered: dict[str, Answered] = {}
         """By request id: what has been done already."""
+        self._underway: dict[str, tuple[Call, trio.Event]] = {}
+        """By request id: what is being done now."""
+        self._refused: dict[int, list[PendingTx]] = {}
+        """By nonce: what our caller was told will not happen. A server that refused it may have kept it, so when the nonce is
+        used, we look whether it was by one of these."""
         self._doubts: dict[int, float] = {}
         """By nonce: since when every look has said that the transaction can not land any more."""
 
@@ -132,18 +148,36 @@ class TxSender:
         `request`: an id of the caller's. A call that was asked for under it before is not sent again, restart or not: its
         result is the answer. Raises `RequestConflict` when the id was used for another call.
         """
-        done = self._answered.get(request) if request else None
+        call = (to, data, value)
+        if not request:
+            return (await self._send(purpose, *call, derived, request))[0]
+        await self._first_of(request, call, purpose)
+        done = self._answered.get(request)
         if done is not None:
-            if done.call != (to, data, value):
+            if done.call != call:
                 raise RequestConflict(
                     f"{purpose}: request {request!r} was used for another call", hint="a new request needs a new id"
                 )
             return done.result
-        for stalled in self._stalled.values():
-            if request and stalled.attempts[0].request == request and stalled.attempts[0].call != (to, data, value):
-                raise RequestConflict(f"{purpose}: request {request!r} is under way with another call")
-        result, _ = await self._send(purpose, to, data, value, derived, request)
-        return result
+        mine = self._underway[request] = (call, trio.Event())
+        try:
+            return (await self._send(purpose, *call, derived, request))[0]
+        finally:
+            del self._underway[request]
+            mine[1].set()
+
+    async def _first_of(self, request: str, call: Call, purpose: str) -> None:
+        """Return when nobody else is at this request. Raises `RequestConflict` when it is under way with another call."""
+        while request in self._underway:
+            theirs, over = self._underway[request]
+            if theirs != call:
+                break
+            await over.wait()
+        under_way = [one.attempts[0] for one in self._stalled.values()]
+        under_way += [attempt for refused in self._refused.values() for attempt in refused]
+        others = {attempt.call for attempt in under_way if attempt.request == request} - {call}
+        if others or request in self._underway:
+            raise RequestConflict(f"{purpose}: request {request!r} is under way with another call")
 
     def has_answered(self, request: str) -> bool:
         """Whether a transaction that was asked for under this id has its end."""
@@ -167,6 +201,8 @@ class TxSender:
             self._keep(tx)
             self._ended[tx.signed.transaction.nonce] = b""
         self._answered |= answered(history, self._chain_id, self._anchor)
+        for tx in dropped(history, self._chain_id, self._anchor, RECENT):
+            self._refused.setdefault(tx.signed.transaction.nonce, []).append(tx)
         by_nonce: dict[int, list[PendingTx]] = {}
         for tx in unfinished(history, self._chain_id):
             by_nonce.setdefault(tx.signed.transaction.nonce, []).append(tx)
@@ -190,6 +226,7 @@ class TxSender:
                 except (TxTimeout, _Dropped):
                     continue
                 results.append(result)
+            results += [result for result, _ in await self._own_up()]
         return results
 
     async def fee(self) -> int:
@@ -223,6 +260,8 @@ class TxSender:
             repeated = await self._take_up((to, data, value), request)
             if repeated is not None:
                 return repeated
+            if (kept := await self._was_kept((to, data, value), request)) is not None:
+                return kept
             nonce, orphans = await self._next_nonce()
             if orphans:
                 await self._bring_back(orphans)
@@ -239,6 +278,8 @@ class TxSender:
                     attempt = await self._sign_and_send(purpose, (to, data, value), gas, nonce, request)
                     break
                 except _NonceTaken:
+                    if (kept := await self._was_kept((to, data, value), request)) is not None:
+                        return kept
                     nonce, _ = await self._next_nonce()
             else:
                 raise ChainError(
@@ -263,6 +304,27 @@ class TxSender:
             same = sent.request == request and (stalled.answers_equal_calls or bool(request))
             if same and sent.call == call:
                 return ended
+        return None
+
+    async def _own_up(self) -> list[tuple[TxResult, PendingTx]]:
+        """What we said will not happen and what has: the ends of those."""
+        if not self._refused:
+            return []
+        count, ended = await self._eth.nonce(self.account), []
+        for nonce in [known for known in sorted(self._refused) if known < count]:
+            attempts = self._refused[nonce]
+            if await self._landed(attempts):
+                result, _ = await self._wait(attempts)
+                ended.append((result, next(a for a in attempts if a.signed.hash == result.hash)))
+            del self._refused[nonce]
+        return ended
+
+    async def _was_kept(self, call: Call, request: str) -> tuple[TxResult, None] | None:
+        """The end of this very call, when it was refused before and a server kept it."""
+        for result, attempt in await self._own_up():
+            log.warning("%s was refused by every server and has landed all the same", attempt.purpose)
+            if attempt.request == request and attempt.call == call:
+                return result, None
         return None
 
     async def _sign_and_send(self, purpose: str, call: Call, gas: int, nonce: int, request: str) -> PendingTx:
@@ -526,4 +588,7 @@ class TxSender:
         nonce = attempt.signed.transaction.nonce
         body = {"nonce": nonce, "hash": attempt.signed.hash.hex(), "reason": why}
         self._forget(nonce)  # its caller is told that it will not happen: it is never sent again
+        self._refused.setdefault(nonce, []).append(attempt)
+        for old in [known for known in self._refused if known <= nonce - RECENT]:
+            del self._refused[old]
         await self._journal("tx_dropped", bytes(self.account), body)

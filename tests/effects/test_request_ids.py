@@ -11,6 +11,7 @@ import trio.testing
 
 from node.chain.eth import Eth
 from node.chain.requesting import Requesting
+from node.chain.rpc import RpcError
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, RequestConflict, TxTimeout
 from node.signer.bare import Bare
@@ -118,6 +119,69 @@ def test_a_stuck_one_does_not_answer_for_another_id() -> None:
         assert (await sender.send("deposit", TO, b"\1", 5, request="b")).ok
         assert (await sender.send("deposit", TO, b"\1", 5, request="a")).ok
         assert len(world.node.landed) == 2
+
+    run(main)
+
+
+def test_two_asks_at_once_are_one() -> None:
+    async def main(world: World) -> None:
+        sender, results = await world.start(), []
+
+        async def ask(value: int, request: str) -> None:
+            try:
+                results.append(await sender.send("deposit", TO, b"\1", value, request=request))
+            except RequestConflict as error:
+                results.append(error)  # type: ignore[arg-type]
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask, 5, "a")
+        assert len({result.hash for result in results}) == 1 == len(world.node.landed)
+        results.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, 6, "b")
+            nursery.start_soon(ask, 7, "b")
+        assert sorted(type(result).__name__ for result in results) == ["RequestConflict", "TxResult"]
+        assert len(world.node.landed) == 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("request_id", ["a", ""])
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("when", ["before", "at once"])
+def test_what_a_server_refused_and_kept_lands_once(
+    request_id: str, restart: bool, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "The pool is full", says the server, and hands it in later: before it is asked for again, or in that moment."""
+
+    async def main(world: World) -> None:
+        sender, node = await world.start(), world.node
+        take, kept, header = node._take, [], node._header
+        # Fees move, so that asking again signs other bytes.
+        monkeypatch.setattr(node, "_header", lambda n: (header(n) or {}) | {"baseFeePerGas": hex(10**9 - len(kept))})
+
+        def refuse(raw: bytes) -> Any:
+            kept.append(raw)
+            if len(kept) == 1:
+                raise RpcError("eth_sendRawTransaction", -32000, "txpool is full", None)
+            if len(kept) == 2 and when == "at once":
+                take(kept[0])
+                node.mine()
+            return take(raw)
+
+        monkeypatch.setattr(node, "_take", refuse)
+        with pytest.raises(RpcError):
+            await sender.send("withdraw", TO, b"\1", 5, request=request_id)
+        if restart:
+            sender = await world.start()
+        if when == "before":
+            take(kept[0])
+            node.mine()
+        assert (await sender.send("withdraw", TO, b"\1", 5, request=request_id)).ok
+        assert [one.nonce for one in node.landed] == [0]
+        assert (await sender.send("withdraw", TO, b"\1", 6, request="another")).ok
+        assert [one.nonce for one in node.landed] == [0, 1]
 
     run(main)
 
