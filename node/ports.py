@@ -240,6 +240,10 @@ class Jobs(Protocol):
     async def job(self, job_id: JobId) -> JobOnChain:
         """What begins or ends a job counts when it is confirmed, the rest at once."""
 
+    async def confirmed_time(self) -> int | None:
+        """Chain seconds of the newest block that is confirmed: what `job` does not show as opened then was not opened before.
+        None where the newest block of all counts."""
+
     async def paid(self, job_id: JobId) -> int | None:
         """What a settled job paid its worker, by its event; None when the node does not tell."""
 

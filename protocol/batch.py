@@ -11,8 +11,8 @@ Rules of this file:
 4. Every state that is not final has a step now or a time at which it will have one: no silence of the other side lasts (B7).
 
 Two clocks: `now` is the best guess at chain time and decides when to *try*; a try that is too early reverts in simulation and
-costs nothing. `head` is the time of the last block and decides what cannot be taken back: that a quote can never be opened any
-more, that a submission is too late. Invariants B1 to B10: docs/invariants.md.
+costs nothing. `head` is the time of the last block that counts (with confirmations, one further back) and decides what cannot be
+taken back: that a quote can never be opened any more, that a submission is too late. Invariants B1 to B10: docs/invariants.md.
 """
 
 from __future__ import annotations
@@ -293,10 +293,12 @@ def apply(state: BatchState, change: Change) -> BatchState:
 
 
 def _seen(state: BatchState, change: BatchSeen) -> BatchState:
-    if state.void and change.state != JobState.NONE:
-        raise LocalProtocolError(f"job {state.job_id} was void, and the contract has it: the chain went back in time")
+    # Void by a block's time, and the contract has it: the chain was undone deeper than we waited for. There is money in it, so
+    # it is followed to its end.
+    void = state.void and change.state == JobState.NONE
     return replace(
         state,
+        void=void,
         chain=JobState(change.state),
         window_end=change.window_end,
         claimed=change.claimed,

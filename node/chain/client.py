@@ -26,6 +26,7 @@ from node.chain.pending import History, Journal, no_journal
 from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
 from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
+from node.chain.values import Header
 from node.chain.watcher import Watcher
 from node.errors import ChainError
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, Signer, TokenInfo, TxResult, WorkerOnChain
@@ -385,10 +386,17 @@ class EvmChain:
 
     async def block_hash(self, number: int) -> bytes:
         """Raises `ChainError` when there is no such block (any more)."""
+        return (await self._header(number)).hash
+
+    async def block_time(self, number: int) -> int:
+        """Chain seconds. Raises as `block_hash` does."""
+        return (await self._header(number)).timestamp
+
+    async def _header(self, number: int) -> Header:
         header = await self._eth.header(number)
         if header is None:
             raise ChainError(f"block {number} has gone while we looked at it")
-        return header.hash
+        return header
 
     async def logs(self, name: str, topics: Sequence[bytes], first: int, last: int) -> list[ChainEvent]:
         """Events of the contract called `name` with these first topics, from block `first` to `last`."""

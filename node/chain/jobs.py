@@ -76,6 +76,12 @@ class EvmJobs:
             return careful(now, _NO_JOB)
         return careful(now, await self._job_at(job_id, await self._chain.block_hash(deep)))
 
+    async def confirmed_time(self) -> int | None:
+        if not self._confirmations:
+            return None
+        deep = (await self._chain.head()).number - self._confirmations
+        return await self._chain.block_time(deep) if deep >= self._chain.deployment.block else 0
+
     async def _job_at(self, job_id: JobId, block: str | bytes) -> JobOnChain:
         state, window_end, claimed, result_hash = await self._chain.view("Jobs", "job", job_id, block=block)
         return JobOnChain(JobState(state), window_end, claimed, Hash32(result_hash))

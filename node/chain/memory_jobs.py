@@ -47,6 +47,9 @@ class MemoryJobs:
         found = (await self._chain.look()).escrow.job(job_id)
         return JobOnChain(found.state, found.window_end, found.claimed, found.result_hash)
 
+    async def confirmed_time(self) -> int | None:
+        return None
+
     async def paid(self, job_id: JobId) -> int | None:
         await self._chain.look()
         settled = [e for e in self._ledger.canonical_events() if e.name == "JobsSettled" and e.args["jobId"] == job_id]

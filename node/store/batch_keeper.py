@@ -199,10 +199,12 @@ class BatchKeeper:
         return chain.clock.now, head
 
     async def _head(self, chain: JobsChain, domain: Domain) -> int:
-        """Time of the last block: one question for all jobs of a round."""
+        """Time of the last block that counts: a job that is opened and not confirmed yet must not seem void. One question for
+        all jobs of a round."""
         asked, timestamp = self._heads.get(domain, (-1e9, 0))
         if trio.current_time() >= asked + self._poll_s / 2:
-            timestamp = await chain.clock.look()
+            latest, confirmed = await chain.clock.look(), await chain.jobs.confirmed_time()
+            timestamp = latest if confirmed is None else confirmed
             self._heads[domain] = (trio.current_time(), timestamp)
         return timestamp
 

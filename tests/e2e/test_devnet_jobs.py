@@ -58,6 +58,7 @@ class World:
     client: Client
     owner: EvmChain
     payout: Address
+    miner: Miner
 
     @property
     def chain(self) -> EvmChain:
@@ -91,18 +92,34 @@ async def until(true: Callable[[], Any], within_s: float = 60) -> None:
             await trio.sleep(0.02)
 
 
-def run(main: Callable[[World], Awaitable[None]]) -> None:
+class Miner:
+    """Blocks without transactions, so that those with some get confirmed."""
+
+    def __init__(self, net: Devnet) -> None:
+        self._net = net
+        self.seconds = 1
+        """Between two blocks, on the chain."""
+        self.works = trio.Event()
+
+    async def run(self) -> None:
+        while True:
+            await self.works.wait()
+            await self._net.advance(self.seconds)
+            await trio.sleep(0.05)
+
+
+def run(main: Callable[[World], Awaitable[None]], confirmations: int = 0) -> None:
     async def timed() -> None:
         with trio.fail_after(300):
             async with AsyncExitStack() as stack:
-                world = await _world(stack)
+                world = await _world(stack, confirmations)
                 await main(world)
                 world.market.nursery.cancel_scope.cancel()
 
     trio.run(timed)
 
 
-async def _world(stack: AsyncExitStack) -> World:
+async def _world(stack: AsyncExitStack, confirmations: int) -> World:
     net = await stack.enter_async_context(devnet())
     head = await net.eth.header()
     assert head is not None
@@ -114,8 +131,14 @@ async def _world(stack: AsyncExitStack) -> World:
     market = await stack.enter_async_context(open_market())
     market.further["devnet"] = deployment  # type: ignore[assignment]
 
+    miner = Miner(net)
+    market.nursery.start_soon(miner.run)
+    if confirmations:
+        miner.works.set()
+
     async def chain_of(who: str) -> EvmChain:
-        chain = await EvmChain.connect([net.url], deployment, Bare(key(who)), policy=DEVNET_POLICY, poll=0.02)
+        policy = replace(DEVNET_POLICY, confirmations=confirmations)
+        chain = await EvmChain.connect([net.url], deployment, Bare(key(who)), policy=policy, poll=0.02)
         stack.push_async_callback(chain.aclose)
         return chain
 
@@ -136,7 +159,7 @@ async def _world(stack: AsyncExitStack) -> World:
     quick = ClientSettings(jobs=FAST, job_poll_s=0.1, job_reread_s=0.3)
     means = [market.means(ledger=deployment)]  # type: ignore[arg-type]
     client = await market.client(name="c", deposit=DEPOSIT, means=means, settings=quick, on=await chain_of("c payer"))
-    return World(net, market, judge, worker, client, owner, payout)
+    return World(net, market, judge, worker, client, owner, payout, miner)
 
 
 def cheat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,3 +237,44 @@ def test_a_committee_without_jurors_ends_the_same(monkeypatch: pytest.MonkeyPatc
         await ended(world, job, claimed, Outcome.NONE)
 
     run(main)
+
+
+def test_an_opening_that_waits_for_its_confirmations_is_not_void() -> None:
+    """Twelve blocks of twelve seconds take longer than a quote stands. Nobody may take the job for one that never was."""
+
+    async def main(world: World) -> None:
+        jobs, jobs_view = world.client.jobs, world.chain
+        wish = JobWish(min_penalty=PENALTY, open_s=120)
+        posted: list[Job] = []
+
+        async def post() -> None:
+            posted.append(await world.client.post_job("fake", LINES, max_tokens=8, id="job", wish=wish))
+
+        async def opened() -> bool:
+            state = next(iter(jobs.book.jobs.values()), None)
+            return state is not None and bool((await jobs_view.view("Jobs", "job", state.job_id))[0])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(post)
+            with trio.fail_after(30):
+                while not await opened():
+                    await trio.sleep(0.01)
+            (ordered,) = jobs.book.jobs.values()
+            world.miner.seconds = 20
+            with trio.fail_after(60):
+                while (await world.net.eth.header()).timestamp < ordered.quote.valid_before + 60:  # type: ignore[union-attr]
+                    await trio.sleep(0.05)
+            world.miner.seconds = 1
+        (job,) = posted
+        await job.result(60)
+        await until(lambda: job.state.ended)
+        assert job.state.chain is JobState.SETTLED and job.state.paid > 0
+        assert len(jobs.book.jobs) == 1 and not jobs.book.quarantined
+        for node in (world.worker, world.client):
+            await node.book.change([])
+            with node.book.ledger.reading() as connection:
+                kinds = {kind for (kind,) in connection.execute("SELECT kind FROM records")}
+            assert "batch_ordered" in kinds and "batch_voided" not in kinds
+        assert (await Stakes(world.owner).of(world.owner.account, world.owner.token)).active == STAKE
+
+    run(main, confirmations=12)
