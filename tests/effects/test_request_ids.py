@@ -1,4 +1,4 @@
-"""A request id makes one transaction of many asks: again, after a restart, while it is stuck; and never of another call (N6)."""
+"""A request id makes one transaction of many asks: again, after a restart, while it is stuck; and never of another call (N8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The claim policy, attacked (K1 to K5): fees, values and departures chosen by an adversary."""
+"""The claim policy, attacked (P1 to P5): fees, values and departures chosen by an adversary."""
 
 from __future__ import annotations
 
@@ -153,16 +153,16 @@ def test_no_claim_pays_more_than_it_gains_and_no_money_is_left(
 
 
 def check_round(rows: list[tuple[int, bool, int, float, int]], terms: list[ClaimTerms], fee: int, batch: int) -> None:
-    """K1 to K4 of one round, whatever the channels, the operator and the fee are."""
+    """P1 to P4 of one round, whatever the channels, the operator and the fee are."""
     states = [channel(n, amount, delay=delay, leaving=leaving) for n, (amount, leaving, delay, _, _) in enumerate(rows)]
     since = {state.channel_id: -rows[n][3] for n, state in enumerate(states)}
     kind = {state.channel_id: terms[rows[n][4]] for n, state in enumerate(states)}
     batches = due(states, lambda state: kind[state.channel_id], since, 0.0, fee)
-    assert all(1 <= len(one) <= batch for one in batches), "K3"
+    assert all(1 <= len(one) <= batch for one in batches), "P3"
     taken = [state.channel_id for one in batches for state in one]
     assert len(taken) == len(set(taken))
     leavers = [state.withdraw_at != 0 for one in batches for state in one]
-    assert leavers == sorted(leavers, reverse=True), "K4"
+    assert leavers == sorted(leavers, reverse=True), "P4"
 
     def forced(state: ChannelState) -> bool:
         return state.withdraw_at != 0 or is_old(state, since[state.channel_id], 0.0)
@@ -176,15 +176,15 @@ def check_round(rows: list[tuple[int, bool, int, float, int]], terms: list[Claim
         worth = sum(kind[s.channel_id].in_wei(s.claimable) or 0 for s in one)
         gas = (GAS_BASE + GAS_EACH * len(one)) * fee
         if len(free) == len(one):
-            assert all(worth * 100 >= kind[s.channel_id].gain_percent * gas for s in one), "K2"
-        assert worth >= gas, "K2: nothing that may be left is claimed at a loss"
+            assert all(worth * 100 >= kind[s.channel_id].gain_percent * gas for s in one), "P2"
+        assert worth >= gas, "P2: nothing that may be left is claimed at a loss"
 
     left = [s for s in states if s.claimable and forced(s) and s.channel_id not in taken]
     for state in left:
         one_terms = kind[state.channel_id]
         worth = one_terms.in_wei(state.claimable)
-        assert worth is not None and not one_terms.at_loss, "K1: forced money that nothing weighs is claimed"
-        assert worth <= (GAS_BASE + GAS_EACH) * fee, "K1: what is left is not worth a claim of its own"
+        assert worth is not None and not one_terms.at_loss, "P1: forced money that nothing weighs is claimed"
+        assert worth <= (GAS_BASE + GAS_EACH) * fee, "P1: what is left is not worth a claim of its own"
 
 
 class Market:
@@ -250,7 +250,7 @@ class Market:
             state = self.states[key]
             worth = self.terms.in_wei(state.claimable)
             if worth is None or worth > worth_it or self.terms.at_loss:
-                assert self.now - began <= self.delay / 2, "K5: money waited for more than half of its delay"
+                assert self.now - began <= self.delay / 2, "P5: money waited for more than half of its delay"
 
 
 ACTIONS = st.lists(
@@ -281,7 +281,7 @@ def play(actions: list[tuple[Any, ...]], market: Market) -> Market:
 def test_no_claimable_money_outlives_its_delay(
     actions: list[tuple[Any, ...]], delay: int, every_s: int, terms: ClaimTerms
 ) -> None:
-    """K1 and K5 over time: payers choose when they spend and when they leave."""
+    """P1 and P5 over time: payers choose when they spend and when they leave."""
     market = play(actions, Market(delay, every_s, terms))
     market.pass_time(delay + 1)
     per_channel = terms.in_wei(market.lost)

@@ -207,6 +207,7 @@ def test_exposure_bounds_what_can_come_to_be_owed(
 
 
 def test_a_crumb_is_less_than_a_quarter_tick_and_settles_nothing() -> None:
+    """C8."""
     busy = state(Role.WORKER, cumulative=100, spent=40, open_jobs={(JobId(bytes(32)), 0): 500})
     assert payment.crumb(busy, 0, 101, 100) and payment.crumb(busy, 0, 124, 100)
     assert not payment.crumb(busy, 0, 125, 100), "a quarter tick is none"
