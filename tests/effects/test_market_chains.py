@@ -26,6 +26,7 @@ from node.store.channels import ChannelBook
 from node.testing.cheaters import Hand, corrupt
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, raw_key, run_market
+from node.testing.planted import notices, sound
 from node.worker.accepted import Accepted, AcceptedAssets
 from node.worker.batch import BatchRules
 from node.worker.batch_run import RunSettings
@@ -288,7 +289,7 @@ def test_a_chain_that_is_away_stops_its_own_channels_only() -> None:
         assert caught.value.reason is RefusalReason.CHAIN_STALE
         # Who can pay on either is served on the other.
         both = await market.client(means=[market.means(two, rate=None), market.means(rate=None)], chains=BOTH)
-        assert (await greet(both)).home == market.ledger.domain
+        assert (await sound(greet(both))).home == market.ledger.domain
         del chain.head  # type: ignore[attr-defined]
         await until(lambda: worker.watches[two.domain].age_ms() < 100)
         other.history.clear()
@@ -552,7 +553,7 @@ def test_channels_of_a_chain_that_is_no_longer_configured_are_kept_and_left_alon
         client = await market.client(name="c")
         assert (await greet(client)).home == market.ledger.domain
         await until(lambda: not again.server.busy)
-        assert (await again.claim()).claimed.keys() == {
+        assert (await sound(again.claim())).claimed.keys() == {
             s.channel_id for s in again.book.channels.values() if s.home == market.ledger.domain
         }
         hand = Hand(client, client.offers.current()[0], client.book.channels[there.channel_id])
@@ -696,6 +697,7 @@ PLANTED: dict[str, tuple[object, str, Any, Any]] = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, what, bug, watch = PLANTED[name]
-    monkeypatch.setattr(where, what, bug)
-    with pytest.raises(BaseException):  # noqa: B017 - whatever it breaks first
-        watch()
+    with monkeypatch.context() as planted:
+        planted.setattr(where, what, bug)
+        assert notices(watch)
+    assert not notices(watch)
