@@ -1,6 +1,6 @@
 """When a worker turns vouchers into money: which channels go into a claim now. Pure: the driver brings the fee and the clock.
 
-Rules (invariants K1 to K5, docs/invariants.md):
+Rules (invariants P1 to P5, docs/invariants.md):
 
 1. *Forced*: the payer has begun to leave, or the money has waited for a quarter of the withdraw delay. Forced money is claimed as
    soon as that gains more than its gas. (With `at_loss` even then; dust that is not worth its gas is left otherwise, or whoever

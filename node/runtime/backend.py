@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import trio
+
 from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore
@@ -127,11 +129,12 @@ class TorchBackend:
 async def open_backend(
     store: ModelStore, models: Sequence[Manifest], settings: EngineSettings
 ) -> AsyncIterator[TorchBackend]:
-    """Load models, one engine thread each. Raises `ModelError`."""
+    """Load models, one engine thread each. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
     backend = TorchBackend(settings)
     async with AsyncExitStack() as stack:
         for manifest in models:
             folder = store.path(manifest.id)
+            await trio.to_thread.run_sync(store.verify, manifest.id)
             host = EngineHost(_loader(folder, settings))
             engine = await host.start()
             stack.push_async_callback(host.stop)

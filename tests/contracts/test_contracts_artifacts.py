@@ -101,6 +101,7 @@ def test_forge_suite() -> None:
 
 
 def test_python_and_solidity_sign_the_same_bytes(deployment) -> None:  # type: ignore[no-untyped-def]
+    """S2."""
     a, b, c, d, e = (Address(bytes((n,)) * 20) for n in range(1, 6))
     some = Hash32(b"\xab" * 32)
     domain, workers_domain = deployment.domain, deployment.workers_domain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,66 @@ def test_every_decision_record_is_listed_and_complete() -> None:
         assert f"]({record.name})" in index, record.name
         found = headings(f"docs/adr/{record.name}")
         assert {"Context", "Decision", "Consequences", "Refused"} <= found, record.name
+
+
+ROW = re.compile(r"^\| \*\*([A-Z]\d+)\*\* \| .* \| (.*) \|$", re.MULTILINE)
+"""A row of a table of invariants: its number, and what holds it."""
+
+
+def defined(page: str) -> list[tuple[str, list[str]]]:
+    """Each invariant with the tests that the page names for it, in the page's order."""
+    return [(number, re.findall(r"`(tests/[^`]+)`", held)) for number, held in ROW.findall(page)]
+
+
+def cited(source: str) -> set[str]:
+    """The numbers that a text cites, alone or in a range: "N4, N5", "K1 to K8"."""
+    found = set(re.findall(r"\b[A-Z]\d{1,2}\b", source))
+    for letter, first, last in re.findall(r"\b([A-Z])(\d{1,2}) to \1(\d{1,2})\b", source):
+        found |= {f"{letter}{n}" for n in range(int(first), int(last) + 1)}
+    return found
+
+
+def not_sound(page: str, read: Callable[[str], str]) -> list[str]:
+    """What is wrong with the numbers of a page: given twice, held by nothing, not cited where the page says."""
+    rows = defined(page)
+    numbers = [number for number, _ in rows]
+    wrong = [f"{number} is defined twice" for number in sorted(set(numbers)) if numbers.count(number) > 1]
+    for number, files in rows:
+        wrong += [] if files else [f"{number} names no test"]
+        wrong += [f"{number} is not cited in {name}" for name in files if number not in cited(read(name))]
+    return wrong
+
+
+def test_every_invariant_has_one_number_and_a_test_that_cites_it() -> None:
+    page = text("docs/invariants.md")
+    assert len(defined(page)) == len(re.findall(r"^\| \*\*", page, re.MULTILINE)) > 70
+    assert not_sound(page, text) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "wrong"),
+    [
+        ("| **Q1** | Always. | `tests/a.py` |\n| **Q2** | Never. | `tests/a.py`, `scripts/x` |", []),
+        ("| **Q1** | Always. | `tests/a.py` |\n| **Q1** | Never. | `tests/a.py` |", ["Q1 is defined twice"]),
+        ("| **Q1** | Always. | `scripts/x` |", ["Q1 names no test"]),
+        ("| **Q1** | Always. | `tests/a.py`, `tests/b.py` |", ["Q1 is not cited in tests/b.py"]),
+        ("| **Q1** | Always. | `tests/c.py` |\n| **Q2** | So. | `tests/c.py` |\n| **Q3** | So. | `tests/c.py` |", []),
+    ],
+)
+def test_each_mistake_in_a_page_of_invariants_is_seen(page: str, wrong: list[str]) -> None:
+    files = {"tests/a.py": "(Q1), Q2", "tests/b.py": "Q10, XQ1", "tests/c.py": "Q1 to Q3"}
+    assert not_sound(page, files.__getitem__) == wrong
+
+
+def test_every_number_that_is_cited_is_defined() -> None:
+    """In product code and tests, for the letters of the page. The contracts' I1 to I14 have a page of their own."""
+    known = {number for number, _ in defined(text("docs/invariants.md"))}
+    letters = {number[0] for number in known}
+    wrong = []
+    for path in [*CODE, *sorted((ROOT / "tests").rglob("*.py"))]:
+        found = {one for one in cited(path.read_text(errors="ignore")) if one[0] in letters}
+        wrong += [f"{path.relative_to(ROOT)}: {one}" for one in sorted(found - known)]
+    assert wrong == []
 
 
 def test_links_resolve() -> None:

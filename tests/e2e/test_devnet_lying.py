@@ -159,7 +159,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", BEST)
 def test_one_lying_server_of_three_changes_nothing(kind: str) -> None:
-    """Whatever it does: jobs are served, claims land once, and no transaction is sent twice."""
+    """N3: whatever it does, jobs are served, claims land once, and no transaction is sent twice."""
 
     async def main(w: World) -> None:
         address = w.worker.key.address
@@ -194,7 +194,7 @@ def test_one_lying_server_of_three_changes_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", BEST)
 @pytest.mark.parametrize("fault", ["refused", "hung", "503", "stale head", "another branch"])
 def test_without_a_quorum_new_work_ends_with_the_float_and_comes_back_by_itself(kind: str, fault: str) -> None:
-    """Two of three are away for 5 minutes (scaled); the third one says what it likes."""
+    """N3, N6: two of three are away for 5 minutes (scaled); the third one says what it likes."""
 
     async def main(w: World) -> None:
         await w.greet()

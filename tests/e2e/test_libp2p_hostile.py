@@ -209,6 +209,8 @@ def test_a_stream_that_never_says_its_protocol_is_reset() -> None:
 
 
 def test_garbage_on_every_protocol_that_the_host_speaks() -> None:
+    """H2."""
+
     async def test(server: HostNetwork) -> None:
         rng = random.Random(2)
         protocols = [str(protocol) for protocol in server._host.get_mux().handlers]
@@ -270,6 +272,8 @@ def test_hostile_gossip_ends_nothing() -> None:
 
 
 def test_a_peer_that_ignores_flow_control_costs_one_stream_and_no_memory() -> None:
+    """H1."""
+
     async def test(server: HostNetwork) -> None:
         async def never_read(stream: ByteStream) -> None:
             await trio.sleep_forever()

@@ -125,6 +125,7 @@ def refusal(world: World, *more: str, folder: Path | None = None) -> dict[str, A
 
 
 def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> None:
+    """C7: the chat is no transaction."""
     process = world.start()
     try:
         address = ready(process)["addresses"][0]

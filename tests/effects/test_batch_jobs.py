@@ -171,6 +171,8 @@ def test_a_job_is_quoted_locked_run_submitted_verified_and_paid_to_the_unit() ->
 
 
 def test_a_claim_of_the_whole_amount_is_settled_without_a_submission() -> None:
+    """B4."""
+
     async def test(market: Market) -> None:
         worker, client = await pair(market, tokens=40)
         job = await client.post_job("fake", LINES, max_tokens=8)
@@ -184,6 +186,8 @@ def test_a_claim_of_the_whole_amount_is_settled_without_a_submission() -> None:
 
 
 def test_the_same_name_is_the_same_job_and_another_job_is_refused_the_name() -> None:
+    """B9."""
+
     async def test(market: Market) -> None:
         worker, client = await pair(market)
         first = await client.post_job("fake", LINES, id="mine", max_tokens=8)
@@ -245,6 +249,8 @@ def test_a_client_that_is_silent_after_the_result_pays_by_the_window() -> None:
 
 
 def test_a_worker_that_is_silent_is_refunded_by_itself_and_its_owner_slashed() -> None:
+    """B6."""
+
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=6, seconds_per_token=5))
         worker, client = await pair(market, backend)
@@ -300,6 +306,8 @@ def test_a_job_that_cannot_be_done_in_time_is_given_up_before_its_deadline() -> 
 
 
 def test_an_order_that_was_never_opened_is_void_and_its_name_free() -> None:
+    """B9."""
+
     async def test(market: Market) -> None:
         worker, client = await pair(market)
         if worker.batch is None:
@@ -354,6 +362,8 @@ def test_a_worker_that_is_killed_in_the_middle_goes_on_and_computes_little_twice
 def test_a_worker_that_dies_between_result_and_submission_submits_the_same(
     when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B2."""
+
     async def test(market: Market) -> None:
         worker, client = await pair(market, name="a")
         if worker.batch is None:
@@ -483,6 +493,8 @@ def padded(market: Market, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_bad_result_is_never_accepted_and_a_dispute_ends_by_the_table(
     cheat: Cheat, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B4."""
+
     async def test(market: Market) -> None:
         worker, client = await pair(market)
         stake(market, worker)
@@ -686,6 +698,8 @@ def test_every_refusal_has_its_reason() -> None:
 
 
 def test_a_job_is_its_askers_and_nobody_elses() -> None:
+    """B12."""
+
     async def test(market: Market) -> None:
         worker, _ = await pair(market, FakeBackend(FakeSettings(tokens=6, seconds_per_token=0.02)))
         asker, thief = Asker(market, worker, "asker"), Asker(market, worker, "thief", funds=0)

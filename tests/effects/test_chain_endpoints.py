@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,18 +11,19 @@ import pytest
 import trio
 import trio.testing
 
+from node.chain import client, jobs
 from node.chain import endpoints as module
 from node.chain.agreed import AgreedEth
 from node.chain.artifacts import contract
-from node.chain.client import careful
 from node.chain.endpoints import Endpoints, NoQuorum, Rules, majority
 from node.chain.eth import Eth
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable, WrongChain
 from node.chain.values import hex_data, hex_quantity
 from node.errors import ChainError
-from node.ports import ChannelOnChain
+from node.ports import ChannelOnChain, JobOnChain
 from node.testing.lying_rpc import LyingRpc, served
-from protocol.ids import Address, ChannelId, keccak256
+from protocol.escrow import JobState
+from protocol.ids import Address, ChannelId, Hash32, keccak256
 
 CHANNELS = Address(b"\x0c" * 20)
 CHANNEL = ChannelId(b"\x05" * 32)
@@ -506,10 +508,105 @@ def test_the_least_quorum_is_the_default() -> None:
         Endpoints.over_http(["http://a/1", "http://b", "http://a/1"], chain_id=1)
 
 
-def test_of_two_sights_the_careful_one_counts() -> None:
+Careful = Callable[[Any, Any], Any]
+SEEN = "confirmed if began or ended else now"
+
+
+def check_channels(careful: Careful) -> None:
     """N2: what widens must be confirmed, what narrows counts at once."""
     none = ChannelOnChain(0, 0, 0, False)
     assert careful(ChannelOnChain(9, 0, 0, False), none) == none
     assert careful(ChannelOnChain(9, 5, 0, False), ChannelOnChain(7, 2, 0, False)) == ChannelOnChain(7, 2, 0, False)
     assert careful(ChannelOnChain(7, 0, 99, False), ChannelOnChain(7, 0, 0, False)).withdraw_at == 99
+    assert careful(ChannelOnChain(7, 0, 0, False), ChannelOnChain(7, 0, 99, False)).withdraw_at == 99, (
+        "until it is certain"
+    )
     assert careful(ChannelOnChain(2, 2, 0, True), ChannelOnChain(7, 2, 0, False)) == ChannelOnChain(2, 2, 0, True)
+    assert careful(ChannelOnChain(7, 0, 0, False), ChannelOnChain(7, 0, 0, True)).closed
+    assert careful(ChannelOnChain(5, 3, 0, False), ChannelOnChain(9, 4, 0, False)) == ChannelOnChain(5, 3, 0, False)
+
+
+def check_jobs(careful: Careful) -> None:
+    """N2: nobody computes for an opening that may be undone, nor looks away from a job whose end may be."""
+
+    def job(state: JobState) -> JobOnChain:
+        return JobOnChain(state, 7, 5, Hash32(bytes(32)))
+
+    for now in JobState:
+        for confirmed in JobState:
+            seen = careful(job(now), job(confirmed)).state
+            if confirmed is JobState.NONE or now is confirmed:
+                assert seen is confirmed, "what opened must be confirmed"
+            elif now in (JobState.SETTLED, JobState.REFUNDED):
+                assert seen is confirmed, "what ended must be confirmed"
+            else:
+                assert seen is now, "what lies between counts at once, and an end that is undone too"
+
+
+def test_of_two_sights_the_careful_one_counts() -> None:
+    check_channels(client.careful)
+    check_jobs(jobs.careful)
+
+
+PLANTED: dict[str, tuple[Careful, str, str, Callable[[Careful], None]]] = {
+    "what was locked just now is served on": (
+        client.careful,
+        "min(now.allocated, confirmed.allocated)",
+        "max(now.allocated, confirmed.allocated)",
+        check_channels,
+    ),
+    "only what is confirmed is locked": (
+        client.careful,
+        "min(now.allocated, confirmed.allocated)",
+        "confirmed.allocated",
+        check_channels,
+    ),
+    "a claim that may be undone is paid": (
+        client.careful,
+        "min(now.claimed, confirmed.claimed)",
+        "max(now.claimed, confirmed.claimed)",
+        check_channels,
+    ),
+    "who leaves is seen late": (
+        client.careful,
+        "now.withdraw_at or confirmed.withdraw_at",
+        "confirmed.withdraw_at",
+        check_channels,
+    ),
+    "who came back is believed at once": (
+        client.careful,
+        "now.withdraw_at or confirmed.withdraw_at",
+        "now.withdraw_at",
+        check_channels,
+    ),
+    "a close must be confirmed": (client.careful, "now.closed or confirmed.closed", "confirmed.closed", check_channels),
+    "an opening counts at once": (jobs.careful, SEEN, "confirmed if ended else now", check_jobs),
+    "an end counts at once": (jobs.careful, SEEN, "confirmed if began else now", check_jobs),
+    "nothing counts at once": (jobs.careful, SEEN, "confirmed", check_jobs),
+    "an end counts as soon as anything is confirmed": (
+        jobs.careful,
+        "now.state in ENDED and confirmed.state is not now.state",
+        "now.state in ENDED and confirmed.state is JobState.NONE",
+        check_jobs,
+    ),
+}  # fmt: skip
+
+
+def planted(careful: Careful, old: str, new: str) -> Careful:
+    """The function with one text replaced."""
+    source = inspect.getsource(careful)
+    if source.count(old) != 1:
+        raise ValueError(f"the source has changed: {old!r} must be planted anew")
+    space = dict(careful.__globals__)  # type: ignore[attr-defined]
+    exec(compile(source.replace(old, new), "planted", "exec"), space)  # our own source
+    made: Careful = space["careful"]
+    return made
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_in_the_careful_sight_is_caught(name: str) -> None:
+    careful, old, new, check = PLANTED[name]
+    check(planted(careful, old, old))
+    bugged = planted(careful, old, new)
+    with pytest.raises(AssertionError):
+        check(bugged)

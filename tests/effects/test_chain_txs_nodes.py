@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,14 +13,16 @@ import trio.testing
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
+from node.chain import txs
 from node.chain.agreed import AgreedEth
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.pending import unfinished
-from node.chain.rpc import RpcUnavailable
+from node.chain.rpc import RpcError, RpcUnavailable
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, ChainMoved, TxTimeout
 from node.signer.bare import Bare
 from node.testing.lying_rpc import Faults, LyingRpc
+from node.testing.planted import notices, sound
 from node.testing.pool_node import PoolNode, Sent, decode
 from protocol.ids import Address
 from protocol.keys import PrivateKey
@@ -168,7 +172,7 @@ def test_a_lagging_replica_is_not_taken_for_a_stolen_nonce() -> None:
                 liar.set(no_receipts=False)
 
             nursery.start_soon(relent)
-            assert (await w.sender.send("claim", TO, b"1")).ok
+            assert (await sound(w.sender.send("claim", TO, b"1"))).ok
         assert [kind for kind, _ in w.records] == ["tx_signed", "tx_final"] and w.landed(b"1") == 1
 
     run(main, count=1)
@@ -266,6 +270,7 @@ def test_catch_up_brings_back_what_a_reorganisation_threw_out() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(w.mine_for, 10)
             await w.sender.catch_up()
+            assert len(w.chain.landed) == 3, "to their end, not on their way"
         assert [one.data for one in w.chain.landed] == [b"1", b"2", b"3"] and len(w.sent) == before
         await w.sender.catch_up()  # and again, with nothing to do
 
@@ -452,3 +457,200 @@ async def drive(w: World, steps: list[tuple[Any, ...]]) -> None:
 def test_whatever_happens_each_claim_lands_once(steps: list[tuple[Any, ...]]) -> None:
     """N4 and N5 against everything at once."""
     run(lambda w: drive(w, steps))
+
+
+# --------------------------------------------------------------------------------------------------------- planted bugs
+
+
+@pytest.mark.parametrize("out", [False, True], ids=["on its way", "before its receipt"])
+def test_a_cancelled_send_keeps_its_nonce_against_the_next_call(out: bool) -> None:
+    """N4: wherever the caller went away, and though no node has it any more, the next call gets another nonce."""
+
+    async def main(w: World) -> None:
+        journal = w.sender._journal
+
+        async def then_silence(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
+            await journal(kind, subject, body)
+            for liar in w.liars:
+                liar.set(hang=not out)
+
+        w.sender._journal = then_silence
+        with trio.move_on_after(3) as scope:
+            await w.sender.send("first", TO, b"1")
+        assert scope.cancelled_caught and bool(w.chain.pool) is out and len(w.records) == 1
+        w.chain.pool.clear()
+        w.sender._journal = journal
+        for liar in w.liars:
+            liar.set(hang=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.mine_for, 60)
+            await sound(w.sender.send("second", TO, b"2"))
+        one_call_per_nonce(w)
+        assert [one.data for one in w.chain.landed] == [b"1", b"2"]
+
+    run(main)
+
+
+def test_a_transaction_that_one_node_may_have_keeps_its_nonce() -> None:
+    """N4: the answer was lost, then it is refused: it may be out all the same."""
+
+    async def main(w: World) -> None:
+        liar = w.liars[0]
+        inner = liar._inner
+        kept: list[str] = []
+
+        class Forgetful:
+            """Takes it, loses its answer, says that it does not know it and refuses it; and has it."""
+
+            async def call(self, method: str, *params: Any) -> Any:
+                return None if method == "eth_getTransactionByHash" else await inner.call(method, *params)
+
+            async def submit(self, method: str, *params: Any) -> Any:
+                kept.append(params[0])
+                if len(kept) == 1:
+                    raise RpcUnavailable("the answer was lost")
+                raise RpcError(method, -32000, "replacement transaction underpriced", None)
+
+        liar._inner = Forgetful()
+        with pytest.raises(ChainError):
+            await w.sender.send("claim", TO, b"1")
+        assert len(unfinished(w.records, CHAIN)) == 1, "it is not dropped"
+        liar._inner = inner
+        await inner.submit("eth_sendRawTransaction", kept[0])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.mine_for, 60)
+            await sound(w.sender.send("next", TO, b"2"))
+        one_call_per_nonce(w)
+        assert [one.data for one in w.chain.landed] == [b"1", b"2"]
+
+    run(main, count=1)
+
+
+def test_what_every_node_forgot_keeps_its_nonce_while_somebody_waits() -> None:
+    """N4: the nodes' count says that the nonce is free; it is not."""
+
+    async def main(w: World) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.sender.send, "first", TO, b"1")
+            await trio.sleep(2)
+            w.chain.pool.clear()
+            nursery.start_soon(w.mine_for, 60)
+            await sound(w.sender.send("second", TO, b"2"))
+        one_call_per_nonce(w)
+        assert [one.data for one in w.chain.landed] == [b"1", b"2"]
+
+    run(main)
+
+
+def test_what_was_given_up_is_not_sent_again_beside_the_next() -> None:
+    """N4: it was out, then every node forgot and refused it, and its caller was told that it will not happen."""
+
+    async def main(w: World) -> None:
+        async def lose() -> None:
+            await trio.sleep(2)
+            w.chain.pool.clear()
+            for liar in w.liars:
+                liar.set(refuse_transactions="insufficient funds for gas * price + value")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lose)
+            with pytest.raises(ChainError, match="every node refuses it"):
+                await w.sender.send("claim", TO, b"1")
+        for liar in w.liars:
+            liar.set(refuse_transactions="")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.mine_for, 30)
+            await sound(w.sender.send("claim", TO, b"2"))
+        assert [one.data for one in w.chain.landed] == [b"2"]
+
+    run(main)
+
+
+SOURCE = inspect.getsource(txs)
+PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
+    "N4 one look decides": (
+        "if trio.current_time() - since < self._policy.bump_after:",
+        "if False:",
+        test_a_lagging_replica_is_not_taken_for_a_stolen_nonce,
+    ),
+    "N4 a nonce is given back though the transaction may be out": (
+        "if maybe_out:\n",
+        "if False:\n",
+        test_a_transaction_that_one_node_may_have_keeps_its_nonce,
+    ),
+    "N4 a nonce is given back when the answer was lost": (
+        "        except ChainError:\n            self._stalled[nonce].answers_equal_calls = True\n            raise\n        del",
+        "        except ChainError:\n            del self._stalled[nonce]\n            raise\n        del",
+        test_a_send_whose_answers_were_lost_is_taken_up_by_the_same_call,
+    ),
+    "N4 who goes away while it is sent leaves no trace": (
+        "            await self._broadcast(attempt)\n        except _NonceTaken:\n",
+        "            await self._broadcast(attempt)\n"
+        "        except (trio.Cancelled, BaseExceptionGroup):\n            del self._stalled[nonce]\n            raise\n"
+        "        except _NonceTaken:\n",
+        lambda: test_a_cancelled_send_keeps_its_nonce_against_the_next_call(False),
+    ),
+    "N4 who goes away while it waits leaves no trace": (
+        "            self._stalled.setdefault(nonce, _Stalled(attempts, answers_equal_calls=False))\n",
+        "            self._recent.pop(nonce, None)\n",
+        lambda: test_a_cancelled_send_keeps_its_nonce_against_the_next_call(True),
+    ),
+    "N4 what the nodes forgot is forgotten": (
+        "free = max(pending, end)",
+        "free = pending",
+        test_what_every_node_forgot_keeps_its_nonce_while_somebody_waits,
+    ),
+    "N4 what is dropped is sent again": (
+        "        self._forget(nonce)  # its",
+        "        # its",
+        test_what_was_given_up_is_not_sent_again_beside_the_next,
+    ),
+    "N4 sent before it is journaled": (
+        "        await self._sign_down(attempt)\n        # From here",
+        "        # From here",
+        test_a_death_between_journal_and_send_ends_in_one_transaction,
+    ),
+    "N5 who looked too early sends all the same": (
+        "if derived and (stalled or orphans):",
+        "if False:",
+        lambda: test_what_was_orphaned_while_we_were_away_is_not_asked_for_a_second_time(True),
+    ),
+    "N5 only what is under way counts": (
+        "if derived and (stalled or orphans):",
+        "if derived and stalled:",
+        lambda: test_what_was_orphaned_while_we_were_away_is_not_asked_for_a_second_time(False),
+    ),
+    "N5 what has landed once is over": (
+        "            self._ended[tx.signed.transaction.nonce] = b\"\"\n",
+        "",
+        lambda: test_what_was_orphaned_while_we_were_away_is_not_asked_for_a_second_time(False),
+    ),
+    "N5 orphans are left where they are": (
+        "            await self._bring_back(orphans)\n\n",
+        "\n",
+        test_catch_up_brings_back_what_a_reorganisation_threw_out,
+    ),
+}  # fmt: skip
+
+
+def planted(old: str, new: str) -> Any:
+    """`node.chain.txs` with one text replaced."""
+    if SOURCE.count(old) != 1:
+        raise ValueError(f"the source has changed: {old!r} must be planted anew")
+    module = ModuleType("node.chain.txs")
+    exec(compile(SOURCE.replace(old, new), "planted", "exec"), module.__dict__)  # our own source
+    return module
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, watch = PLANTED[name]
+    monkeypatch.setitem(globals(), "TxSender", planted(old, new).TxSender)
+    assert notices(watch)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_without_a_bug_nothing_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, _, watch = PLANTED[name]
+    monkeypatch.setitem(globals(), "TxSender", planted(old, old).TxSender)
+    assert not notices(watch)

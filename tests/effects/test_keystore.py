@@ -284,7 +284,7 @@ def test_only_known_names_become_paths(store: Keystore, name: str) -> None:
 
 
 def test_the_secret_is_in_no_repr_error_or_log(store: Keystore, caplog: pytest.LogCaptureFixture) -> None:
-    """The canary: this key's digits, and its password, appear in nothing that a person may see."""
+    """S4: the canary: this key's digits, and its password, appear in nothing that a person may see."""
     said: list[str] = []
     with caplog.at_level(logging.DEBUG):
         store.import_("payer", KEY, PASSWORD)

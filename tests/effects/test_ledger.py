@@ -254,6 +254,7 @@ def test_nothing_to_append_is_nothing_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["BEGIN", "INSERT INTO records", "UPDATE head", "COMMIT"])
 @pytest.mark.parametrize("error", ["SQLITE_IOERR_WRITE", "SQLITE_FULL", "SQLITE_BUSY"])
 def test_after_a_failed_write_nothing_more_is_taken(tmp_path: Path, where: str, error: str) -> None:
+    """J4."""
     broken = False
     factory = failing(lambda sql: broken and sql.startswith(where), error)
     ledger = Ledger.open(journal(tmp_path), chain_tag=TAG, factory=factory)
@@ -275,6 +276,7 @@ def test_after_a_failed_write_nothing_more_is_taken(tmp_path: Path, where: str, 
 
 
 def test_everybody_waiting_hears_of_the_failure(tmp_path: Path) -> None:
+    """J4."""
     gate, entered = threading.Event(), threading.Event()
     first = gated(gate, entered)
     state = {"broken": False}
@@ -340,6 +342,7 @@ def test_after_close_nothing_is_taken_and_closing_twice_is_fine(tmp_path: Path) 
 
 
 def test_a_second_opener_in_the_same_process_is_refused(tmp_path: Path) -> None:
+    """J3."""
     with Ledger.open(journal(tmp_path), chain_tag=TAG), pytest.raises(errors.LedgerLocked):
         Ledger.open(journal(tmp_path), chain_tag=TAG)
     Ledger.open(journal(tmp_path), chain_tag=TAG).close()
@@ -456,6 +459,7 @@ batches = st.lists(st.lists(st.integers(0, 2**63), max_size=4), max_size=8)
 def test_the_fold_of_the_journal_is_the_list_of_what_was_appended(
     tmp_path_factory: pytest.TempPathFactory, lives: list[list[list[int]]]
 ) -> None:
+    """L1."""
     path = journal(tmp_path_factory.mktemp("ledger"))
     model: list[int] = []
     for life in lives:

@@ -32,6 +32,7 @@ def sound(path: Path, acks: dict[int, str]) -> int:
 
 
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, long: bool) -> None:
+    """J1."""
     path = tmp_path / "data" / "journal.sqlite"
     acks: dict[int, str] = {}
     rng = random.Random(1)
@@ -53,6 +54,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, long: bool) 
     "point", [name for name in POINTS if name.startswith("journal.") and name != "journal.after_epoch"]
 )
 def test_dying_at_a_named_point(tmp_path: Path, point: str, passage: int) -> None:
+    """J1."""
     path = tmp_path / "data" / "journal.sqlite"
     child = start(path, GRISTMILL_TESTING="1", GRISTMILL_FAULT=f"{point}:{passage}")
     acks = acknowledged(finish(child))
@@ -96,6 +98,7 @@ def test_every_fault_point_in_the_code_is_listed_and_every_listed_one_exists() -
 
 
 def test_one_writer_across_processes(tmp_path: Path) -> None:
+    """J3."""
     path = tmp_path / "data" / "journal.sqlite"
     holder = start(path, "--hold")
     assert holder.stdout is not None

@@ -90,6 +90,7 @@ def test_flipped_bits(
     may_lose: int,
     least_refused: int,
 ) -> None:
+    """J2."""
     image, records = images[state]
     size = image.with_name(name).stat().st_size
     rng = random.Random(3)
@@ -141,7 +142,7 @@ def test_damage_beside_the_records_is_refused_too(images: dict[str, tuple[Path, 
 
 
 def test_a_flip_anywhere_in_a_record_is_found_and_named(tmp_path: Path) -> None:
-    """Past all of SQLite's own checks: the rows are changed through SQLite itself."""
+    """J2: past all of SQLite's own checks: the rows are changed through SQLite itself."""
     for column, value in [
         ("at_ms", "at_ms + 1"),
         ("kind", "'test.mode'"),
@@ -183,6 +184,7 @@ def test_a_flip_anywhere_in_a_record_is_found_and_named(tmp_path: Path) -> None:
     ],
 )
 def test_missing_and_inconsistent_rows(tmp_path: Path, harm: str, seq: int) -> None:
+    """J2."""
     path = tmp_path / "data" / "journal.sqlite"
     with Ledger.open(path, chain_tag=TAG) as ledger:
         ledger.append_sync([Entry("test.made", b"", {"n": n}) for n in range(9)])

@@ -84,6 +84,7 @@ def folded(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ChannelBook, in
 
 
 def test_a_start_folds_only_what_came_after_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L1."""
     path = journal(tmp_path)
     with Ledger.open(path, chain_tag=TAG) as ledger:
         book = trio.run(book_of, ledger, some_changes(12))
@@ -169,6 +170,7 @@ SPOILED: dict[str, str] = {
 
 @pytest.mark.parametrize("harm", SPOILED)
 def test_a_snapshot_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    """L1."""
     path = journal(tmp_path)
     with Ledger.open(path, chain_tag=TAG) as ledger:
         book = trio.run(book_of, ledger, some_changes(12))

@@ -86,7 +86,7 @@ def test_no_more_is_paid_ahead_than_a_worker_delivers_in_its_tick_ms(speed: floa
 
 @pytest.mark.parametrize("latency", [0.0, 0.01])
 def test_a_job_on_an_open_channel_costs_one_round_trip(latency: float) -> None:
-    """Counted on a timeline. The first job also opens a channel, and the count sees that."""
+    """C7: counted on a timeline. The first job also opens a channel, and the count sees that."""
 
     async def scenario(market: Market) -> None:
         backend = FakeBackend()

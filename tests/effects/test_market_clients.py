@@ -42,6 +42,7 @@ from protocol.messages import (
     RequestClose,
     amount_to_wire,
     config_to_wire,
+    decode,
 )
 from protocol.offers import open_offer, sign_offer
 from protocol.pricing import Price, cost
@@ -316,6 +317,8 @@ def test_a_voucher_that_may_not_be_ends_the_part(case: str) -> None:
 
 
 def test_vouchers_of_one_unit_do_not_fill_the_journal() -> None:
+    """C8."""
+
     async def test(market: Market) -> None:
         worker, client = (
             await market.worker(FakeBackend(FakeSettings(tokens=5_000, prefill_seconds=60))),
@@ -336,6 +339,8 @@ def test_vouchers_of_one_unit_do_not_fill_the_journal() -> None:
 
 
 def test_vouchers_that_nothing_needs_are_not_journaled() -> None:
+    """C8."""
+
     async def test(market: Market) -> None:
         worker, client = (
             await market.worker(FakeBackend(FakeSettings(tokens=40, prefill_seconds=0.1))),
@@ -361,6 +366,8 @@ def test_vouchers_that_nothing_needs_are_not_journaled() -> None:
 
 
 def test_a_client_that_stops_paying_gets_one_tick_and_no_more() -> None:
+    """C4."""
+
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=5_000))
         worker = await market.worker(backend, market.settings(stall_ms=200))
@@ -387,6 +394,8 @@ def test_a_client_that_stops_paying_gets_one_tick_and_no_more() -> None:
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_twenty_identities_together_get_no_more_than_the_global_cap(at_once: bool) -> None:
+    """C5."""
+
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=500))
         tick = market.tick
@@ -635,6 +644,8 @@ def test_a_channel_that_earned_nothing_goes_home_by_the_delayed_withdrawal() -> 
 
 
 def test_what_one_payer_and_all_payers_can_make_a_worker_submit_is_bounded() -> None:
+    """C11."""
+
     async def test(market: Market) -> None:
         worker, client = await market.worker(), await market.client()
         rules = worker.channels._rules
@@ -651,6 +662,7 @@ def test_what_one_payer_and_all_payers_can_make_a_worker_submit_is_bounded() -> 
 
 
 def test_the_gas_budget_forgets_after_an_hour_and_a_day() -> None:
+    """C11: per payer and in all."""
     rules = ChannelRules(900, payer_per_day=2, all_per_hour=3)
     budget = GasBudget(rules)
 
@@ -699,6 +711,29 @@ def test_nonsense_ends_its_own_stream(protocol: str) -> None:
             await stream.reset()
 
     run_market(test, seed=11)
+
+
+@pytest.mark.parametrize("protocol", [JOB_PROTOCOL, CHANNEL_PROTOCOL, OFFER_PROTOCOL])
+@pytest.mark.parametrize("what", [name for name in GARBAGE if name not in ("noise", "nothing", "half a frame")])
+def test_what_is_not_understood_is_answered_with_a_wire_code(protocol: str, what: str) -> None:
+    """H2: and the conversation beside it goes on."""
+
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(FakeBackend(FakeSettings(tokens=60))), await market.client()
+        hand = await Hand.of(client, worker)
+        beside = await hand.talk(hand.ask(400))
+        assert isinstance(await beside.receive(), Accept)
+        stream = await client.network.open_stream(worker.key.peer_id, protocol)
+        await stream.send_all(GARBAGE[what])
+        said = b""
+        with trio.fail_after(10):
+            while more := await stream.receive_some():
+                said += more
+        answer = decode(protocol, said[4:])
+        assert isinstance(answer, Abort) and answer.code in (WireCode.TOO_LARGE, WireCode.MALFORMED), answer
+        assert isinstance(await beside.until(ReceiptMessage), ReceiptMessage)
+
+    run_market(test)
 
 
 def test_a_stream_that_never_asks_is_ended() -> None:

@@ -66,6 +66,8 @@ async def greet(client: Client) -> int:
 
 
 def test_a_worker_that_died_in_the_middle_goes_on_from_its_journal() -> None:
+    """C6."""
+
     async def test(market: Market) -> None:
         worker, client = await market.worker(slow(), name="w"), await market.client(name="c")
         with pytest.raises(WorkerFault):
@@ -135,6 +137,8 @@ def test_a_kept_result_survives_the_worker() -> None:
 
 
 def test_a_client_that_died_in_the_middle_counts_all_it_vouched_for() -> None:
+    """C6."""
+
     async def test(market: Market) -> None:
         worker, client = await market.worker(slow()), await market.client(name="c")
         stream = client.chat("fake", HELLO, max_tokens=2_000)
@@ -484,6 +488,8 @@ def test_a_payer_who_claims_for_the_worker_with_a_voucher_it_never_sent_pays_it_
 
 @pytest.mark.parametrize("side", Role)
 def test_a_slow_answer_of_the_chain_never_overwrites_a_newer_one(side: Role) -> None:
+    """C10."""
+
     async def test(market: Market) -> None:
         worker, client = (
             await market.worker(settings=replace(market.settings(), reread_ms=10**9)),
@@ -538,6 +544,8 @@ def test_a_withdrawal_that_no_event_told_of_is_seen_all_the_same(monkeypatch: py
 def test_a_channel_whose_sight_breaks_a_rule_is_set_aside_and_the_others_are_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """C10."""
+
     async def test(market: Market) -> None:
         settings = replace(market.settings(), reread_ms=20)
         worker, odd, sound = (

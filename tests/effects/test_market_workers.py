@@ -171,6 +171,8 @@ async def wait_idle(worker: Worker) -> None:
 @pytest.mark.parametrize("after", [300, 1_500, 4_000])
 @pytest.mark.parametrize("seed", [None, 6])
 def test_a_cut_stream_keeps_what_was_paid_for_and_the_rest_comes_home(after: int, seed: int | None) -> None:
+    """C6."""
+
     async def test(market: Market) -> None:
         worker = await market.worker(FakeBackend(FakeSettings(tokens=500, seconds_per_token=0.0005)))
         client = await market.client()
@@ -230,6 +232,8 @@ def test_a_dead_worker_cannot_keep_the_money() -> None:
 
 
 def test_a_model_that_fails_ends_the_part_with_a_typed_error() -> None:
+    """C6."""
+
     async def test(market: Market) -> None:
         worker = await market.worker(FakeBackend(FakeSettings(tokens=200, fail_after=30)))
         client = await market.client()
@@ -249,6 +253,8 @@ def test_a_model_that_fails_ends_the_part_with_a_typed_error() -> None:
 
 
 def test_a_model_that_fails_before_its_first_token_has_sold_nothing() -> None:
+    """C9."""
+
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=40, fail_after=0))
         worker, client = await market.worker(backend), await market.client()

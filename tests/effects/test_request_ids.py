@@ -1,20 +1,24 @@
-"""A request id makes one transaction of many asks: again, after a restart, while it is stuck; and never of another call (N6)."""
+"""A request id makes one transaction of many asks: again, after a restart, while it is stuck; and never of another call (N8)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
+from node.chain import txs
 from node.chain.eth import Eth
 from node.chain.requesting import Requesting
 from node.chain.rpc import RpcError
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, RequestConflict, TxTimeout
 from node.signer.bare import Bare
+from node.testing.planted import notices
 from node.testing.pool_node import PoolNode
 from protocol.ids import Address
 from protocol.keys import PrivateKey
@@ -84,9 +88,9 @@ def test_an_id_is_for_one_call() -> None:
         world.mining = False
         with pytest.raises(TxTimeout):
             await sender.send("deposit", TO, b"\1", 5, request="stuck")
+        world.mining = True
         with pytest.raises(RequestConflict):
             await sender.send("deposit", TO, b"\1", 6, request="stuck")
-        world.mining = True
         await sender.catch_up()
         assert len(world.node.landed) == 2
 
@@ -124,6 +128,8 @@ def test_a_stuck_one_does_not_answer_for_another_id() -> None:
 
 
 def test_two_asks_at_once_are_one() -> None:
+    """N8."""
+
     async def main(world: World) -> None:
         sender, results = await world.start(), []
 
@@ -204,3 +210,109 @@ def test_a_request_of_two_transactions_goes_on_where_it_stopped() -> None:
 def test_what_is_no_id(request_id: str) -> None:
     with pytest.raises(ChainError, match="printable"):
         Requesting(None, request_id)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_request_outlives_a_fee_bump(restart: bool) -> None:
+    """N8: what lands is the replacement, and it answers for the id too."""
+
+    async def main(world: World) -> None:
+        sender = await world.start()
+        world.mining = False
+        with pytest.raises(TxTimeout):
+            await sender.send("deposit", TO, b"\1", 5, request="a")
+        assert sum(kind == "tx_signed" for kind, _ in world.records) > 1
+        world.mining = True
+        await sender.catch_up()
+        if restart:
+            sender = await world.start()
+        assert sender.has_answered("a")
+        assert (await sender.send("deposit", TO, b"\1", 5, request="a")).ok
+        with pytest.raises(RequestConflict):
+            await sender.send("deposit", TO, b"\1", 6, request="a")
+        assert len(world.node.landed) == 1
+
+    run(main)
+
+
+# --------------------------------------------------------------------------------------------------------- planted bugs
+
+SOURCE = inspect.getsource(txs)
+PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
+    "an id is for any call": ("if done.call != call:", "if False:", test_an_id_is_for_one_call),
+    "an id under way is for any call": (
+        "others = {attempt.call for attempt in under_way if attempt.request == request} - {call}",
+        "others = set()",
+        test_an_id_is_for_one_call,
+    ),
+    "only the contract of a call counts": (
+        "if done.call != call:",
+        "if done.call[0] != to:",
+        test_an_id_is_for_one_call,
+    ),
+    "what was answered is forgotten": ("if winner.request:", "if False:", test_asked_again_is_answered_and_not_sent),
+    "a restart forgets": (
+        "self._answered |= answered(history, self._chain_id, self._anchor)",
+        "",
+        test_asked_again_is_answered_and_not_sent,
+    ),
+    "a fee bump forgets": (
+        "PendingTx(last.purpose, signed, self._anchor, last.request)",
+        "PendingTx(last.purpose, signed, self._anchor)",
+        lambda: test_a_request_outlives_a_fee_bump(False),
+    ),
+    "a fee bump forgets at a restart": (
+        "PendingTx(last.purpose, signed, self._anchor, last.request)",
+        "PendingTx(last.purpose, signed, self._anchor)",
+        lambda: test_a_request_outlives_a_fee_bump(True),
+    ),
+    "a stuck one answers whoever asks": (
+        "same = sent.request == request and (stalled.answers_equal_calls or bool(request))",
+        "same = stalled.answers_equal_calls or bool(request)",
+        test_a_stuck_one_does_not_answer_for_another_id,
+    ),
+    "a process that died takes its id along": (
+        "(stalled.answers_equal_calls or bool(request))",
+        "False",
+        lambda: test_stuck_and_asked_again_lands_once(True),
+    ),
+    "two who ask at once know nothing of each other": (
+        """        mine = self._underway[request] = (call, trio.Event())
+        try:
+            return (await self._send(purpose, *call, derived, request))[0]
+        finally:
+            del self._underway[request]
+            mine[1].set()
+""",
+        "        return (await self._send(purpose, *call, derived, request))[0]\n",
+        test_two_asks_at_once_are_one,
+    ),
+    "what was refused and kept is sent again": (
+        "            if await self._landed(attempts):\n                result",
+        "            if False:\n                result",
+        lambda: test_what_a_server_refused_and_kept_lands_once("a", False, "before", pytest.MonkeyPatch()),
+    ),
+}
+
+
+def planted(old: str, new: str) -> Any:
+    """`node.chain.txs` with one text replaced."""
+    if SOURCE.count(old) != 1:
+        raise ValueError(f"the source has changed: {old!r} must be planted anew")
+    module = ModuleType("node.chain.txs")
+    exec(compile(SOURCE.replace(old, new), "planted", "exec"), module.__dict__)  # our own source
+    return module
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, watch = PLANTED[name]
+    monkeypatch.setitem(globals(), "TxSender", planted(old, new).TxSender)
+    assert notices(watch)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_without_a_bug_nothing_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, _, watch = PLANTED[name]
+    monkeypatch.setitem(globals(), "TxSender", planted(old, old).TxSender)
+    assert not notices(watch)

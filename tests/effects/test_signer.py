@@ -318,7 +318,7 @@ def test_the_cache_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_key_is_in_no_argument_environment_or_node(tmp_path: Path) -> None:
-    """K11: the key file is opened by the signer; the node has its password for a moment, the key never."""
+    """S4, K11: the key file is opened by the signer; the node has its password for a moment, the key never."""
 
     async def main() -> None:
         store = Keystore(tmp_path / "keys", scrypt_n=1 << 12)

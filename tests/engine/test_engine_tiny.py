@@ -167,6 +167,7 @@ def test_an_end_token_is_the_last_output(tiny: Path) -> None:
 
 def test_memory_is_reserved_counted_and_freed(tiny: Path) -> None:
     # 3 layers, 2 kv heads, 8 wide, keys and values, 4 bytes: 384 bytes per token; 37 + 24 - 1 tokens are 4 blocks of 16
+    """M3."""
     size = 4 * 16 * 384
     engine = Engine(tiny, cache_bytes=2 * size + 383)
     assert engine.fits(37, 24) and not engine.fits(37, 24 + 69)
@@ -240,6 +241,7 @@ def test_a_sequence_without_usable_logits_ends_alone(tiny: Path) -> None:
 
 
 def test_the_books_notice_a_leak(tiny: Path) -> None:
+    """M3."""
     engine = Engine(tiny)
     engine.submit(job())
     engine._running.clear()

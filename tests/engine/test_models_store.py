@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from node.errors import ModelError
 from node.models.manifest import FileEntry, Manifest
 from node.models.safetensors_file import read_header
 from node.models.store import ModelStore
+from node.runtime.backend import EngineSettings, open_backend
 from protocol.ids import ModelId
 
 
@@ -63,13 +65,31 @@ def test_equal_bytes_are_the_same_model_and_other_bytes_another(store: ModelStor
     assert store.resolve(str(second.id)) == second
 
 
-def test_verify_sees_one_flipped_bit(store: ModelStore, folder: Path) -> None:
-    manifest = store.add_folder(folder, "mini")
-    path = store.path(manifest.id) / "model.safetensors"
+def flip(path: Path) -> None:
     os.chmod(path, 0o644)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_is_not_what_its_id_commits_to_is_not_loaded(store: ModelStore, folder: Path, name: str) -> None:
+    """M1: neither engine nor tokenizer has seen a byte of it."""
+    manifest = store.add_folder(folder, "mini")
+    flip(store.path(manifest.id) / name)
+
+    async def main() -> None:
+        async with open_backend(store, [manifest], EngineSettings()):
+            pass
+
+    with pytest.raises(ModelError, match="of mini is damaged"):
+        trio.run(main)
+
+
+def test_verify_sees_one_flipped_bit(store: ModelStore, folder: Path) -> None:
+    """M1."""
+    manifest = store.add_folder(folder, "mini")
+    flip(store.path(manifest.id) / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.safetensors of mini is damaged"):
         store.verify(manifest.id)
 
@@ -82,6 +102,7 @@ def test_verify_sees_an_extra_file(store: ModelStore, folder: Path) -> None:
 
 
 def test_a_changed_manifest_is_not_listed(store: ModelStore, folder: Path) -> None:
+    """M1."""
     manifest = store.add_folder(folder, "mini")
     path = store.path(manifest.id) / "manifest.json"
     os.chmod(path, 0o644)

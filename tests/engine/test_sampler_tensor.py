@@ -76,6 +76,7 @@ def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list
 @settings(max_examples=400, deadline=None)
 @given(draws())
 def test_same_token_as_the_reference(case: tuple[list[float], SamplingParams, list[int], list[int]]) -> None:
+    """M2."""
     logits, params, prompt, generated = case
     wanted = reference.sample(logits, params, prompt, generated)
     assert sampler.pick(torch.tensor(logits, dtype=torch.float64), params, prompt, generated) == wanted

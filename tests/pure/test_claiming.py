@@ -1,11 +1,13 @@
-"""The claim policy, attacked (K1 to K5): fees, values and departures chosen by an adversary."""
+"""The claim policy, attacked (P1 to P5): fees, values and departures chosen by an adversary."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
 from dataclasses import replace as changed
 from pathlib import Path
+from random import Random
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,10 +23,10 @@ from protocol.claiming import (
     GAS_BASE,
     GAS_EACH,
     GAS_SETTLE,
+    PATIENCE,
     ClaimTerms,
     due,
     is_old,
-    look_within,
     worth_settling,
 )
 from protocol.ids import Address, ChannelId, Hash32
@@ -105,15 +107,6 @@ def test_a_leaving_payer_is_carried_by_those_who_stay() -> None:
     assert chosen([rich, poor], WEIGHED, 1) == {1, 2}
 
 
-def test_leaving_payers_go_first_and_batches_end_at_400() -> None:
-    states = [channel(n, 1_000_000 + n) for n in range(1000)] + [channel(n, 5, leaving=True) for n in range(1000, 1010)]
-    batches = due(states, lambda _: ClaimTerms(minimum=1), {}, 0.0, 0)
-    assert [len(batch) for batch in batches] == [400, 400, 210]
-    assert {int.from_bytes(state.channel_id) for state in batches[0][:10]} == set(range(1000, 1010))
-    rest = [state.claimable for batch in batches for state in batch][10:]
-    assert rest == sorted(rest, reverse=True)
-
-
 def test_closed_channels_and_empty_ones_are_left_alone() -> None:
     states = [replace(channel(1, 100), closed=True), channel(2, 0), replace(channel(3, 100), allocated=0)]
     assert due(states, lambda _: ClaimTerms(minimum=1), {}, 0.0, 0, everything=True) == []
@@ -147,22 +140,24 @@ CHANNELS = st.lists(
 def test_no_claim_pays_more_than_it_gains_and_no_money_is_left(
     rows: list[tuple[int, bool, int, float, int]], terms: list[ClaimTerms], fee: int, batch: int
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claiming, "BATCH", batch)
-        check_round(rows, terms, fee, batch)
+    check_round(rows, terms, fee, batch)
 
 
-def check_round(rows: list[tuple[int, bool, int, float, int]], terms: list[ClaimTerms], fee: int, batch: int) -> None:
-    """K1 to K4 of one round, whatever the channels, the operator and the fee are."""
+def check_round(
+    rows: list[tuple[int, bool, int, float, int]], terms: list[ClaimTerms], fee: int, batch: int, rules: Any = claiming
+) -> None:
+    """P1 to P4 of one round, whatever the channels, the operator and the fee are."""
     states = [channel(n, amount, delay=delay, leaving=leaving) for n, (amount, leaving, delay, _, _) in enumerate(rows)]
     since = {state.channel_id: -rows[n][3] for n, state in enumerate(states)}
     kind = {state.channel_id: terms[rows[n][4]] for n, state in enumerate(states)}
-    batches = due(states, lambda state: kind[state.channel_id], since, 0.0, fee)
-    assert all(1 <= len(one) <= batch for one in batches), "K3"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "BATCH", batch)
+        batches = rules.due(states, lambda state: kind[state.channel_id], since, 0.0, fee)
+    assert all(1 <= len(one) <= batch for one in batches), "P3"
     taken = [state.channel_id for one in batches for state in one]
     assert len(taken) == len(set(taken))
     leavers = [state.withdraw_at != 0 for one in batches for state in one]
-    assert leavers == sorted(leavers, reverse=True), "K4"
+    assert leavers == sorted(leavers, reverse=True), "P4"
 
     def forced(state: ChannelState) -> bool:
         return state.withdraw_at != 0 or is_old(state, since[state.channel_id], 0.0)
@@ -176,27 +171,27 @@ def check_round(rows: list[tuple[int, bool, int, float, int]], terms: list[Claim
         worth = sum(kind[s.channel_id].in_wei(s.claimable) or 0 for s in one)
         gas = (GAS_BASE + GAS_EACH * len(one)) * fee
         if len(free) == len(one):
-            assert all(worth * 100 >= kind[s.channel_id].gain_percent * gas for s in one), "K2"
-        assert worth >= gas, "K2: nothing that may be left is claimed at a loss"
+            assert all(worth * 100 >= kind[s.channel_id].gain_percent * gas for s in one), "P2"
+        assert worth >= gas, "P2: nothing that may be left is claimed at a loss"
 
     left = [s for s in states if s.claimable and forced(s) and s.channel_id not in taken]
     for state in left:
         one_terms = kind[state.channel_id]
         worth = one_terms.in_wei(state.claimable)
-        assert worth is not None and not one_terms.at_loss, "K1: forced money that nothing weighs is claimed"
-        assert worth <= (GAS_BASE + GAS_EACH) * fee, "K1: what is left is not worth a claim of its own"
+        assert worth is not None and not one_terms.at_loss, "P1: forced money that nothing weighs is claimed"
+        assert worth <= (GAS_BASE + GAS_EACH) * fee, "P1: what is left is not worth a claim of its own"
 
 
 class Market:
     """Payers who spend, and leave at the worst moment; a worker that looks when the policy says so."""
 
-    def __init__(self, delay: int, every_s: int, terms: ClaimTerms, policy: Callable[..., Any] = due) -> None:
+    def __init__(self, delay: int, every_s: int, terms: ClaimTerms, rules: Any = claiming) -> None:
         self.now = 0.0
         self.states: dict[ChannelId, ChannelState] = {}
-        self.delay, self.every_s, self.terms, self.policy = delay, every_s, terms, policy
+        self.delay, self.every_s, self.terms, self.rules = delay, every_s, terms, rules
         self.since: dict[ChannelId, float] = {}
         self.waiting: dict[ChannelId, float] = {}
-        """The truth: since when each has had something to claim."""
+        """The truth: since when each has had something to claim that is worth a claim."""
         self.lost = 0
         self.paid_gas = self.gained = 0
         self.fee = 1
@@ -209,7 +204,9 @@ class Market:
             return
         total = held.spent + amount
         self.states[key] = replace(held, allocated=total, authorized=total, cumulative=total, spent=total)
-        self.waiting.setdefault(key, self.now)
+        worth = self.terms.in_wei(self.states[key].claimable)
+        if worth is None or worth > (GAS_BASE + GAS_EACH) * self.fee or self.terms.at_loss:
+            self.waiting.setdefault(key, self.now)
 
     def leave(self, n: int) -> None:
         key = ChannelId(n.to_bytes(32))
@@ -222,14 +219,14 @@ class Market:
         for state in self.states.values():
             if state.claimable:
                 self.since.setdefault(state.channel_id, self.now)
-        for batch in self.policy(self.states.values(), lambda _: self.terms, self.since, self.now, self.fee):
+        for batch in self.rules.due(self.states.values(), lambda _: self.terms, self.since, self.now, self.fee):
             self.paid_gas += (GAS_BASE + GAS_EACH * len(batch)) * self.fee
             for state in batch:
                 self.gained += self.terms.in_wei(state.claimable) or 0
                 self.states[state.channel_id] = replace(state, claimed=state.claimed + state.claimable)
                 self.since.pop(state.channel_id, None)
                 self.waiting.pop(state.channel_id, None)
-        self.next_look = self.now + look_within(self.states.values(), self.every_s, self.delay)
+        self.next_look = self.now + self.rules.look_within(self.states.values(), self.every_s, self.delay)
 
     def pass_time(self, seconds: float) -> None:
         until = self.now + seconds
@@ -245,12 +242,8 @@ class Market:
                 self.look()
 
     def check(self) -> None:
-        worth_it = (GAS_BASE + GAS_EACH) * self.fee
-        for key, began in self.waiting.items():
-            state = self.states[key]
-            worth = self.terms.in_wei(state.claimable)
-            if worth is None or worth > worth_it or self.terms.at_loss:
-                assert self.now - began <= self.delay / 2, "K5: money waited for more than half of its delay"
+        for began in self.waiting.values():
+            assert self.now - began <= self.delay / 2, "P5: money waited for more than half of its delay"
 
 
 ACTIONS = st.lists(
@@ -281,7 +274,7 @@ def play(actions: list[tuple[Any, ...]], market: Market) -> Market:
 def test_no_claimable_money_outlives_its_delay(
     actions: list[tuple[Any, ...]], delay: int, every_s: int, terms: ClaimTerms
 ) -> None:
-    """K1 and K5 over time: payers choose when they spend and when they leave."""
+    """P1 and P5 over time: payers choose when they spend and when they leave."""
     market = play(actions, Market(delay, every_s, terms))
     market.pass_time(delay + 1)
     per_channel = terms.in_wei(market.lost)
@@ -295,20 +288,137 @@ def test_no_claimable_money_outlives_its_delay(
 # --------------------------------------------------------------------------------------------------------- planted bugs
 
 
-def caught(policy: Callable[..., Any]) -> bool:
-    """Whether a game that a sound policy wins goes wrong with this one."""
-    terms = ClaimTerms(minimum=100, coin_value=COIN // 1000, gain_percent=1000)  # a unit is worth a thousand gas
-    sound = [("earn", 0, 100), ("earn", 1, 10), ("time", 500.0), ("earn", 1, 20), ("leave", 1), ("time", 2000.0)]
-    try:
-        market = play(sound, Market(900, 604_800, terms, policy))
+SOURCE = inspect.getsource(claiming)
+PLANTED: dict[str, tuple[str, str]] = {
+    "P1 no claim is forced by age": (
+        "(now_s - since) * PATIENCE >= state.config.withdraw_delay",
+        "False",
+    ),
+    "P1 age counts twice": ("(now_s - since) * PATIENCE >=", "(now_s - since) * 2 >="),
+    "P1 who leaves forces nothing": ("forced = leaving or is_old(", "forced = is_old("),
+    "P1 forced money must gain ten times its gas": (
+        "return one.worth > each if one.forced else one.worth * 100 >= one.gain_percent * each",
+        "return one.worth * 100 >= one.gain_percent * each",
+    ),
+    "P1 what nothing weighs is left": (
+        "if one.worth is None or (one.forced and one.at_loss):\n        return True",
+        "if one.worth is None:\n        return False",
+    ),
+    "P2 gas is not weighed": ("if everything or _carries_base(batch, fee)]", "]"),
+    "P2 a claim that gains nothing is made": ("worth > cost\n", "worth >= cost // 2\n"),
+    "P2 the base is forgotten": ("cost = (GAS_BASE + GAS_EACH * len(batch)) * fee", "cost = GAS_EACH * len(batch) * fee"),
+    "P2 every channel is held to the mildest terms": (
+        "max(one.gain_percent for one in batch) * cost",
+        "min(one.gain_percent for one in batch) * cost",
+    ),
+    "P2 the minimum does not count": ("if not one.forced and one.state.claimable < terms.minimum:", "if False:"),
+    "P3 401 channels": ("BATCH: Final = 400", "BATCH: Final = 401"),
+    "P3 a batch has one more": ("wanted[start : start + BATCH]", "wanted[start : start + BATCH + 1]"),
+    "P3 one batch for all": ("for start in range(0, len(wanted), BATCH)]", "for start in (0,) for BATCH in [10**9] if wanted]"),
+    "P4 who leaves goes last": ("key=lambda one: (not one.leaving,", "key=lambda one: (one.leaving,"),
+    "P4 who leaves waits for the rich": ("key=lambda one: (not one.leaving, one", "key=lambda one: (one"),
+    "P4 the order of the book": (
+        "    wanted.sort(key=lambda one: (not one.leaving, one.worth is not None, -(one.worth or one.state.claimable)))\n",
+        "",
+    ),
+    "P5 looks as rare as money may wait": ("LOOKS: Final = 8", "LOOKS: Final = 2"),
+    "P5 a look in a whole delay": (
+        "state.config.withdraw_delay / LOOKS for state",
+        "state.config.withdraw_delay for state",
+    ),
+    "P5 the channels that open meanwhile are forgotten": ("[every_s, least_delay / LOOKS, *delays]", "[every_s, *delays]"),
+    "P5 the channels that are open are forgotten": ("[every_s, least_delay / LOOKS, *delays]", "[every_s, least_delay / LOOKS]"),
+    "P5 the operator decides": ("min([every_s, least_delay / LOOKS, *delays])", "every_s"),
+    "P5 the longest delay counts": ("least_delay / LOOKS, *delays])", "least_delay / LOOKS, max(delays, default=every_s)])"),
+}  # fmt: skip
+
+
+def planted(old: str, new: str) -> Any:
+    """`protocol.claiming` with one text replaced."""
+    assert SOURCE.count(old) == 1, f"the source has changed: {old!r} must be planted anew"
+    module = ModuleType("protocol.claiming")
+    exec(compile(SOURCE.replace(old, new), "planted", "exec"), module.__dict__)  # our own source
+    return module
+
+
+def attack(rules: Any) -> None:
+    """Everything that an enemy tries, in an order of its own: rounds, looks, and games over time."""
+    check_batches(rules)
+    check_looks(rules)
+    check_forced(rules)
+    unit = GAS_BASE + GAS_EACH
+    amounts = [0, 1, 99, 100, GAS_EACH, GAS_EACH + 1, unit, unit + 1, 5 * unit, 10 * unit - 1, 10 * unit, 1000 * unit]
+    for seed in range(300):
+        random = Random(seed)
+
+        def terms(random: Random = random) -> ClaimTerms:
+            return ClaimTerms(
+                minimum=random.choice([0, 100, unit]),
+                coin_value=random.choice([0, COIN, COIN]),
+                gain_percent=random.choice([0, 100, 1000]),
+                at_loss=random.random() < 0.1,
+            )
+
+        kinds = [terms()] * 3 if random.random() < 0.5 else [terms() for _ in range(3)]
+        restless = random.choice([0, 0.3])
+        rows = [
+            (random.choice(amounts), random.random() < restless, DAY, DAY * (random.random() < restless), kind)
+            for kind in (random.randrange(3) for _ in range(random.randrange(12)))
+        ]
+        check_round(rows, kinds, random.choice([0, 1, 2]), random.randrange(1, 8), rules)
+    dear = ClaimTerms(minimum=100, coin_value=COIN // 1000, gain_percent=1000)  # a unit is worth a thousand gas
+    for seed in range(100):
+        random = Random(seed)
+        game: list[tuple[Any, ...]] = []
+        for _ in range(12):
+            n = random.randrange(3)
+            game.append(
+                random.choice(
+                    [("earn", n, random.choice([1, 100, 10_000])), ("leave", n), ("time", random.uniform(1, 900))]
+                )
+            )
+        market = play(game, Market(900, 604_800, dear, rules))
         market.pass_time(901)
-        return (terms.in_wei(market.lost) or 0) > GAS_BASE + GAS_EACH or market.gained < market.paid_gas
-    except AssertionError:
-        return True
+        assert (dear.in_wei(market.lost) or 0) <= 3 * (GAS_BASE + GAS_EACH) and market.gained >= market.paid_gas
 
 
-def test_planted_bugs_are_caught() -> None:
-    assert not caught(due)
-    assert caught(lambda *a: []), "no claim at all"
-    assert caught(lambda states, terms, since, now_s, fee: due(states, terms, {}, now_s, fee)), "age is not seen"
-    assert caught(lambda states, terms, since, now_s, fee: [[s] for s in states if s.claimable]), "gas is not weighed"
+def check_batches(rules: Any) -> None:
+    """P3 and P4, at the size that a transaction really has."""
+    states = [channel(n, 1_000_000 + n) for n in range(1000)] + [channel(n, 5, leaving=True) for n in range(1000, 1010)]
+    batches = rules.due(states, lambda _: ClaimTerms(minimum=1), {}, 0.0, 0)
+    assert [len(batch) for batch in batches] == [400, 400, 210], "P3"
+    assert {int.from_bytes(state.channel_id) for state in batches[0][:10]} == set(range(1000, 1010)), "P4"
+    rest = [state.claimable for batch in batches for state in batch][10:]
+    assert rest == sorted(rest, reverse=True), "the most valuable first"
+
+
+def check_looks(rules: Any) -> None:
+    """P5: money is forced at the first look after a quarter of its delay, and that look is over before the half."""
+    for delays in ([], [900], [900, DAY], [DAY, 900, 30 * DAY]):
+        for least in (900, 3600, DAY):
+            for every_s in (1, 60, 604_800):
+                states = [channel(n, 10, delay=delay) for n, delay in enumerate(delays)]
+                within = rules.look_within(states, every_s, least)
+                assert 0 < within <= every_s
+                assert all(delay / PATIENCE + within <= delay / 2 for delay in (least, *delays)), "P5"
+
+
+def check_forced(rules: Any) -> None:
+    """P1: at a quarter of the delay, and not before."""
+    poor = ClaimTerms(minimum=100)
+    for age, claimed in ((DAY / PATIENCE - 1, False), (DAY / PATIENCE, True)):
+        one = channel(1, 1)
+        assert bool(rules.due([one], lambda _: poor, {one.channel_id: -age}, 0.0, 0)) is claimed, "P1"
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name: str) -> None:
+    bugged = planted(*PLANTED[name])
+    with pytest.raises(AssertionError):
+        attack(bugged)
+
+
+def test_without_a_planted_bug_the_attack_finds_nothing() -> None:
+    unchanged = "return worth * 100"
+    attack(claiming)
+    attack(planted(unchanged + " >= max(100", unchanged + " >= max(100"))

@@ -84,6 +84,7 @@ def in_state(role: Role, sender: Role, own: Any, other: Any, monkeypatch: pytest
 def test_every_key_moves_its_sender_and_every_missing_key_is_refused(
     sender: Role, own: Any, other: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """C1."""
     legal = kind in TABLE[sender][own] and other in REQUIRES.get(kind, {other})
     message = example(kind)
     sending = in_state(sender, sender, own, other, monkeypatch)
@@ -192,6 +193,7 @@ def check_agreement(pair: JobPair) -> None:
 @given(st.integers(0, 2**64), st.sampled_from([0.0, 0.02, 0.3]), st.integers(1, 48))
 @settings(max_examples=300, deadline=None)
 def test_honest_sides_never_blame_each_other(seed: int, abort: float, max_tokens: int) -> None:
+    """C2."""
     random = Random(seed)
     pair = JobPair(random=random, params=Params(max_tokens=max_tokens), input_tokens=random.randint(0, 500))
     walk(pair, random, abort=abort)
@@ -223,6 +225,7 @@ CROSSINGS = [
 @pytest.mark.parametrize("first", Role)
 @pytest.mark.parametrize(("client_says", "worker_says"), CROSSINGS, ids=lambda k: k.__name__)
 def test_crossings(client_says: Any, worker_says: Any, first: Role) -> None:
+    """C2."""
     pair = streaming(2)
     pair.say(Role.CLIENT, client_says)
     pair.say(Role.WORKER, worker_says)
@@ -253,6 +256,7 @@ def test_crossings_before_the_first_answer(early: Any, answer: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64, 1 << 16])
 def test_any_split_gives_the_same_messages(size: int) -> None:
+    """C2."""
     pair = JobPair()
     pair.say(Role.CLIENT, AskMessage)
     data = bytes(pair.wires[Role.WORKER])
@@ -483,12 +487,14 @@ CHEATS: dict[str, tuple[Callable[[], WireCode], WireCode]] = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_is_named_for_what_it_is(name: str) -> None:
+    """C3 by the receipts among them, S5 by what is signed for another chain."""
     run, code = CHEATS[name]
     assert run() is code
 
 
 @pytest.mark.parametrize("name", BOUND)
 def test_a_field_altered_after_signing_is_refused(name: str) -> None:
+    """C3."""
     assert cheat_receipt_field_after_signing(name)() in (WireCode.BAD_RECEIPT, WireCode.BAD_SIGNATURE)
 
 

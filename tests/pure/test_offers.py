@@ -425,8 +425,8 @@ def test_every_pair_is_payable_and_every_worker_accounted_for(
 def test_a_tokens_smallest_unit_is_its_own_affair(
     bazaar: tuple[list[VerifiedOffer], list[Purse]], scaled: int, factor: int
 ) -> None:
-    """The same world, in which one token has more decimals: the choice is the same. A choice that compares bare units of two
-    tokens anywhere cannot pass this."""
+    """C12: the same world, in which one token has more decimals: the choice is the same. A choice that compares bare units of
+    two tokens anywhere cannot pass this."""
     offers, purses = bazaar
     asset = ASSETS[scaled].asset
     finer = []
@@ -457,6 +457,7 @@ def test_a_tokens_smallest_unit_is_its_own_affair(
 
 
 def test_without_a_rate_preference_comes_before_price() -> None:
+    """C12."""
     dear, cheap = Price(request=1000), Price(request=1)
     both = offer(0, accepts=(ASSETS[0], ASSETS[1]), prices=(dear, cheap))
     only = offer(1, accepts=(ASSETS[1],), prices=(cheap,))

@@ -40,6 +40,7 @@ def test_gumbel_vectors() -> None:
 
 @pytest.mark.parametrize("case", VECTORS["draws"], ids=lambda case: f"v{case['logits']['vocab']}-{case['token']}")
 def test_draw_vectors(case: dict[str, Any]) -> None:
+    """M2."""
     params = vector_params(case["params"])
     logits = recipe(**case["logits"])
     assert sample(logits, params, case["prompt"], case["generated"]) == case["token"]

@@ -62,6 +62,7 @@ def test_the_committed_vectors_are_what_the_code_makes() -> None:
 
 @pytest.mark.parametrize(("struct", "case"), CASES)
 def test_typed_data(struct: Any, case: dict[str, Any]) -> None:
+    """S1: these structs are all that is signed under a domain."""
     made, where = build(struct, case), domain(case["domain"])
     assert "0x" + made.struct_hash().hex() == case["structHash"]
     assert "0x" + made.digest(where).hex() == case["digest"]
@@ -72,6 +73,7 @@ def test_typed_data(struct: Any, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("struct", "case"), CASES)
 def test_typed_data_against_eth_account(struct: Any, case: dict[str, Any]) -> None:
+    """S2, by a second implementation."""
     values = TYPED["domains"][case["domain"]]
     message = encode_typed_data(
         full_message={
@@ -162,6 +164,7 @@ BAD_SIGNATURES = {
 
 @pytest.mark.parametrize("name", BAD_SIGNATURES)
 def test_a_bad_signature_is_the_senders_fault(name: str) -> None:
+    """S3."""
     with pytest.raises(RemoteProtocolError) as caught:
         require_signer(VOUCHER, BAD_SIGNATURES[name](KEY.sign(VOUCHER)), KEY.address, "voucher")
     assert caught.value.code is WireCode.BAD_SIGNATURE
