@@ -25,6 +25,7 @@ from node.chain.jobs import EvmJobs
 from node.chain.pending import History, Journal, no_journal
 from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
+from node.chain.slashes import EvmSlashes
 from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.watcher import Watcher
 from node.errors import ChainError
@@ -212,6 +213,10 @@ class EvmChain:
     @property
     def jobs(self) -> EvmJobs | None:
         return self._jobs
+
+    @property
+    def slashes(self) -> EvmSlashes:
+        return EvmSlashes(self)
 
     @property
     def account(self) -> Address:
