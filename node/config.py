@@ -392,6 +392,14 @@ class ClientConfig:
         low=0,
         high=1_000_000,
     )
+    slash_min: int = setting(
+        1,
+        "A worker's penalty is moved by itself, a week after it was booked, when our share is at least this. 0: by hand alone "
+        "(`gristmill slash move`).",
+        unit="smallest unit",
+        low=0,
+        high=AMOUNT_MAX,
+    )
     withdraw_delay_s: int = setting(3600, "Withdraw delay of our channels.", unit="s", low=DELAY_MIN, high=DELAY_MAX)
     max_cost: int = setting(
         0, "Most that one job may cost; 0 means no limit.", unit="smallest unit", low=0, high=AMOUNT_MAX

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from node.errors import ContractRefused
-from protocol.escrow import JobState, Outcome
+from protocol.escrow import JobState, Outcome, Slash
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
 from protocol.messages import ChatMessage, FinishReason, Params
 from protocol.signing import Signable
@@ -273,6 +273,16 @@ class Jobs(Protocol):
     async def resolve_dispute(self, quote: Quote) -> TxResult: ...
 
 
+class Slashes(Protocol):
+    """Booked slashes in the Workers contract, for one account. Raises and returns as `Chain` does."""
+
+    async def get(self, slash_id: int) -> Slash:
+        """Of state NONE when nothing has this number. Numbers begin at 1 and have no holes."""
+
+    async def move(self, slash_id: int) -> TxResult:
+        """Pay it out, once it is due; whoever asks."""
+
+
 REORG_DEPTH: Final = 64
 """Blocks that can be undone one event at a time. A deeper reorganisation is an error, not a guess."""
 
@@ -297,6 +307,10 @@ class Chain(Protocol):
     @property
     def jobs(self) -> Jobs | None:
         """Batch jobs; None where the deployment has none."""
+
+    @property
+    def slashes(self) -> Slashes:
+        """Penalties that are booked, and how they become money."""
 
     @property
     def token(self) -> Address:

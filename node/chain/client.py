@@ -25,6 +25,7 @@ from node.chain.jobs import EvmJobs
 from node.chain.pending import History, Journal, no_journal
 from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
+from node.chain.slashes import EvmSlashes
 from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.values import Header
 from node.chain.watcher import Watcher
@@ -215,6 +216,10 @@ class EvmChain:
         return self._jobs
 
     @property
+    def slashes(self) -> EvmSlashes:
+        return EvmSlashes(self)
+
+    @property
     def account(self) -> Address:
         return self._sender.account
 
@@ -397,6 +402,13 @@ class EvmChain:
         if header is None:
             raise ChainError(f"block {number} has gone while we looked at it")
         return header
+
+    async def block_time(self, number: int) -> int:
+        """Chain seconds. Raises `ChainError` when there is no such block (any more)."""
+        header = await self._eth.header(number)
+        if header is None:
+            raise ChainError(f"block {number} has gone while we looked at it")
+        return header.timestamp
 
     async def logs(self, name: str, topics: Sequence[bytes], first: int, last: int) -> list[ChainEvent]:
         """Events of the contract called `name` with these first topics, from block `first` to `last`."""

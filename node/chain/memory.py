@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import trio
 
-from node.chain.memory_jobs import MemoryJobs, signer_of
+from node.chain.memory_jobs import MemoryJobs, MemorySlashes, signer_of
 from node.errors import ChainError
 from node.ports import REORG_DEPTH, ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
 from protocol import escrow
@@ -236,6 +236,10 @@ class MemoryChain:
     @property
     def jobs(self) -> MemoryJobs:
         return MemoryJobs(self)
+
+    @property
+    def slashes(self) -> MemorySlashes:
+        return MemorySlashes(self)
 
     @property
     def token(self) -> Address:

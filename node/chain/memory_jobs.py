@@ -1,4 +1,4 @@
-"""`node.ports.Jobs` over `protocol.escrow` in this process: the jobs' part of `node.chain.memory`."""
+"""`node.ports.Jobs` and `node.ports.Slashes` over `protocol.escrow` in this process: a part of `node.chain.memory`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from node.ports import DisputeOnChain, JobOnChain, TxResult
 from protocol import escrow
 from protocol.errors import RemoteProtocolError
-from protocol.escrow import Escrow, JobState
+from protocol.escrow import Escrow, JobState, Slash, SlashState
 from protocol.ids import ZERO_ADDRESS, Address, Hash32, JobId
 from protocol.keys import recover
 from protocol.typed_data import Acceptance, Domain, Order, Quote, Submission
@@ -153,3 +153,24 @@ class MemoryJobs:
         if after.job(job_id).state is not JobState.SETTLED:
             return []
         return [("JobsSettled", {"jobId": job_id, "payout": after.payout_of(quote.worker), "paid": paid})]
+
+
+class MemorySlashes:
+    """For the account of one `MemoryChain`."""
+
+    def __init__(self, chain: MemoryChain) -> None:
+        self._chain = chain
+
+    async def get(self, slash_id: int) -> Slash:
+        return (await self._chain.look()).escrow.slashes.get(slash_id, _NO_SLASH)
+
+    async def move(self, slash_id: int) -> TxResult:
+        def change(world: World, now: int) -> tuple[World, Events]:
+            return replace(world, escrow=escrow.move_slash(world.escrow, now, slash_id)), [
+                ("SlashMoved", {"slashId": slash_id})
+            ]
+
+        return await self._chain.send("move_slash", change)
+
+
+_NO_SLASH = Slash(ZERO_ADDRESS, ZERO_ADDRESS, 0, ZERO_ADDRESS, ZERO_ADDRESS, 0, SlashState.NONE, Hash32(bytes(32)))

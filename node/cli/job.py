@@ -263,7 +263,7 @@ def _show(shared: Shared, client: Client, job: Job, text: str) -> None:
 
 
 async def _tend(shared: Shared, client: Client) -> None:
-    for problem in await client.jobs.tend():
+    for problem in await client.jobs.tend(shared.output.say):
         shared.output.say(problem)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from protocol.errors import InvalidValue
-from protocol.ids import UINT128_MAX, Address, ChannelId
+from protocol.ids import UINT128_MAX, Address, ChannelId, Hash32
 
 
 class AddressType(click.ParamType):
@@ -33,6 +33,18 @@ class ChannelType(click.ParamType):
             return value if isinstance(value, ChannelId) else ChannelId(str(value))
         except InvalidValue as error:
             self.fail(f"{str(value)[:80]!r} is no channel id: {error}", param, ctx)
+
+
+class HashType(click.ParamType):
+    """32 bytes in hexadecimal: the id of a job on chain, the hash of a document."""
+
+    name = "hash"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Hash32:
+        try:
+            return value if isinstance(value, Hash32) else Hash32(str(value))
+        except InvalidValue as error:
+            self.fail(f"{str(value)[:80]!r} is no hash: {error}", param, ctx)
 
 
 class AmountType(click.ParamType):
@@ -66,3 +78,4 @@ ADDRESS = AddressType()
 AMOUNT = AmountType()
 CHANNEL = ChannelType()
 DURATION = DurationType()
+HASH = HashType()

@@ -11,6 +11,7 @@ from node.cli.main import Shared
 from node.config import DEFAULT
 
 if TYPE_CHECKING:
+    from node.books import Books
     from node.chain.client import EvmChain
     from node.chain.stakes import Stake
     from node.ports import TokenInfo
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def owner_chain(shared: Shared, owner: KeyFile, name: str | None) -> AsyncIterator[EvmChain]:
+    """As `owner_books`, for who needs the chain alone."""
+    async with owner_books(shared, owner, name) as (_, chain):
+        yield chain
+
+
+@asynccontextmanager
+async def owner_books(shared: Shared, owner: KeyFile, name: str | None) -> AsyncIterator[tuple[Books, EvmChain]]:
     """The chain of this name (by default the default one) as the owner's account, with the owner's journal.
 
     Raises `InsufficientFunds` without a coin for gas.
@@ -37,7 +45,7 @@ async def owner_chain(shared: Shared, owner: KeyFile, name: str | None) -> Async
                 f"the owner's account {chain.account} has nothing to pay gas with",
                 hint="send it some of the chain's coin",
             )
-        yield chain
+        yield books, chain
 
 
 def stake_data(stake: Stake, info: TokenInfo) -> dict[str, Any]:
@@ -71,3 +79,9 @@ def stake_text(stake: Stake, info: TokenInfo, now: int) -> str:
 def moment(seconds: int) -> str:
     """Chain seconds as a person reads them."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def days(seconds: int) -> str:
+    """A delay as a person reads it."""
+    whole, rest = divmod(seconds, 86_400)
+    return f"{whole} days" if not rest else f"{seconds / 86_400:.1f} days"

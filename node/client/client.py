@@ -94,6 +94,8 @@ class Client:
             now_ms=now_ms,
             poll_s=settings.job_poll_s,
             reread_s=settings.job_reread_s,
+            slash_min=settings.slash_min,
+            slash_look_s=settings.slash_look_s,
         )
         """Batch jobs; somebody has to `run` them."""
 

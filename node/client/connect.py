@@ -132,6 +132,7 @@ def client_settings(config: Config) -> ClientSettings:
         deadline_ms=given.deadline_ms,
         first_token_ms=given.first_token_ms,
         stall_ms=given.stall_ms,
+        slash_min=given.slash_min,
     )
 
 

@@ -7,6 +7,7 @@ Rules
 - A job has the caller's own name. Posting the same name again is the same job: it is ordered, run and paid at most once (B9).
 - Nothing is accepted that was not verified: bytes by hash, items by count, cost by the terms and the token ids (B4).
 - What is not done by the deadline is refunded by itself, whenever this client lives (B6).
+- What a worker owes for a broken word is moved to us by itself, when its delay is over (`node.client.slashes`).
 - The keeper does all of it step by step; a restart goes on where the journal ends.
 """
 
@@ -22,11 +23,13 @@ from node.client import job_quotes
 from node.client.job_fetch import Told
 from node.client.job_quotes import JobWish, Quoted
 from node.client.job_steps import JobSteps, Sign
+from node.client.slashes import ClientSlashes
 from node.errors import (
     ChainError,
     ConfigError,
     InsufficientFunds,
     JobFailed,
+    LedgerError,
     NetworkError,
     NodeError,
     Refused,
@@ -126,6 +129,8 @@ class ClientJobs:
         now_ms: Callable[[], int],
         poll_s: float = 2.0,
         reread_s: float = 5.0,
+        slash_min: int = 1,
+        slash_look_s: float = 60.0,
     ) -> None:
         self._client = client
         self._results = results
@@ -148,14 +153,28 @@ class ClientJobs:
             poll_s=poll_s,
             reread_s=reread_s,
         )
+        self.slashes = ClientSlashes(book=book, chains=self._vaults, least=slash_min, look_s=slash_look_s)
 
     async def run(self) -> None:
         """Bring all jobs forward. Raises `LedgerError`."""
-        await self.keeper.run()
+        failed: list[LedgerError] = []
+        async with trio.open_nursery() as nursery:
 
-    async def tend(self) -> list[str]:
+            async def guarded(work: Callable[[], Awaitable[None]]) -> None:
+                try:
+                    await work()
+                except LedgerError as error:
+                    failed.append(error)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(guarded, self.keeper.run)
+            nursery.start_soon(guarded, self.slashes.run)
+        if failed:
+            raise failed[0]
+
+    async def tend(self, say: Callable[[str], None] = log.info) -> list[str]:
         """One look at every job whose money is not settled, and what is due: for a client that does not stay. Returns what
-        failed, in words. Raises `LedgerError`."""
+        failed, in words; what moves money by itself is told to `say` before it does. Raises `LedgerError`."""
         failed = []
         for state in self.book.running:
             try:
@@ -164,7 +183,7 @@ class ClientJobs:
                 log.info("job %s: %s", state.label, error)  # the worker is not needed for the money
             except ChainError as error:
                 failed.append(f"job {state.label}: {error}")
-        return failed
+        return failed + await self.slashes.tend(say)
 
     def chain_of(self, channels: Domain) -> JobsChain | None:
         """The jobs of the chain with this Channels contract; None when that has none, or is not configured."""

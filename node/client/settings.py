@@ -58,3 +58,7 @@ class ClientSettings:
     """How often a worker is asked how far a batch job is."""
     job_reread_s: float = 5.0
     """How often the contract is asked about one."""
+    slash_look_s: float = 60.0
+    """How often a client that stays looks for penalties that are due to it."""
+    slash_min: int = 1
+    """Least share of a penalty, smallest unit, that is worth the gas of moving it; 0: none is moved by itself."""

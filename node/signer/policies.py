@@ -123,6 +123,11 @@ def _calls(deployments: Sequence[Deployment], role: KeyRole, payees: Sequence[Ad
             if address is not None:
                 rules.append(CallRule(one.chain_id, bytes(address)))
         rules += _vault_calls(one, payees)
+        if (
+            role is KeyRole.PAYER
+        ):  # a penalty is moved to where the contract says, whoever sends it; no other call there
+            move = contract("Workers").functions["moveSlash"].selector
+            rules.append(CallRule(one.chain_id, bytes(one.workers), move))
     return rules
 
 

@@ -198,6 +198,14 @@ def has_seat(state: Escrow, job_id: JobId, juror: Address, ticket: int) -> bool:
     )
 
 
+def is_drawn(seed: Hash32, juror: Address, ticket: int, total: int, seats: int) -> bool:
+    """Whether a ticket has a seat in a case whose snapshot has `total` tickets, when there are `seats` seats on average."""
+    if total <= seats:
+        return True
+    draw = int.from_bytes(keccak256(seed + bytes(12) + juror + ticket.to_bytes(32)))
+    return draw < _MAX // total * seats
+
+
 def commitment_of(
     job_id: JobId, juror: Address, ticket: int, vote: Outcome, result_hash: Hash32, salt: Hash32
 ) -> Hash32:
@@ -217,10 +225,7 @@ def _known(state: Escrow, job_id: JobId) -> Case:
 
 def _is_drawn(state: Escrow, case: Case, juror: Address, ticket: int) -> bool:
     total = tickets_at(state, ZERO_ADDRESS, case.snapshot)
-    if total <= state.terms.seats:
-        return True
-    draw = int.from_bytes(keccak256(case.seed + bytes(12) + juror + ticket.to_bytes(32)))
-    return draw < _MAX // total * state.terms.seats
+    return is_drawn(case.seed, juror, ticket, total, state.terms.seats)
 
 
 def _take_out(state: Escrow, now: int, block: int, account: Address, tickets: int, bond: int) -> Escrow:

@@ -14,13 +14,16 @@ import trio
 
 from node.audit import audit
 from node.chain.client import EvmChain
+from node.chain.committee import EvmCommittee
+from node.chain.deploy import PLAY_COMMITTEE
 from node.chain.stakes import Stakes
 from node.chain.txs import DEVNET_POLICY
+from node.cli import main as frame
 from node.client.client import Client
 from node.client.job_quotes import JobWish
 from node.client.jobs import Job
 from node.client.settings import ClientSettings
-from node.errors import JobFailed
+from node.errors import ChainError, JobFailed
 from node.signer.bare import Bare
 from node.testing.devnet.devnet import Devnet, available, devnet
 from node.testing.fake_backend import FakeBackend, FakeSettings
@@ -32,6 +35,7 @@ from node.worker.worker import Worker
 from protocol import escrow
 from protocol.batch import Timing
 from protocol.escrow import JobState, Module, Outcome
+from protocol.escrow.committee import SEED_DELAY
 from protocol.ids import Address, Hash32, keccak256
 from protocol.workload import NOT_BEGUN
 
@@ -156,7 +160,7 @@ async def _world(stack: AsyncExitStack, confirmations: int) -> World:
     batch = replace(settings.batch, quotes=quotes, run=RunSettings(margin_s=2, pause_s=0.02, piece_s=0.05), timing=FAST)
     backend = FakeBackend(FakeSettings(tokens=6))
     worker = await market.worker(backend, replace(settings, batch=batch), name="w", on=await chain_of("w"))
-    quick = ClientSettings(jobs=FAST, job_poll_s=0.1, job_reread_s=0.3)
+    quick = ClientSettings(jobs=FAST, job_poll_s=0.1, job_reread_s=0.3, slash_look_s=0.3)
     means = [market.means(ledger=deployment)]  # type: ignore[arg-type]
     client = await market.client(name="c", deposit=DEPOSIT, means=means, settings=quick, on=await chain_of("c payer"))
     return World(net, market, judge, worker, client, owner, payout, miner)
@@ -278,3 +282,176 @@ def test_an_opening_that_waits_for_its_confirmations_is_not_void() -> None:
         assert (await Stakes(world.owner).of(world.owner.account, world.owner.token)).active == STAKE
 
     run(main, confirmations=12)
+
+
+# -------------------------------------------------------------------------------------------------------------- a juror
+
+
+class JurorAtHome:
+    """A person with three tickets and a command line, in a data dir of its own."""
+
+    def __init__(self, world: World, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        assert world.net.deployment is not None
+        self._world, self._capfd = world, capfd
+        folder.mkdir(mode=0o700)
+        world.net.deployment.save(folder / "deployment.json")
+        self._words = ["--json", "--data-dir", str(folder / "data"), "--set", "keys.scrypt_n=4096"]
+        self._words += [
+            "--set",
+            f"chain.rpc_urls={world.net.url}",
+            "--set",
+            f"chain.deployment={folder / 'deployment.json'}",
+        ]
+        self.said = ""
+        """On stderr, by the last command."""
+
+    async def __call__(self, *words: str) -> tuple[int, list[dict[str, Any]]]:
+        self._capfd.readouterr()
+        status = await trio.to_thread.run_sync(frame.main, [*self._words, *words])
+        told = self._capfd.readouterr()
+        self.said = told.err
+        return status, [json.loads(line) for line in told.out.splitlines()]
+
+    async def one(self, *words: str) -> dict[str, Any]:
+        status, (answer,) = await self(*words)
+        assert status == 0, answer
+        return answer
+
+
+async def a_juror(world: World, folder: Path, capfd: pytest.CaptureFixture[str], tickets: int = 3) -> JurorAtHome:
+    juror = JurorAtHome(world, folder, capfd)
+    await juror.one("init")
+    address = Address((await juror.one("wallet", "new", "owner"))["address"])
+    status, (error,) = await juror("juror", "enroll", "3")
+    assert status == 8 and "nothing to pay gas with" in error["error"]["message"]
+    await world.net.faucet(address, tokens=tickets * PLAY_COMMITTEE.seat_bond)
+    assert (await juror("juror", "enroll", str(tickets + 1)))[0] == 8
+    mine = await juror.one("juror", "enroll", str(tickets), "--id", "first")
+    assert [one["purpose"] for one in mine["transactions"]] == ["approve", "deposit", "enroll"]
+    assert f"buying {tickets} tickets" in juror.said and f"{10 * tickets} tUSD" in juror.said and "8 days" in juror.said
+    again = await juror.one("juror", "enroll", str(tickets), "--id", "first")
+    bond = str(tickets * PLAY_COMMITTEE.seat_bond)
+    assert (again["tickets"], again["bond"], again["vault_balance"]) == (tickets, bond, "0")
+    return juror
+
+
+def purposes(answer: dict[str, Any]) -> list[str]:
+    return [one["purpose"] for one in answer["transactions"]]
+
+
+def states(answer: dict[str, Any]) -> list[str]:
+    return [seat["state"] for seat in answer["seats"]]
+
+
+def test_a_juror_judges_a_cheat_is_paid_and_the_penalty_reaches_the_client_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    async def main(world: World) -> None:
+        cheat(monkeypatch)
+        committee = world.net.deployment.committee  # type: ignore[union-attr]
+        juror = await a_juror(world, tmp_path / "juror", capfd)
+        job, claimed = await disputed(world, committee)
+        case = str(job.job_id)
+        status, (error,) = await juror("juror", "vote", "0x" + "11" * 32, "accept")
+        assert status != 0 and "no case" in error["error"]["message"]
+
+        # Decided before the seed is known: kept, and not sent.
+        early = await juror.one("juror", "vote", case, "reject")
+        assert (early["phase"], early["vote"], early["transactions"]) == ("seed", "reject", [])
+        await world.net.mine(SEED_DELAY + 1)
+        # Another mind, as long as nothing has left. The vote seals the case and takes all three seats.
+        voted = await juror.one("juror", "vote", case, "accept", "--result", "0x" + "22" * 32)
+        assert purposes(voted) == ["juror_seal", *["juror_commit"] * 3]
+        assert (voted["phase"], states(voted)) == ("commit", ["committed"] * 3)
+        assert "the challenge is right" in juror.said and "10 tUSD is burnt" in juror.said
+        assert (await juror.one("juror", "vote", case, "accept", "--result", "0x" + "22" * 32))["transactions"] == []
+        status, (error,) = await juror("juror", "vote", case, "reject")
+        assert status != 0 and "is final" in error["error"]["message"]
+        assert (await juror.one("juror", "tend"))["transactions"] == []
+
+        await world.net.advance(PLAY_COMMITTEE.commit_window)
+        done = await juror.one("juror", "tend")
+        steps = purposes(done)
+        assert steps[:3] == ["juror_reveal"] * 3 and done["accepts"] == 3 and done["found"] == "accept"
+        await ended(world, job, claimed, Outcome.ACCEPT)  # by whoever was first: worker, client or juror
+        await juror.one("juror", "tend")
+        last = await juror.one("juror", "tend")
+        assert (last["phase"], states(last), last["transactions"]) == ("ended", ["paid"] * 3, [])
+        fee = escrow.bond_for(job.state.quote) // 2
+        account, shown = (await juror("juror", "show"))[1]
+        assert (account["vault_balance"], shown["job"], shown["vote"]) == (str(fee), case, "accept")
+
+        # The penalty: a week in which nothing moves, and then it comes to the client without anybody asking.
+        free, _, _ = await world.balances()
+        (slash,) = (await juror("slash", "list", "--all"))[1]
+        assert (slash["state"], slash["amount"], slash["cause"]) == ("booked", str(PENALTY), case)
+        assert slash["victim"] == str(world.chain.account) and slash["to_victim"] == str(PENALTY // 2)
+        assert (await juror("slash", "list"))[1] == []
+        status, (error,) = await juror("slash", "move", "1", "--key", "owner")
+        assert status == 6 and "can not be moved before" in error["error"]["message"]
+        status, (error,) = await juror("slash", "cancel", "1")
+        assert status == 6 and "no guardian" in error["error"]["message"]
+        await trio.sleep(1)
+        assert (await world.balances())[0] == free
+        await world.net.advance(7 * DAY)
+        with trio.fail_after(30):
+            while (await world.balances())[0] < free + PENALTY // 2:
+                await trio.sleep(0.05)
+        assert (await juror("slash", "list", "--all"))[1][0]["state"] == "moved"
+        moved = await juror.one("slash", "move", "1", "--key", "owner")
+        assert moved["transactions"] == [], "what has moved is not moved again"
+
+        # The bond leaves by its own delay.
+        gone = await juror.one("juror", "resign", "3")
+        assert (gone["tickets"], gone["leaving"]) == (0, str(3 * PLAY_COMMITTEE.seat_bond))
+        assert (await juror.one("juror", "withdraw"))["transactions"] == []
+        await world.net.advance(8 * DAY)
+        home = await juror.one("juror", "withdraw")
+        assert home["vault_balance"] == str(3 * PLAY_COMMITTEE.seat_bond + fee)
+        assert world.market.failures == {}
+
+    run(main)
+
+
+def test_a_vote_survives_a_chain_that_is_away_and_silence_costs_a_seat_its_ticket(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    async def main(world: World) -> None:
+        cheat(monkeypatch)
+        honest = await a_juror(world, tmp_path / "honest", capfd)
+        silent = await a_juror(world, tmp_path / "silent", capfd, tickets=2)
+        job, claimed = await disputed(world, world.net.deployment.committee)  # type: ignore[union-attr]
+        case = str(job.job_id)
+        await world.net.mine(SEED_DELAY + 1)
+        sealed = await silent.one("juror", "vote", case, "reject")
+        assert purposes(sealed) == ["juror_seal", *["juror_commit"] * 2]
+
+        do = EvmCommittee.do
+
+        async def away(self: EvmCommittee, sight: Any, due: Any) -> Any:
+            if due.ticket == 1:
+                raise ChainError("planted")
+            return await do(self, sight, due)
+
+        monkeypatch.setattr(EvmCommittee, "do", away)
+        status, (half,) = await honest("juror", "vote", case, "accept")
+        assert status == 1 and states(half) == ["committed", "none", "committed"] and "planted" in half["problems"][0]
+        monkeypatch.setattr(EvmCommittee, "do", do)
+        rest = await honest.one("juror", "tend")
+        assert purposes(rest) == ["juror_commit"] and states(rest) == ["committed"] * 3
+
+        await world.net.advance(PLAY_COMMITTEE.commit_window)
+        assert purposes(await honest.one("juror", "tend", "--forfeit"))[:3] == ["juror_reveal"] * 3
+        assert not job.state.ended, "two seats may still reveal"
+        await world.net.advance(PLAY_COMMITTEE.reveal_window)
+        await ended(world, job, claimed, Outcome.ACCEPT)
+        done = await honest.one("juror", "tend", "--forfeit")
+        assert [one["ticket"] for one in done["forfeited"]] == [0, 1] and states(done) == ["paid"] * 3
+        assert "was silent: a tenth of its bond is burnt" in honest.said
+        assert (await honest.one("juror", "tend", "--forfeit"))["forfeited"] == []
+        late = await silent.one("juror", "tend")
+        assert (late["transactions"], states(late)) == ([], ["forfeited"] * 2)
+        lost, _ = (await silent("juror", "show"))[1]
+        assert (lost["tickets"], lost["leaving"]) == (0, str(2 * PLAY_COMMITTEE.seat_bond * 9 // 10))
+
+    run(main)

@@ -71,6 +71,21 @@ def test_a_payer_puts_money_into_the_vault_and_takes_it_home() -> None:
     assert send(CLIENT, role, HERE.vault, allowed[0][1], chain_id=1) is SigningReason.DOMAIN
 
 
+def test_a_payer_moves_penalties_and_asks_nothing_else_of_the_registry() -> None:
+    role, me = KeyRole.PAYER, own(KeyRole.PAYER)
+    assert send(CLIENT, role, HERE.workers, WORKERS.encode("moveSlash", 7)) is None
+    assert send(CLIENT, role, HERE.workers, WORKERS.encode("moveSlash", 7), 1) is SigningReason.CALL
+    for data in (
+        WORKERS.encode("cancelSlash", 7),
+        WORKERS.encode("stake", HERE.token, 5),
+        WORKERS.encode("setExposure", HERE.token, 5),
+        WORKERS.encode("setPayout", me, STRANGER),
+        WORKERS.encode("revoke", me),
+    ):
+        assert send(CLIENT, role, HERE.workers, data) is SigningReason.CALL
+    assert send(WORKER, KeyRole.WORKER, HERE.workers, WORKERS.encode("moveSlash", 7)) is SigningReason.CALL
+
+
 def test_each_chain_has_its_own_addresses() -> None:
     me = own(KeyRole.PAYER)
     data = VAULT.encode("deposit", ZERO_ADDRESS, 5, me)
