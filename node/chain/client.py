@@ -403,13 +403,6 @@ class EvmChain:
             raise ChainError(f"block {number} has gone while we looked at it")
         return header
 
-    async def block_time(self, number: int) -> int:
-        """Chain seconds. Raises `ChainError` when there is no such block (any more)."""
-        header = await self._eth.header(number)
-        if header is None:
-            raise ChainError(f"block {number} has gone while we looked at it")
-        return header.timestamp
-
     async def logs(self, name: str, topics: Sequence[bytes], first: int, last: int) -> list[ChainEvent]:
         """Events of the contract called `name` with these first topics, from block `first` to `last`."""
         found = await Eth(self.nodes).logs_between([self.deployment.address_of(name)], first, last, topics)
