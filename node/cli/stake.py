@@ -27,7 +27,7 @@ def command(shared: Shared, amount: int | None, exposure: int | None, chain: str
 
     It comes out of the owner's vault balance; what is missing there is deposited first from the owner's account. It goes
     out again by `unstake`, after the unbonding time. A job with a penalty holds part of it, never more than --exposure,
-    which is zero until you set it.
+    which is zero until you set it. Each slash uses exposure up; set it again after one.
     """
     import trio
 
