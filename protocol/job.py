@@ -269,6 +269,8 @@ class JobClient(_Machine):
         self.sequence = 0
         self.started = 0
         self.receipt: Receipt | None = None
+        self.shown: ReceiptMessage | None = None
+        """What the worker gave as its receipt, verified or not."""
         self._text = 0
 
     @property
@@ -297,6 +299,7 @@ class JobClient(_Machine):
                     raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more text than the tokens can carry")
                 self.digest.extend(message.token_ids, message.text)
             case ReceiptMessage():
+                self.shown = message
                 self.receipt = self._verify(message)
             case Refuse():
                 refusal = Refusal(self.terms.ask.job_id, message.reason, message.at)

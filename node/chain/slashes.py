@@ -7,20 +7,28 @@ Amounts are in the smallest unit of the slash's token, times in chain seconds.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from node.chain.artifacts import contract
 from node.errors import ChainError
 from node.ports import Slashes, TxResult
+from protocol.equivocation import Contradiction
 from protocol.escrow import Slash, SlashState
-from protocol.ids import Address, Hash32, keccak256
+from protocol.ids import Address, ChannelId, Hash32, keccak256
+from protocol.typed_data import ChannelConfig
 
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
 
 PAGE: Final = 16
 """Slashes that are asked for at once."""
+BLOCKS: Final = 5_000
+"""Searched at once for an event: what public nodes still answer."""
+PROVE: Final = "prove_equivocation"
+"""Purpose of the transaction, in the journal."""
 GUARDIAN: Final = keccak256(b"GUARDIAN")
 
 
@@ -51,6 +59,30 @@ class EvmSlashes:
     async def cancel(self, slash_id: int) -> TxResult:
         """Only for a guardian of the vault, and before it moves."""
         return await self._chain.change("cancel_slash", "Workers", "cancelSlash", slash_id)
+
+    async def prove(self, found: Contradiction, config: ChannelConfig) -> TxResult:
+        """Convict the receiver of this channel's config by two receipts; whoever asks is the reporter."""
+        words: list[object] = []
+        for one in (found.first, found.second):
+            words += [tuple(getattr(one.receipt, field.name) for field in fields(one.receipt)), one.signature]
+        raw = tuple(getattr(config, field.name) for field in fields(config))
+        return await self._chain.change(PROVE, "Disputes", "proveEquivocation", raw, *words)
+
+    async def is_convicted(self, hot_key: Address) -> bool:
+        return bool(await self._chain.view("Workers", "isConvicted", hot_key))
+
+    async def config_of(self, channel_id: ChannelId) -> ChannelConfig | None:
+        """Of a channel that was ever allocated, as far as a node tells of it; its id is the hash of it, so nobody can lie."""
+        topics = (contract("Channels").topic("Allocated"), bytes(channel_id))
+        last = (await self._chain.head()).number
+        while last >= self._chain.deployment.block:
+            first = max(last - BLOCKS + 1, self._chain.deployment.block)
+            for event in await self._chain.logs("Channels", topics, first, last):
+                config = event.args["config"]
+                if isinstance(config, ChannelConfig) and config.channel_id(self._chain.domain) == channel_id:
+                    return config
+            last = first - 1
+        return None
 
     async def is_guardian(self, account: Address) -> bool:
         return bool(await self._chain.view("Vault", "hasRole", GUARDIAN, account))

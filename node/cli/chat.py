@@ -85,6 +85,8 @@ async def chat(
     after = await chain.head()
     if not output.json:
         output.write("\n")
+    for contradiction in client.evidence.told:
+        output.say(contradiction)
     receipt = stream.receipt
     if receipt is None:
         return

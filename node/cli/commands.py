@@ -20,7 +20,7 @@ COMMANDS: dict[str, str] = {
     "unstake": "Take a stake home, after its delay.",
     "chat": "Chat with a model: the answer on stdout, usage and cost on stderr.",
     "job": "Batch jobs in escrow: post a file of inputs, follow it, get the verified result.",
-    "slash": "Penalties of workers: see them, move them when they are due, cancel them as a guardian.",
+    "slash": "Penalties of workers: see them, move them when they are due, prove an equivocation.",
     "juror": "A seat in the committee that judges disputed batch jobs: tickets, votes, fees.",
     "offers": "What workers sell now, and why one would be chosen.",
     "deposit": "Put tokens into the vault.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from protocol.escrow import Slash
 
 ID = click.IntRange(1, 2**63 - 1)
+KEYS = click.Choice(["payer", "owner"])
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 LAST = click.option(
     "--last", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Look at so many, newest first."
 )
@@ -29,7 +32,7 @@ LAST = click.option(
 
 @click.group(cls=Group)
 def command() -> None:
-    """Penalties of workers: see them, move them when they are due, cancel them as a guardian.
+    """Penalties of workers: see them, move them when they are due, prove what is due, cancel as a guardian.
 
     A broken word books a slash of the owner's stake. For a week a guardian may cancel it; after that anybody may move it: half
     goes to the victim, a quarter to the reporter, the rest is burnt. A client moves what is due to it for its jobs by itself,
@@ -54,7 +57,7 @@ def list_(shared: Shared, accounts: tuple[Address, ...], everybody: bool, last: 
 
 @command.command()
 @click.argument("number", metavar="[ID]", type=ID, required=False)
-@click.option("--key", type=click.Choice(["payer", "owner"]), default="payer", show_default=True, help="Who pays.")
+@click.option("--key", type=KEYS, default="payer", show_default=True, help="Who pays.")
 @LAST
 @chain_option
 @password_options
@@ -85,6 +88,33 @@ def cancel(shared: Shared, number: int, key: str, chain: str | None, request: st
     trio.run(_cancel, shared, number, key, chain, request)
 
 
+@command.command()
+@click.argument("first", type=FILE, required=False)
+@click.argument("second", type=FILE, required=False)
+@click.option("--key", type=KEYS, default="payer", show_default=True, help="Who reports, with two files.")
+@chain_option
+@password_options
+@click.pass_obj
+def prove(shared: Shared, first: Path | None, second: Path | None, key: str, chain: str | None) -> None:
+    """Convict a worker that signed two different receipts with one number: its key is retired for ever, its owner slashed.
+
+    Without files every contradiction in this client's journal is proved. FIRST and SECOND are receipts of anybody's, as
+    `chat --json` prints them in its last line; half of the slash is for the channel's payer, a quarter for who reports.
+    """
+    import trio
+
+    from node.cli import slash_prove
+
+    if first is None:
+        if key != "payer":
+            raise click.UsageError("the journal is the payer's: --key is for two files")
+        trio.run(slash_prove.from_journal, shared, chain)
+    elif second is None:
+        raise click.UsageError("one receipt contradicts nothing: name two files, or none")
+    else:
+        trio.run(slash_prove.from_files, shared, first, second, key, chain)
+
+
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -104,7 +134,7 @@ async def _move(shared: Shared, number: int | None, key: str, last: int, name: s
     from protocol.escrow import SlashState
     from protocol.slashing import is_due, share_for
 
-    async with _as(shared, key, name) as chain:
+    async with as_key(shared, key, name) as chain:
         head, done = (await chain.head()).timestamp, []
         if number is None:
             found = [
@@ -136,7 +166,7 @@ async def _cancel(shared: Shared, number: int, key: str, name: str | None, reque
     from node.errors import ChainError
     from protocol.escrow import SlashState
 
-    async with _as(shared, key, name) as chain:
+    async with as_key(shared, key, name) as chain:
         slash = _there(number, await chain.slashes.get(number))
         info, done = await chain.token_info(slash.token), []
         if slash.state is not SlashState.CANCELLED:
@@ -158,7 +188,7 @@ async def _cancel(shared: Shared, number: int, key: str, name: str | None, reque
 
 
 @asynccontextmanager
-async def _as(shared: Shared, key: str, name: str | None) -> AsyncIterator[EvmChain]:
+async def as_key(shared: Shared, key: str, name: str | None) -> AsyncIterator[EvmChain]:
     """The chain of this name as the account of a key, with that account's journal."""
     from node.cli.connected import connected
     from node.cli.staking import owner_chain

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from node.client.chat import ChatStream
+from node.client.evidence import Evidence
 from node.client.job_quotes import JobWish
 from node.client.jobs import ClientJobs, Confirm, Job
 from node.client.settings import ClientSettings
@@ -78,6 +79,7 @@ class Client:
         self.now_ms = now_ms
         self.random32 = random32
         self.meter = Meter()
+        self.evidence = Evidence(wallet.book.ledger)
         self.history: dict[PeerId, History] = {}
         self.problems: list[str] = []
         """What failed when the bootstrap peers were dialled, in words."""

@@ -218,6 +218,7 @@ class Part:
         wanted = self.machine.states[Role.CLIENT] is Client.ASKED
         ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
         client.meter.drop(self.channel_id, self.key)
+        two_faced = await client.evidence.accepted(client.book.channels[self.channel_id], receipt)
 
         def target(_: ChannelState) -> int | None:
             return last_voucher(client.preview(self.channel_id, ended), client.meter.running(self.channel_id))
@@ -230,6 +231,8 @@ class Part:
         chat.parts.append(PartRecord(self.peer, self.channel_id, receipt, message.signature, receipt.cost))
         if wanted and receipt.finish_reason == FinishReason.CANCELLED:
             self._cut_short(receipt)
+        elif two_faced:  # what was delivered is paid, and nobody is asked again who signs one number twice
+            client.failed(self.peer)
         else:
             client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
         fault_point("send.ack")
@@ -268,6 +271,8 @@ class Part:
             unsold = isinstance(error, RemoteProtocolError) and error.code is WireCode.BACKEND
             spent = 0 if unsold and not self.machine.output_tokens else self.machine.spent
             await self._journal_end(spent)
+            if self.machine.shown is not None:
+                await self.client.evidence.refused(self.client.book.channels[self.channel_id], self.machine.shown)
             self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))
             if isinstance(error, RemoteProtocolError) and not self.machine.over:
                 await self.link.abort(error.code, error.detail)

@@ -4,7 +4,8 @@ A job that a worker broke books a slash, and a week later anybody may move it; w
 
 Rules
 - Nothing is remembered on disk: what is booked, for whom and since when is the chain's to say, so a restart forgets nothing.
-- The chain is asked only when a job here ended in a way that books a slash, and no further back than that job.
+- The chain is asked only when a job here ended in a way that books a slash, or this client has proved an equivocation, and no
+  further back than that.
 - Nothing is sent for a share below `least`, for a slash that is not due by the chain's clock, or for one that somebody has
   moved: the contract is looked at once more before.
 - One chain's trouble is its own.
@@ -16,9 +17,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
+import msgspec
 import trio
 
-from node.chain.slashes import newest, page_below, read
+from node.chain.slashes import PROVE, newest, page_below, read
 from node.errors import ChainError, SignerError
 from node.ports import Chain
 from node.store.batch import BatchBook
@@ -31,6 +33,8 @@ WALK_MOST: Final = 4096
 """Most slashes that are looked at from the newest down. What is older is moved by `gristmill slash move`."""
 
 
+DAY_S: Final = 24 * 3600
+"""How far our clock, by which a proof is dated, may be ahead of the chain's."""
 YOUNG_S: Final = 3600
 """A slash that was booked within this time may be undone by a reorganisation, and another get its number: it is read again."""
 
@@ -45,6 +49,7 @@ class ClientSlashes:
         self._look_s = look_s
         self._known: dict[Domain, dict[int, Slash]] = {}
         """What was read and is not young, by number; lost at a restart without harm."""
+        self._proved: list[tuple[int, int]] | None = None
         self._turn = trio.Lock()
 
     async def run(self) -> None:
@@ -70,6 +75,7 @@ class ClientSlashes:
 
     async def _tend(self, domain: Domain, chain: Chain, say: Callable[[str], None]) -> list[str]:
         since = [booked_since(job) for job in self._book.jobs.values() if job.domain == domain and may_have_booked(job)]
+        since += [at for chain_id, at in self._proofs() if chain_id == chain.chain_id]
         if not since or not self._least:
             return []
         known, failed = self._known.setdefault(domain, {}), []
@@ -83,6 +89,16 @@ class ClientSlashes:
                 if problem:
                     failed.append(f"penalty {slash_id}: {problem}")
         return failed
+
+    def _proofs(self) -> list[tuple[int, int]]:
+        """(chain id, chain seconds) before which a slash by a proof that this journal sent was not booked; read once."""
+        if self._proved is None:
+            sent = [
+                (msgspec.msgpack.decode(record.body), record.at_ms // 1000 - DAY_S)
+                for record in self._book.ledger.records(prefix="tx_signed")
+            ]
+            self._proved = [(int(body["chain_id"]), at) for body, at in sent if body["purpose"] == PROVE]
+        return self._proved
 
     async def _ours(self, chain: Chain, known: dict[int, Slash], since: int, head: int) -> list[tuple[int, Slash]]:
         """What is worth moving of all that was booked since then, the oldest first."""

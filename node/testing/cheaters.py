@@ -150,6 +150,26 @@ def _refusal_of_a_stranger(worker: Worker) -> Tamper:
     return _only(Accept, change)
 
 
+def reuse_number(worker: Worker) -> None:
+    """From now on every receipt of this worker has number 1: each is true, and any two of a channel convict it."""
+
+    def tamper(_: Worker) -> Tamper:
+        def change(message: JobConversation) -> Sequence[JobConversation]:
+            if isinstance(message, Accept):
+                return (msgspec.structs.replace(message, sequence=1),)
+            return signed(message) if isinstance(message, ReceiptMessage) else (message,)
+
+        signed = _in_receipt(sequence=1)(worker)
+        return change
+
+    honest = worker.server.handle
+
+    async def handle(stream: ByteStream) -> None:
+        await honest(TamperedStream(stream, tamper(worker)))
+
+    worker.network.handle(JOB_PROTOCOL, handle)
+
+
 def _padded(_: Worker) -> Tamper:
     """More tokens than were asked for."""
     return _only(Chunk, lambda message: (message,) * 64)
