@@ -25,7 +25,7 @@ from protocol.escrow.state import BURNT
 from protocol.escrow.workers import SLASH_DELAY, book_slash
 from protocol.ids import UINT128_MAX, ZERO_ADDRESS, Address, Hash32
 
-DEPOSIT, PENALTY = 10_000_000, 400
+DEPOSIT, PENALTY, DAY = 10_000_000, 400, 86_400
 LINES = [f"line number {n}" for n in range(10)]
 OWNER, STRANGER = key("owner"), key("stranger").address
 FAST = Timing(submit_margin=2, accept_grace=1, settle_patience=1, finalize_patience=1, dispute_margin=2)
@@ -205,6 +205,34 @@ def test_a_number_that_a_reorganisation_gave_to_another_is_read_again() -> None:
     run_market(test)
 
 
+def test_what_was_a_strangers_before_a_reorganisation_may_be_ours_after_it() -> None:
+    async def test(market: Market) -> None:
+        client = await broken_word(market, look_s=3600)
+        (mine,) = slashes(market)
+        other = replace(mine, victim=STRANGER, reporter=STRANGER)
+        on_world(market, lambda s, now: replace(s, slashes={1: other}))
+        assert await client.jobs.tend() == []
+        on_world(market, lambda s, now: replace(s, slashes={1: mine}))
+        market.ledger.advance(SLASH_DELAY)
+        assert await client.jobs.tend() == [] and moves(market) == 1
+
+    run_market(test)
+
+
+def test_nothing_is_said_of_what_was_cancelled_since_it_was_read() -> None:
+    async def test(market: Market) -> None:
+        client = await broken_word(market, look_s=3600)
+        market.ledger.advance(DAY)
+        said: list[str] = []
+        assert await client.jobs.tend(said.append) == []
+        on_world(market, lambda s, now: replace(s, guardians=frozenset({STRANGER})))
+        on_world(market, lambda s, now: escrow.cancel_slash(s, now, STRANGER, 1))
+        market.ledger.advance(SLASH_DELAY)
+        assert await client.jobs.tend(said.append) == [] and said == [] and moves(market) == 0
+
+    run_market(test)
+
+
 # --------------------------------------------------------------------------------------------------------------- numbers
 
 
@@ -262,6 +290,17 @@ def test_shares_are_what_the_contracts_pay(amount: int, victim: Address, reporte
     after = escrow.move_slash(state, 5, 1)
     assert not slashing.is_due(slash, 4) and slashing.is_due(slash, 5)
     assert not slashing.is_due(after.slashes[1], 5) and not slashing.worth_moving(after.slashes[1], STRANGER, 1)
+    assert not slashing.worth_moving(slash, STRANGER, 0)
+    assert slashing.worth_moving(slash, STRANGER, 1) == (slashing.share_for(slash, STRANGER) > 0)
     for account in {STRANGER, OWNER.address}:
         assert after.balance_of(ledger.token, account) == slashing.share_for(slash, account)
     assert after.balance_of(ledger.token, BURNT) == slashing.shares_of(slash).burnt
+
+
+def test_a_walk_down_stops_at_the_first_that_was_booked_before() -> None:
+    booked = 1_000_000
+    slash = escrow.Slash(
+        *(OWNER.address, ZERO_ADDRESS, 10, STRANGER, STRANGER, booked + SLASH_DELAY, SlashState.BOOKED),
+        Hash32(bytes(32)),
+    )
+    assert not slashing.is_before(slash, booked) and slashing.is_before(slash, booked + 1)
