@@ -2,9 +2,9 @@
 
 Rules
 - *One vote.* A juror votes with all its seats alike: it ran the job once.
-- *Journal, then speak* (J1). A vote, the hash of the juror's own result and the secret behind its salts are durable before the
-  first commitment leaves. Who has lost them can not reveal, and a seat that does not reveal loses a tenth of its bond.
-- *The secret is random* (J2). Each ticket's salt is a hash of it and of the ticket, so nothing that is revealed helps to guess
+- *Journal, then speak* (J1, Y3). A vote, the hash of the juror's own result and the secret behind its salts are durable before
+  the first commitment leaves. Who has lost them can not reveal, and a seat that does not reveal loses a tenth of its bond.
+- *The secret is random* (Y4). Each ticket's salt is a hash of it and of the ticket, so nothing that is revealed helps to guess
   another, and until then nobody can find a vote by trying both.
 - A step follows from what the chain shows and from the vote alone; so it is safe to look again at any time, and after a crash.
 - What pays nobody is not done by itself: sealing is for who has tickets, resolving for who gains the fee by it, forfeiting for

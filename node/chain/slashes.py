@@ -68,9 +68,6 @@ class EvmSlashes:
         raw = tuple(getattr(config, field.name) for field in fields(config))
         return await self._chain.change(PROVE, "Disputes", "proveEquivocation", raw, *words)
 
-    async def is_convicted(self, hot_key: Address) -> bool:
-        return bool(await self._chain.view("Workers", "isConvicted", hot_key))
-
     async def config_of(self, channel_id: ChannelId) -> ChannelConfig | None:
         """Of a channel that was ever allocated, as far as a node tells of it; its id is the hash of it, so nobody can lie."""
         topics = (contract("Channels").topic("Allocated"), bytes(channel_id))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from protocol.equivocation import Contradiction, SignedReceipt
     from protocol.typed_data import ChannelConfig
 
+PROVEN = "Disputes_ConvictedBefore"
 MAX_BYTES = 64 << 20
 """Longest file of a receipt: `chat --json` prints the answer before it."""
 
@@ -69,10 +70,6 @@ async def _prove(shared: Shared, chain: EvmChain, found: Contradiction, config: 
         raise ConfigError(f"these two receipts prove nothing: {why_not}")
     worker, owner = config.receiver, (await chain.worker(config.receiver)).owner
     data: dict[str, Any] = {"worker": str(worker), "channel": str(found.first.receipt.channel_id), "sequence": number}
-    if await chain.slashes.is_convicted(worker):
-        text = f"worker {worker} was convicted before; a key is convicted once"
-        shared.output.row({**data, "convicted": True, "slash": None, "transactions": []}, text)
-        return
     info, stake = await chain.token_info(config.token), None
     if owner != ZERO_ADDRESS:
         stake = await Stakes(chain).of(owner, config.token)
@@ -82,15 +79,21 @@ async def _prove(shared: Shared, chain: EvmChain, found: Contradiction, config: 
         f"{info.show(amount)} of its owner's stake is slashed: half for the payer {config.payer}, a quarter for {chain.account}"
     )
     before = await newest(chain.slashes)
-    result = (await chain.slashes.prove(found, config)).sound()
+    result = await chain.slashes.prove(found, config)
+    if not result.ok and result.error == PROVEN:  # told by a simulation: nothing was sent
+        text = f"worker {worker} was convicted in this token before, which happens once; nothing was sent"
+        shared.output.row({**data, "slash": None, "transactions": []}, text)
+        return
+    result.sound()
     now, booked = (await chain.head()).timestamp, None
     for slash_id in range(before + 1, await newest(chain.slashes, before) + 1):
         slash = await chain.slashes.get(slash_id)
         if slash.owner == owner and slash.victim == config.payer and slash.reporter == chain.account:
             booked = (slash_id, slash)
     text = f"worker {worker} is convicted\n"
-    text += slash_text(*booked, info, now, {chain.account}) if booked else "its owner has no stake in this token"
-    data |= {"convicted": True, "slash": slash_data(*booked, info) if booked else None}
+    none = "nothing is slashed: its owner has no stake in this token, or the key was retired long ago"
+    text += slash_text(*booked, info, now, {chain.account}) if booked else none
+    data["slash"] = slash_data(*booked, info) if booked else None
     shared.output.row({**data, "transactions": [transaction(result)]}, text)
 
 

@@ -1,5 +1,5 @@
 """A worker breaks its word, and half of its penalty comes to the client by itself: after the delay, once, across restarts, and
-never for nothing."""
+never for nothing. Y1 and Y2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A worker that signs one number twice is noticed and avoided, and both receipts are in the journal; an honest one never is."""
+"""A worker that signs one number twice is noticed and avoided, and both receipts are in the journal; an honest one never is.
+
+Y5.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A juror's votes in its journal: durable before they are spoken, found again in their order, refused when damaged."""
+"""A juror's votes in its journal: durable before they are spoken, found again in their order, refused when damaged. Y3."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Jurors that follow `protocol.jury` against the model of the contracts: nothing that they do is ever refused, and every seat of
-a juror that has voted and looks now and then is revealed and paid."""
+a juror that has voted and looks now and then is revealed and paid. Y3 and Y4."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def disputed(tickets: Mapping[Address, int], seats: int) -> Escrow:
     state = escrow.set_exposure(escrow.stake(state, OWNER, TOKEN, 2_000), OWNER, TOKEN, 2_000)
     for who, count in tickets.items():
         state = escrow.enroll(state, 1, who, count)
-    state = escrow.open_job(state, NOW, ANN, QUOTE, WORKER, ANN)
+    state = escrow.open_job(state, NOW, WORKER, QUOTE, WORKER, ANN)
     state = escrow.submit(state, NOW, ANN, QUOTE, RESULT, 900, WORKER)
     return escrow.open_dispute(state, NOW, 10, ANN, QUOTE, ZERO)
 
