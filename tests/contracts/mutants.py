@@ -1,4 +1,4 @@
-"""Planted bugs: (name, file under contracts/src, what stands there, what a bug would say). Each must be killed.
+"""Planted bugs: (name, file under contracts/src, what stands there once, what a bug would say). Each must be killed.
 
 `scripts/check-mutants` compiles each one and runs the contract tests on it; contracts/INVARIANTS.md keeps the result.
 """
@@ -61,13 +61,30 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "if (state.withdrawAt != 0) revert Channels_WithdrawPending(id, state.withdrawAt);\n        uint128 current",
         "uint128 current",
     ),
-    ("anyone is a module", "Vault.sol", "if (!isModule[msg.sender]) revert", "if (false) revert"),
+    (
+        "anyone is a module",
+        "Vault.sol",
+        "modifier onlyModule() {\n        if (!isModule[msg.sender]) revert",
+        "modifier onlyModule() {\n        if (false) revert",
+    ),
+    (
+        "a stranger is told what a module holds",
+        "Vault.sol",
+        "if (!isModule[msg.sender]) revert Vault_NotModule(msg.sender);\n            if (amount > locked)",
+        "if (amount > locked)",
+    ),
     ("pause blocks the exit", "Vault.sol", "if (amount == 0) revert", "if (paused || amount == 0) revert"),
     (
         "credit what was asked",
         "Vault.sol",
-        "_pull(IERC20(token), amount);",
-        "_pull(IERC20(token), amount) * 0 + amount;",
+        "amount : _pull(IERC20(token), amount);",
+        "amount : _pull(IERC20(token), amount) * 0 + amount;",
+    ),
+    (
+        "a permit credits what was asked",
+        "Vault.sol",
+        "credited = _pull(IERC20(token), amount);",
+        "credited = _pull(IERC20(token), amount) * 0 + amount;",
     ),
     ("withdraw keeps the liability", "Vault.sol", "        liabilities[token] -= amount;\n", ""),
     ("seal again", "Vault.sol", "if (isSealed) revert", "if (false) revert"),
@@ -76,10 +93,10 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "a retired key can be taken",
         "Workers.sol",
-        "record.active || (record.owner != address(0) && record.owner != msg.sender)",
-        "record.active",
+        "key.active || (key.owner != address(0) && key.owner != msg.sender)",
+        "key.active",
     ),
-    ("a consent works twice", "Workers.sol", "record.nonce += 1;", ""),
+    ("a consent works twice", "Workers.sol", "        key.nonce += 1;\n", ""),
     # ------------------------------------------------------------------------------------------------------- disputes
     (
         "the receiver's authorizer convicts",

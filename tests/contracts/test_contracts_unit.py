@@ -364,6 +364,16 @@ def test_a_fee_token_is_credited_with_what_arrived(deployment: Deployment) -> No
     assert token.call("balanceOf", ANN.address) == 810
 
 
+def test_a_fee_token_by_permit_is_credited_with_what_arrived(deployment: Deployment) -> None:
+    """I1: it knows no permit, so the allowance counts."""
+    token, vault = listed(deployment, "FeeToken"), deployment.vault
+    token.send(ANN.address, "mint", ANN.address, 1000)
+    token.send(ANN.address, "approve", vault.address, 1000)
+    args = (token.address, 1000, ANN.address, 2**40, 27, bytes(32), bytes(32))
+    assert vault.send(ANN.address, "depositWithPermit", *args).value == 900
+    assert vault.call("liabilities", token.address) == 900 == token.call("balanceOf", vault.address)
+
+
 def test_a_token_without_return_value_works(deployment: Deployment) -> None:
     token, vault = listed(deployment, "NoReturnToken"), deployment.vault
     token.send(ANN.address, "mint", ANN.address, 10)
