@@ -1,4 +1,4 @@
-"""Planted bugs: (name, file under contracts/src, what stands there, what a bug would say). Each must be killed.
+"""Planted bugs: (name, file under contracts/src, what stands there once, what a bug would say). Each must be killed.
 
 `scripts/check-mutants` compiles each one and runs the contract tests on it; contracts/INVARIANTS.md keeps the result.
 """
@@ -61,13 +61,30 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "if (state.withdrawAt != 0) revert Channels_WithdrawPending(id, state.withdrawAt);\n        uint128 current",
         "uint128 current",
     ),
-    ("anyone is a module", "Vault.sol", "if (!isModule[msg.sender]) revert", "if (false) revert"),
+    (
+        "anyone is a module",
+        "Vault.sol",
+        "modifier onlyModule() {\n        if (!isModule[msg.sender]) revert",
+        "modifier onlyModule() {\n        if (false) revert",
+    ),
+    (
+        "a stranger is told what a module holds",
+        "Vault.sol",
+        "if (!isModule[msg.sender]) revert Vault_NotModule(msg.sender);\n            if (amount > locked)",
+        "if (amount > locked)",
+    ),
     ("pause blocks the exit", "Vault.sol", "if (amount == 0) revert", "if (paused || amount == 0) revert"),
     (
         "credit what was asked",
         "Vault.sol",
-        "_pull(IERC20(token), amount);",
-        "_pull(IERC20(token), amount) * 0 + amount;",
+        "amount : _pull(IERC20(token), amount);",
+        "amount : _pull(IERC20(token), amount) * 0 + amount;",
+    ),
+    (
+        "a permit credits what was asked",
+        "Vault.sol",
+        "credited = _pull(IERC20(token), amount);",
+        "credited = _pull(IERC20(token), amount) * 0 + amount;",
     ),
     ("withdraw keeps the liability", "Vault.sol", "        liabilities[token] -= amount;\n", ""),
     ("seal again", "Vault.sol", "if (isSealed) revert", "if (false) revert"),
@@ -76,10 +93,10 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "a retired key can be taken",
         "Workers.sol",
-        "record.active || (record.owner != address(0) && record.owner != msg.sender)",
-        "record.active",
+        "key.active || (key.owner != address(0) && key.owner != msg.sender)",
+        "key.active",
     ),
-    ("a consent works twice", "Workers.sol", "record.nonce += 1;", ""),
+    ("a consent works twice", "Workers.sol", "        key.nonce += 1;\n", ""),
     # ------------------------------------------------------------------------------------------------------- disputes
     (
         "the receiver's authorizer convicts",
@@ -94,8 +111,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "a key is convicted twice",
         "Disputes.sol",
-        "if (!workers.convict(config.receiver, other)) revert Disputes_ConvictedBefore(config.receiver);",
-        "workers.convict(config.receiver, other);",
+        "if (_proven[config.receiver][config.token]) revert",
+        "if (false) revert",
     ),
     ("anyone challenges", "Disputes.sol", "if (msg.sender != quote.client) revert", "if (false) revert"),
     ("a case is starved", "Disputes.sol", "_requireGas(BEGIN_GAS);", ""),
@@ -292,8 +309,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "held stake leaves",
         "Workers.sol",
-        "return total > locked ? total - locked : 0;",
-        "return locked < type(uint256).max ? total : 0;",
+        "return _above(uint256(found.active) + found.unbonding, _locked(owner, token));",
+        "return uint256(found.active) + found.unbonding;",
     ),
     (
         "stake leaves a second early",
@@ -610,8 +627,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "anybody fails a job",
         "Jobs.sol",
-        "if (msg.sender != quote.worker && msg.sender != workers.ownerOf(quote.worker)) {",
-        "if (msg.sender == quote.client) {",
+        "        if (!_isWorker(quote, msg.sender)) revert",
+        "        if (msg.sender == quote.client) revert",
     ),
     (
         "who fails reports itself",
@@ -707,5 +724,135 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "Workers.sol",
         "_stakes[found.owner][found.token].active += found.amount;",
         "_stakes[msg.sender][found.token].active += found.amount;",
+    ),
+    # ------------------------------------------------------------------------------------- what the attacker must find alone
+    (
+        "a forfeited ticket's bond leaves whole",
+        "Committee.sol",
+        "_takeOut(juror, 1, _seatBond - burnt);",
+        "_takeOut(juror, 1, _seatBond);",
+    ),
+    (
+        "leaving tickets count in the draw",
+        "Committee.sol",
+        "_record(account, now_, -int256(uint256(tickets)));",
+        "_record(account, now_ + tickets, 0);",
+    ),
+    (
+        "a second resignation keeps the date",
+        "Committee.sol",
+        "        juror.freeAt = freeAt;\n",
+        "        if (juror.freeAt < block.timestamp) juror.freeAt = freeAt;\n",
+    ),
+    ("a rejection counts twice", "Committee.sol", "record.rejects += 1;", "record.rejects += 2;"),
+    ("a vote counts for the other side", "Committee.sol", "if (vote == Outcome.Accept) {", "if (vote != Outcome.Accept) {"),
+    (
+        "a ticket is as good as another",
+        "Committee.sol",
+        "keccak256(abi.encode(record.seed, juror, ticket))",
+        "keccak256(abi.encode(record.seed, juror, uint32(0) * ticket))",
+    ),
+    (
+        "a job accepted at once looks refunded",
+        "Jobs.sol",
+        "        if (state == State.Open) found.result = resultHash;\n",
+        "",
+    ),
+    (
+        "a dispute that the client wins looks refunded",
+        "Jobs.sol",
+        "        _empty(found);\n\n        _pay(jobId, quote, toWorker);",
+        "        _empty(found);\n        if (penalize) found.result = NO_RESULT;\n\n        _pay(jobId, quote, toWorker);",
+    ),
+    (
+        "a refund keeps the stake held",
+        "Jobs.sol",
+        "address reporter) private {\n        _letGo(quote);\n",
+        "address reporter) private {\n        if (reporter == address(0)) _letGo(quote);\n",
+    ),
+    (
+        "the window begins at the deadline",
+        "Jobs.sol",
+        "uint40 windowEnd = uint40(block.timestamp) + quote.window;",
+        "uint40 windowEnd = quote.deadline + quote.window;",
+    ),
+    (
+        "a draw pays bond and fee",
+        "Disputes.sol",
+        "quote.client, bond - fee);\n    }",
+        "quote.client,\n            outcome == IResolver.Outcome.Draw ? bond : bond - fee);\n    }",
+    ),
+    (
+        "a rejected challenge pays the whole job",
+        "Disputes.sol",
+        "rejected ? claimed : claimed / 2;",
+        "rejected ? quote.amount : claimed / 2;",
+    ),
+    (
+        "a challenge where there is no judge",
+        "Disputes.sol",
+        "if (quote.resolver == address(0)) revert",
+        "if (false) revert",
+    ),
+    (
+        "what leaves does not count for the cap",
+        "Workers.sol",
+        "uint256 cap = (uint256(active) + unbonding) * SLASH_CAP_PPM / PPM;",
+        "uint256 cap = uint256(active) * SLASH_CAP_PPM / PPM;",
+    ),
+    (
+        "earnings of the last window do not lock",
+        "Workers.sol",
+        ".held) + known.amount + known.before;",
+        ".held) + known.amount;",
+    ),
+    (
+        "the earnings window ends a second early",
+        "Workers.sol",
+        "uint32(block.timestamp / EARNINGS_WINDOW);",
+        "uint32((block.timestamp + 1) / EARNINGS_WINDOW);",
+    ),
+    (
+        "a rotated key stays at work",
+        "Workers.sol",
+        "        (key.active, key.retiredAt) = (false, uint40(block.timestamp));\n        _activate(newHotKey,",
+        "        _activate(newHotKey,",
+    ),
+    (
+        "a hot key moves its earnings",
+        "Workers.sol",
+        "if (key.owner != msg.sender) revert Workers_NotOwner",
+        "if (key.owner != msg.sender && hotKey != msg.sender) revert Workers_NotOwner",
+    ),
+    (
+        "a proof shelters the stake in other tokens",
+        "Disputes.sol",
+        "if (_proven[config.receiver][config.token]) revert",
+        "if (workers.isConvicted(config.receiver)) revert",
+    ),
+    ("a slash leaves the exposure", "Workers.sol", "uint128(_above(found.exposure, booked));", "found.exposure;"),
+    (
+        "a client opens a penalty",
+        "Jobs.sol",
+        "if (quote.penalty > 0 && !_isWorker(quote, msg.sender)) revert",
+        "if (quote.penalty > 0 && msg.sender != quote.client && !_isWorker(quote, msg.sender)) revert",
+    ),
+    (
+        "a key that is long gone costs stake",
+        "Workers.sol",
+        "if (key.retiredAt != 0 && block.timestamp > key.retiredAt + UNBONDING) return (0, 0);",
+        "if (key.retiredAt > block.timestamp) return (0, 0);",
+    ),
+    (
+        "a retired key answers for nothing",
+        "Workers.sol",
+        "block.timestamp > key.retiredAt + UNBONDING",
+        "block.timestamp > key.retiredAt",
+    ),
+    (
+        "a job of one's own keeps a lock away",
+        "Workers.sol",
+        "uint256 free = _above(uint256(found.active) + found.unbonding, uint256(known.amount) + known.before);",
+        "uint256 free = _free(owner, token);",
     ),
 )

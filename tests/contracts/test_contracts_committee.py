@@ -236,6 +236,19 @@ def test_tickets_lock_their_bond_and_give_it_back_after_the_delay(jury: Jury) ->
     assert (jury.locked(), jury.batch.balance(FAY.address)) == (6 * BOND, 2 * BOND)
 
 
+def test_a_second_resignation_begins_the_delay_anew_for_all(jury: Jury) -> None:
+    """I8: else a bond could leave with the date of another one, while its ticket still has a seat."""
+    jury.enroll(FAY, 3)
+    jury.committee.send(FAY.address, "resign", 1)
+    first = jury.juror(FAY)[2]
+    jury.evm.set_time(first - 1)
+    jury.committee.send(FAY.address, "resign", 2)
+    assert jury.juror(FAY) == (0, 3 * BOND, first - 1 + COMMITTEE["leave_delay"])
+    jury.evm.set_time(first)
+    with refused("Committee_TooEarly"):
+        jury.committee.send(FAY.address, "withdrawBond")
+
+
 def test_bad_numbers_of_tickets(jury: Jury) -> None:
     for call in (("enroll", 0), ("resign", 0)):
         with refused("Committee_ZeroAmount"):

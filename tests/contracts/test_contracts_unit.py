@@ -128,6 +128,22 @@ def test_money_goes_to_the_payout_address_even_after_the_key_is_retired(scene: S
     assert scene.workers.call("worker", WORKER.address) == (OWNER.address, True, PAYOUT, 2)
 
 
+def test_only_the_owner_says_where_earnings_go(scene: Scene) -> None:
+    """I4: a thief of the machine has the hot key, and neither moves its earnings nor retires it."""
+    consent = WORKER.sign(HotKey(OWNER.address, WORKER.address, PAYOUT, 0, 2**40 - 1).digest(scene.world.workers_domain))
+    scene.workers.send(OWNER.address, "register", WORKER.address, PAYOUT, 2**40 - 1, consent)
+    for thief in (WORKER.address, MALLORY.address):
+        with refused("Workers_NotOwner"):
+            scene.workers.send(thief, "setPayout", WORKER.address, thief)
+        with refused("Workers_NotOwner"):
+            scene.workers.send(thief, "revoke", WORKER.address)
+    with refused("Workers_ZeroAddress"):
+        scene.workers.send(OWNER.address, "setPayout", WORKER.address, Address(bytes(20)))
+    scene.workers.send(OWNER.address, "revoke", WORKER.address)
+    scene.workers.send(OWNER.address, "setPayout", WORKER.address, OWNER.address)
+    assert scene.workers.call("worker", WORKER.address) == (OWNER.address, False, OWNER.address, 1)
+
+
 def test_rotation_keeps_the_payout(scene: Scene) -> None:
     old, new = WORKER, key("worker2")
     consent = old.sign(HotKey(OWNER.address, old.address, PAYOUT, 0, 2**40 - 1).digest(scene.world.workers_domain))
@@ -362,6 +378,16 @@ def test_a_fee_token_is_credited_with_what_arrived(deployment: Deployment) -> No
     assert vault.call("liabilities", token.address) == 900 == token.call("balanceOf", vault.address)
     vault.send(ANN.address, "withdraw", token.address, 900, ANN.address)
     assert token.call("balanceOf", ANN.address) == 810
+
+
+def test_a_fee_token_by_permit_is_credited_with_what_arrived(deployment: Deployment) -> None:
+    """I1: it knows no permit, so the allowance counts."""
+    token, vault = listed(deployment, "FeeToken"), deployment.vault
+    token.send(ANN.address, "mint", ANN.address, 1000)
+    token.send(ANN.address, "approve", vault.address, 1000)
+    args = (token.address, 1000, ANN.address, 2**40, 27, bytes(32), bytes(32))
+    assert vault.send(ANN.address, "depositWithPermit", *args).value == 900
+    assert vault.call("liabilities", token.address) == 900 == token.call("balanceOf", vault.address)
 
 
 def test_a_token_without_return_value_works(deployment: Deployment) -> None:

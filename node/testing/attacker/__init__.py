@@ -8,7 +8,8 @@ stand checks that do not trust it, each naming its invariant (contracts/INVARIAN
     crowd.py       who takes part, what they sign
     reads.py       every number that the contracts hold, read at once
     judge.py       one step on both sides, compared
-    invariants.py  what must hold whatever the model says
+    seen.py        one accepted call and what it changed
+    invariants.py invariants_jobs.py invariants_stake.py invariants_jury.py   what must hold whatever the model says
     money.py keys.py work.py jury.py rules.py   what is tried
     attacker.py    who does what next; hostile resolvers; replays
     drain.py       everybody gets out

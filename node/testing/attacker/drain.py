@@ -28,7 +28,7 @@ def drain(a: Attacker) -> None:
     a.evm.gas_limit = BLOCK_GAS
     a.numbers.read(full=True)
     a.step(a.world.admin, "Vault.setPaused", (True,), lambda s: escrow.set_paused(s, True))
-    for way_out in (_jobs, _disputes, _channels, _slashes, _seats, _jurors, _stakes, _balances):
+    for way_out in (_jobs, _disputes, _channels, _earnings, _slashes, _seats, _jurors, _stakes, _balances):
         way_out(a)
     changed = {kind for kind, _ in a.numbers.read(full=True)} - {"locked stake"}
     a.require(not changed, "I6: what had ended changed after all", str(sorted(changed)))
@@ -45,8 +45,17 @@ def _balance(a: Attacker, token: Address, who: Address) -> int:
     return a.numbers.values["balance", (token, who)][0]
 
 
-def _must(a: Attacker, sender: Address, call: str, args: tuple[Any, ...], model: Callable[[Escrow], Escrow]) -> None:
-    logs = a.step(sender, call, args, model, consent={sender, a.world.committee.address})
+def _must(
+    a: Attacker, sender: Address, call: str, args: tuple[Any, ...], model: Callable[[Escrow], Escrow], at: int = 0
+) -> None:
+    """Done at `at`, and tried a second before, when only what was decided by then may end."""
+    consent = {sender, a.world.committee.address}
+    if at > a.now:
+        a.wait_until(at - 1)
+        if a.step(sender, call, args, model, consent=consent) is not None:
+            return
+        a.wait_until(at)
+    logs = a.step(sender, call, args, model, consent=consent)
     a.require(logs is not None, f"I12: {call} is no way out", a.trace[-1].outcome)
 
 
@@ -56,11 +65,11 @@ def _jobs(a: Attacker) -> None:
         quote = a.quotes[job_id]
         args = (quote_tuple(quote),)
         if words[0] == JobState.OPEN:
-            a.wait_until(quote.deadline)
-            _must(a, MALLORY, "Jobs.refund", args, lambda s, q=quote: escrow.refund(s, a.now, MALLORY, q))
+            model = lambda s, q=quote: escrow.refund(s, a.now, MALLORY, q)  # noqa: E731
+            _must(a, MALLORY, "Jobs.refund", args, model, quote.deadline)
         elif words[0] == JobState.SUBMITTED:
-            a.wait_until(words[1])
-            _must(a, MALLORY, "Jobs.finalize", args, lambda s, q=quote: escrow.finalize(s, a.now, q))
+            model = lambda s, q=quote: escrow.finalize(s, a.now, q)  # noqa: E731
+            _must(a, MALLORY, "Jobs.finalize", args, model, words[1])
 
 
 def _disputes(a: Attacker) -> None:
@@ -68,9 +77,9 @@ def _disputes(a: Attacker) -> None:
     for job_id, words in list(a.numbers.of("job").items()):
         if words[0] == JobState.DISPUTED:
             quote = a.quotes[job_id]
-            a.wait_until(a.numbers.values["dispute", job_id][1])
+            at = a.numbers.values["dispute", job_id][1]
             model = lambda s, q=quote: escrow.resolve_dispute(s, a.now, q, a.says(s, q))  # noqa: E731
-            _must(a, MALLORY, "Disputes.resolve", (quote_tuple(quote),), model)
+            _must(a, MALLORY, "Disputes.resolve", (quote_tuple(quote),), model, at)
 
 
 def _channels(a: Attacker) -> None:
@@ -82,21 +91,28 @@ def _channels(a: Attacker) -> None:
         if not words[2]:
             model = lambda s, c=config: escrow.initiate_withdraw(s, a.now, c.payer, c)  # noqa: E731
             _must(a, config.payer, "Channels.initiateWithdraw", args, model)
-        a.wait_until(a.numbers.values["channel", channel_id][2])
+        at = a.numbers.values["channel", channel_id][2]
         model = lambda s, c=config: escrow.finalize_withdraw(s, a.now, c)  # noqa: E731
-        _must(a, MALLORY, "Channels.finalizeWithdraw", args, model)
+        _must(a, MALLORY, "Channels.finalizeWithdraw", args, model, at)
     for (receiver, token), words in list(a.numbers.of("owed").items()):
         if words[0]:
             model = lambda s, r=receiver, t=token: escrow.settle(s, a.now, r, t)  # noqa: E731
             _must(a, MALLORY, "Channels.settle", (receiver, token), model)
 
 
+def _earnings(a: Attacker) -> None:
+    """What was paid just now locks to the last second of the next window."""
+    end = (a.now // EARNINGS_WINDOW + 2) * EARNINGS_WINDOW
+    for moment in (end - 1, end):
+        a.wait_until(moment)
+        a.look()
+
+
 def _slashes(a: Attacker) -> None:
     for slash_id, words in list(a.numbers.of("slash").items()):
         if words[6] == SlashState.BOOKED:
-            a.wait_until(words[5])
             model = lambda s, n=slash_id: escrow.move_slash(s, a.now, n)  # noqa: E731
-            _must(a, MALLORY, "Workers.moveSlash", (slash_id,), model)
+            _must(a, MALLORY, "Workers.moveSlash", (slash_id,), model, words[5])
 
 
 def _seats(a: Attacker) -> None:
@@ -104,9 +120,9 @@ def _seats(a: Attacker) -> None:
     for (job_id, juror, ticket), words in list(a.numbers.of("seat").items()):
         quote, dispute = a.quotes[job_id], a.numbers.values["dispute", job_id]
         if words[1] == SeatState.COMMITTED:
-            a.wait_until(a.numbers.values["case", job_id][3])
+            at = a.numbers.values["case", job_id][3]
             model = lambda s, k=(job_id, juror, ticket): escrow.forfeit(s, a.now, a.block, *k)  # noqa: E731
-            _must(a, MALLORY, "Committee.forfeit", (job_id, juror, ticket), model)
+            _must(a, MALLORY, "Committee.forfeit", (job_id, juror, ticket), model, at)
         elif dispute[4] and escrow.wins(SeatState(words[1]), Outcome(dispute[3])):
             model = lambda s, j=juror, q=quote, t=ticket: escrow.claim_fee(s, j, q, t)  # noqa: E731
             _must(a, juror, "Committee.claimFee", (quote_tuple(quote), ticket), model)
@@ -119,8 +135,8 @@ def _jurors(a: Attacker) -> None:
             _must(a, juror, "Committee.resign", (words[0],), model)
     for juror, words in list(a.numbers.of("juror").items()):
         if words[1]:
-            a.wait_until(words[2])
-            _must(a, juror, "Committee.withdrawBond", (), lambda s, j=juror: escrow.withdraw_bond(s, a.now, j))
+            model = lambda s, j=juror: escrow.withdraw_bond(s, a.now, j)  # noqa: E731
+            _must(a, juror, "Committee.withdrawBond", (), model, words[2])
 
 
 def _stakes(a: Attacker) -> None:
@@ -128,12 +144,10 @@ def _stakes(a: Attacker) -> None:
         if words[0]:
             model = lambda s, o=owner, t=token, n=words[0]: escrow.unstake(s, a.now, o, t, n)  # noqa: E731
             _must(a, owner, "Workers.unstake", (token, words[0]), model)
-    a.wait_until((a.now // EARNINGS_WINDOW + 2) * EARNINGS_WINDOW)  # what was paid just now still locks
     for (owner, token), words in list(a.numbers.of("stake").items()):
         if words[1]:
-            a.wait_until(words[4])
             model = lambda s, o=owner, t=token: escrow.withdraw_stake(s, a.now, o, t)  # noqa: E731
-            _must(a, owner, "Workers.withdrawStake", (token,), model)
+            _must(a, owner, "Workers.withdrawStake", (token,), model, words[4])
 
 
 def _balances(a: Attacker) -> None:

@@ -97,9 +97,9 @@ def explain(zoo: Zoo, seed: int, steps: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def hunt(zoo: Zoo, runs: int, steps: int) -> tuple[int, Disagreement] | None:
-    """The first failure of up to `runs` short attacks, in this process, and its seed."""
-    for seed in range(runs):
+def hunt(zoo: Zoo, runs: int, steps: int, first: int = 0) -> tuple[int, Disagreement] | None:
+    """The first failure of the short attacks from seed `first` up to `runs`, in this process, and its seed."""
+    for seed in range(first, runs):
         if found := failing(zoo, seed, range(steps)):
             return seed, found
     return None

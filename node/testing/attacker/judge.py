@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from node.testing.attacker import abi, invariants
+from node.testing.attacker import abi, invariants, invariants_stake
 from node.testing.attacker.crowd import CROWD, GUARD, JURORS, MALLORY, NAMES, OWNERS, PAYOUT, WORKERS, Voices
 from node.testing.attacker.reads import Name, Numbers, Words
+from node.testing.attacker.seen import Seen
 from node.testing.contracts import NATIVE, Deployment
 from node.testing.evm import Contract, Reverted
 from protocol.escrow import BURNT, Capability, Escrow, EscrowError, JobState, SeatState, SlashState, locked_stake
@@ -194,6 +195,8 @@ class Judge:
         self.guardians = {world.admin}
         self.earned: dict[tuple[Address, Address], list[tuple[int, int]]] = {}
         """(owner, token) -> (when, how much stake a payment locked)"""
+        self.tickets: dict[Address, list[tuple[int, int]]] = {}
+        """juror -> (block, tickets from then on)"""
         self._watch_all()
 
     @property
@@ -327,7 +330,7 @@ class Judge:
             before, self.state = self.state, after
             if call in ROLE_CALLS:  # here and not in `guard`: a replay makes the call too
                 self.guardians = ROLE_CALLS[call](self.guardians, {args[1]})
-            self._look(before, sender, call, consent)
+            self._look(before, sender, call, args, consent)
         elif self.count % 16 == 0:
             changed = {kind for kind, _ in self.numbers.read()} - {"locked stake"}  # which time alone changes
             self.require(not changed, "a refused call changed something", str(sorted(changed)))
@@ -337,13 +340,22 @@ class Judge:
         if not holds:
             raise Disagreement(what, detail) if detail else Disagreement(what)
 
-    def _look(self, before: Escrow, sender: Address, call: str, consent: Collection[Address]) -> None:
+    def _look(
+        self, before: Escrow, sender: Address, call: str, args: tuple[Any, ...], consent: Collection[Address]
+    ) -> None:
         self._watch_new()
         changed = self.numbers.read()
         if self.trusts_model:
             self._compare(before, changed, call)
-        invariants.check(self, invariants.Seen(sender, call, changed, frozenset(consent)))
+        invariants.check(self, Seen(sender, call, args, changed, frozenset(consent)))
         self._put_aside(changed)
+
+    def look(self) -> None:
+        """At what time alone changes: the locks of payments."""
+        changed = self.numbers.read()
+        if self.trusts_model:
+            self._compare(self.state, changed, "time")
+        invariants_stake.locks(self)
 
     def _compare(self, before: Escrow, changed: dict[Name, tuple[Words, Words]], call: str) -> None:
         """All that changed on either side is equal on both."""
@@ -366,10 +378,6 @@ class Judge:
     def when(self, what: str, key: Any) -> int:
         """The time noted for something; what was never noted never comes."""
         return self.seen.get((what, key), NEVER)
-
-    def note_earnings(self, key: tuple[Address, Address], locked: int) -> None:
-        if locked > 0:
-            self.earned.setdefault(key, []).append((self.now, locked))
 
     def guard(self, yes: bool) -> None:
         """The admin makes the guard a guardian, or takes it back."""
