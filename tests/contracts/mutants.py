@@ -97,6 +97,56 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "key.active",
     ),
     ("a consent works twice", "Workers.sol", "        key.nonce += 1;\n", ""),
+    (
+        "a conviction shelters the stake in other tokens",
+        "Disputes.sol",
+        "if (_proven[config.receiver][config.token]) revert",
+        "if (workers.isConvicted(config.receiver)) revert",
+    ),
+    ("slashed again and again for one proof", "Disputes.sol", "_proven[config.receiver][config.token] = true;", ""),
+    (
+        "slashes leave the exposure as it was",
+        "Workers.sol",
+        "found.exposure = uint128(_above(found.exposure, booked));",
+        "found.exposure = uint128(_above(found.exposure, 0));",
+    ),
+    (
+        "what jobs hold keeps the lock of earnings away",
+        "Workers.sol",
+        "_above(uint256(found.active) + found.unbonding, uint256(known.amount) + known.before);",
+        "_above(uint256(found.active) + found.unbonding, uint256(known.amount) + known.before + found.held);",
+    ),
+    (
+        "a client opens what the stake answers for",
+        "Jobs.sol",
+        "if (quote.penalty > 0 && !_isWorker(quote, msg.sender)) revert",
+        "if (quote.penalty > 0 && !_isWorker(quote, msg.sender) && msg.sender != quote.client) revert",
+    ),
+    (
+        "an owner may not open for its key",
+        "Jobs.sol",
+        "return account == quote.worker || account == workers.ownerOf(quote.worker);",
+        "return account == quote.worker || account == workers.ownerOf(account);",
+    ),
+    (
+        "an old key costs for ever",
+        "Workers.sol",
+        "if (key.retiredAt != 0 && block.timestamp > key.retiredAt + UNBONDING) return (0, 0);",
+        "",
+    ),
+    (
+        "a retired key costs nothing at once",
+        "Workers.sol",
+        "block.timestamp > key.retiredAt + UNBONDING) return",
+        "block.timestamp > key.retiredAt) return",
+    ),
+    ("a key that works again counts as retired", "Workers.sol", "        key.retiredAt = 0;\n", ""),
+    (
+        "a rotated key is never old",
+        "Workers.sol",
+        "(key.active, key.retiredAt) = (false, uint40(block.timestamp));\n        _activate(",
+        "key.active = false;\n        _activate(",
+    ),
     # ------------------------------------------------------------------------------------------------------- disputes
     (
         "the receiver's authorizer convicts",
