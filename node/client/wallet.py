@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import trio
+from msgspec.structs import replace
 
 from node.chains import Chains
 from node.client.settings import ClientSettings, Means
 from node.client.vouchers import Vouchers
-from node.errors import ConfigError, InsufficientFunds, NodeError, WorkerFault
+from node.errors import ConfigError, InsufficientFunds, NodeError, SignerRefused, WorkerFault
 from node.network.drive import converse
 from node.ports import Chain, Network, Signer, TxResult
 from node.store.channels import ChannelBook, refresh
@@ -48,7 +49,7 @@ from protocol.offers import Asset, Payment, VerifiedOffer
 from protocol.selection import Purse
 from protocol.signing import ChannelAllocation
 from protocol.signing_history import Ahead
-from protocol.typed_data import Allocation, ChannelConfig, Close, Domain
+from protocol.typed_data import Allocation, ChannelConfig, Close
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class ClientWallet:
         self.book = book
         self.vouchers = Vouchers(session, book, {channel: one.voucher for channel, one in ahead.items()})
         self._allocated_before = {channel: one.allocation for channel, one in ahead.items()}
-        """By channel, an allocation that was signed before a crash and is not in the journal."""
+        """By channel, an allocation that was signed and is not in the journal: we died in between, or the channel had changed."""
         self._network = network
         self._settings = settings
         self._random32 = random32
@@ -210,35 +211,43 @@ class ClientWallet:
             return await self._open(offer, payment, needed)
 
     async def _open(self, offer: VerifiedOffer, payment: Payment, needed: int) -> tuple[ChannelState, bytes]:
-        change = await self._allocation(offer, payment, needed)
-        more = change.allocated - self._allocated(change.channel_id)
+        wanted = self._allocation(offer, payment, needed)
+        channel_id = wanted.channel_id
+        if isinstance(wanted, ChannelState):  # the worker may have submitted it and not have said so
+            wanted = await self.refresh(channel_id)
+        total = wanted.authorized if isinstance(wanted, ChannelState) else wanted.allocated
+        more = max(0, total - self._allocated(channel_id))
         balance = await self.balance(payment.asset)
-        if balance < more:
+        if balance < more:  # before anything is signed: a signature counts for the day, whatever becomes of it
             raise InsufficientFunds(
                 f"opening a channel to {offer.peer_id} needs {more}, the vault holds {balance} (smallest units)",
                 hint="gristmill deposit AMOUNT",
             )
-        await self.book.change([change])
+        if not isinstance(wanted, ChannelState):
+            await self._journal(wanted)
         self._seen[payment.asset] = balance - more
-        return await self._submit(offer.peer_id, change.channel_id)
+        return await self._submit(offer.peer_id, channel_id)
 
-    async def _allocation(
+    def _allocation(
         self, offer: VerifiedOffer, payment: Payment, needed: int
-    ) -> ChannelOpened | AllocationRaised:
-        """The allocation to sign: more on a channel that exists, or a new channel."""
+    ) -> ChannelOpened | AllocationRaised | ChannelState:
+        """What to sign: more on a channel that exists, or a new channel. Or the channel whose last allocation is good still and
+        only not locked yet: that one is sent again."""
         amount = max(self.means[payment.asset].allocation, needed, payment.min_allocation)
         valid_before = self._valid_before()
         for state in self.book.channels.values():
             usable = not state.leaving and state.channel_id not in self.book.frozen
             if _between(state, offer, payment) and usable and self.vouchers.usable(state, needed):
-                # Signed but not locked on chain (the worker never submitted it): the next one carries the missing part too.
                 enough = (
                     state.allocated < state.authorized and state.authorized - state.spent - state.reserved >= needed
                 )
-                before = max(state.authorized, self._allocated_before.get(state.channel_id, 0))
-                total = before + (1 if enough else amount)
-                signature = await self._sign(state.home, state.config, state.channel_id, total, valid_before)
-                return AllocationRaised(state.channel_id, total, valid_before, signature)
+                if enough and state.valid_before > self._now_s() + self._settings.open_timeout_ms // 1000:
+                    return state
+                # What was signed and is in no journal was never sent: going past it by one is enough.
+                before = self._allocated_before.get(state.channel_id, 0)
+                more = max(1, payment.min_allocation) if enough else amount
+                total = max(state.authorized + more, before + 1)
+                return AllocationRaised(state.channel_id, total, valid_before, b"")
         config = ChannelConfig(
             payer=self.payer.address,
             payer_authorizer=self.session.address,
@@ -249,15 +258,28 @@ class ClientWallet:
             salt=Hash32(self._random32()),
         )
         domain = self.means[payment.asset].domain
-        channel_id = config.channel_id(domain)
-        signature = await self._sign(domain, config, channel_id, amount, valid_before)
-        return ChannelOpened(channel_id, config, amount, valid_before, signature, domain)
+        return ChannelOpened(config.channel_id(domain), config, amount, valid_before, b"", domain)
 
-    async def _sign(
-        self, domain: Domain, config: ChannelConfig, channel_id: ChannelId, allocated: int, valid_before: int
-    ) -> bytes:
-        allocation = Allocation(channel_id, allocated, valid_before)
-        return await self.payer.sign(ChannelAllocation(config, allocation), domain)
+    async def _journal(self, wanted: ChannelOpened | AllocationRaised) -> None:
+        """Sign an allocation and journal it. The signer goes on only above what it has signed, so a signature that misses the
+        journal is remembered: the next allocation of its channel goes past it."""
+        if isinstance(wanted, ChannelOpened):
+            config, domain = wanted.config, wanted.domain
+        else:
+            state = self.book.channels[wanted.channel_id]
+            config, domain = state.config, state.home
+        if domain is None:
+            raise NodeError(f"channel {wanted.channel_id} is on no chain that we know")
+        allocation = Allocation(wanted.channel_id, wanted.allocated, wanted.valid_before)
+        with trio.CancelScope(shield=True):
+            try:
+                signature = await self.payer.sign(ChannelAllocation(config, allocation), domain)
+                await self.book.change([replace(wanted, signature=signature)])
+            except SignerRefused:
+                raise  # nothing was signed
+            except Exception:
+                self._allocated_before[wanted.channel_id] = wanted.allocated
+                raise
 
     def _allocated(self, channel_id: ChannelId) -> int:
         state = self.book.get(channel_id)
