@@ -5,7 +5,8 @@ needs no transaction to reach a new worker. That gas is ours, and a stranger's m
 can make us burn is bounded, not zero: nothing is submitted that the vault cannot hold or that adds less than
 `min_allocation`; one payer gets so many transactions a day, and all payers together so many an hour (`GasBudget`, one per chain;
 payers are free to make, so the second is the true bound); and money that has earned us nothing goes home by the delayed
-withdrawal only. A chain that hangs holds up the openings on itself alone.
+withdrawal only. The journal takes an allocation only when it is what the contract has locked. A chain that hangs holds up the
+openings on itself alone.
 """
 
 from __future__ import annotations
@@ -147,16 +148,16 @@ class ChannelDesk:
             raise RemoteProtocolError(WireCode.BAD_VOUCHER, _LOST)
         chain = self._chains.of(domain)
         async with self._opening[domain]:
-            transaction = await self._lock(chain, config, channel_id, least, message)
-            await self._note(config, domain, channel_id, allocated, message)
+            transaction, locked = await self._lock(chain, config, channel_id, least, message)
+            await self._note(config, domain, channel_id, least, locked, message)
             state = await self.refresh(channel_id)
         await self._book.change([])  # what another task applied a moment ago is durable before it is told
         return self._status(state, transaction)
 
     async def _lock(
         self, chain: Chain, config: ChannelConfig, channel_id: ChannelId, least: int, message: OpenChannel
-    ) -> bytes:
-        """Have the contract lock the allocation. The transaction's hash; empty when it is locked already."""
+    ) -> tuple[bytes, int]:
+        """Have the contract lock the allocation. The transaction's hash, empty when it is locked already; and what is locked."""
         allocated = amount_from_wire(message.allocated)
         for again in (True, True, False):
             seen = await chain.channel(channel_id)
@@ -167,11 +168,11 @@ class ChannelDesk:
             if seen.allocated >= allocated:
                 break
             try:
-                return await self._submit(chain, config, allocated - seen.allocated, least, message)
+                return await self._submit(chain, config, allocated - seen.allocated, least, message), allocated
             except ChainMoved:
                 if not again:
                     raise
-        return b""
+        return b"", seen.allocated
 
     def _check(self, config: ChannelConfig, domain: Domain, valid_before: int) -> int:
         """The least that an allocation must add. Raises `RemoteProtocolError` for a channel that we do not want."""
@@ -216,13 +217,26 @@ class ChannelDesk:
         return result.hash
 
     async def _note(
-        self, config: ChannelConfig, domain: Domain, channel_id: ChannelId, allocated: int, message: OpenChannel
+        self,
+        config: ChannelConfig,
+        domain: Domain,
+        channel_id: ChannelId,
+        least: int,
+        locked: int,
+        message: OpenChannel,
     ) -> None:
-        held = self._book.get(channel_id)
+        """Journal an allocation, if it is the one that the contract has locked: signatures are free to make, so one below it, or
+        a little above the last one, would let strangers fill the journal for nothing."""
+        allocated, held = amount_from_wire(message.allocated), self._book.get(channel_id)
         change: Change
         if held is None:
+            if allocated != locked or locked < least:
+                raise RemoteProtocolError(
+                    WireCode.BAD_VOUCHER,
+                    f"the contract has locked {locked} on this channel: send that allocation, of {least} at least",
+                )
             change = ChannelOpened(channel_id, config, allocated, message.valid_before, message.signature, domain)
-        elif allocated > held.authorized:
+        elif allocated == locked and allocated >= held.authorized + least:
             change = AllocationRaised(channel_id, allocated, message.valid_before, message.signature)
         else:
             return

@@ -1,4 +1,5 @@
-"""Allocations: what a client signs counts for its day and its channel only when it comes to something."""
+"""Allocations, from both ends: what a client signs counts for its day and its channel only when it comes to something, and what a
+payer shows a worker is only noted when it has locked money."""
 
 from __future__ import annotations
 
@@ -8,10 +9,22 @@ import pytest
 
 from node.client.client import Client
 from node.errors import InsufficientFunds, NodeError, WorkerFault
-from node.testing.market import Market, run_market
+from node.network.drive import converse
+from node.testing.market import Market, raw_key, run_market
+from node.worker.worker import Worker
 from protocol.channel import AllocationRaised
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
+from protocol.ids import ChannelId, Hash32
+from protocol.messages import (
+    CHANNEL_PROTOCOL,
+    ChannelStatus,
+    OpenChannel,
+    amount_from_wire,
+    amount_to_wire,
+    config_to_wire,
+)
 from protocol.signing import Scope
+from protocol.typed_data import Allocation, ChannelConfig
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -134,5 +147,112 @@ def test_an_allocation_that_is_good_still_is_sent_again_and_not_signed_again() -
         assert await chat(client)
         (state,) = client.book.channels.values()
         assert state.allocated == state.authorized == locked_today(market, "a") == 1500
+
+    run_market(test)
+
+
+# ------------------------------------------------------------------------------------------------------------- worker
+
+LEAST = 1_000
+
+
+class Payer:
+    """A hand that signs allocations of one channel, as many as it likes, and can submit them itself."""
+
+    def __init__(self, market: Market, worker: Worker, client: Client) -> None:
+        self.worker, self.client = worker, client
+        self.key, self.domain = raw_key(client.wallet.payer), market.ledger.domain
+        self.until = market.now_ms() // 1000 + 10**6
+        self.config = ChannelConfig(
+            payer=self.key.address,
+            payer_authorizer=self.key.address,
+            receiver=worker.key.address,
+            receiver_authorizer=worker.key.address,
+            token=market.ledger.token,
+            withdraw_delay=3600,
+            salt=Hash32(bytes(32)),
+        )
+        self.channel_id: ChannelId = self.config.channel_id(self.domain)
+
+    def signature(self, allocated: int) -> bytes:
+        return self.key.sign(Allocation(self.channel_id, allocated, self.until).digest(self.domain))
+
+    async def lock(self, allocated: int) -> None:
+        """By a transaction of its own."""
+        chain = self.client.wallet.chain
+        (await chain.allocate(self.config, allocated, self.until, self.signature(allocated))).sound()
+
+    async def show(self, allocated: int) -> ChannelStatus:
+        question = OpenChannel(
+            chain_id=self.domain.chain_id,
+            contract=bytes(self.domain.verifying_contract),
+            config=config_to_wire(self.config),
+            allocated=amount_to_wire(allocated),
+            valid_before=self.until,
+            signature=self.signature(allocated),
+        )
+        answer = await converse(self.client.network, self.worker.key.peer_id, CHANNEL_PROTOCOL, question, timeout_s=10)
+        assert isinstance(answer, ChannelStatus)
+        return answer
+
+    async def refused(self, allocated: int) -> None:
+        with pytest.raises(RemoteProtocolError) as caught:
+            await self.show(allocated)
+        assert caught.value.code is WireCode.BAD_VOUCHER
+
+    def noted(self) -> int:
+        """How many allocations the worker has journaled."""
+        kinds = ("channel_opened", "allocation_raised")
+        return sum(record.kind in kinds for record in self.worker.ledger.records())
+
+
+async def payer_of(market: Market) -> Payer:
+    worker = await market.worker(settings=market.settings(market.accepted(min_allocation=LEAST)))
+    return Payer(market, worker, await market.client())
+
+
+def test_allocations_below_what_is_locked_do_not_grow_the_journal() -> None:
+    """C11. One transaction of a stranger's, and as many signatures as it likes."""
+
+    async def test(market: Market) -> None:
+        payer = await payer_of(market)
+        await payer.lock(100_000)
+        for allocated in (1, LEAST, 99_999):
+            await payer.refused(allocated)
+        assert payer.channel_id not in payer.worker.book.channels
+        assert amount_from_wire((await payer.show(100_000)).allocated) == 100_000
+        head = payer.worker.ledger.head.seq
+        for allocated in range(1, 100_001, 5_000):
+            await payer.show(allocated)
+        assert payer.worker.ledger.head.seq == head and payer.noted() == 1
+
+    run_market(test)
+
+
+def test_raises_by_a_unit_do_not_grow_the_journal() -> None:
+    async def test(market: Market) -> None:
+        payer = await payer_of(market)
+        await payer.show(10_000)
+        for more in range(1, 20):
+            await payer.lock(10_000 + more)
+            await payer.show(10_000 + more)
+        assert payer.noted() == 1
+        assert payer.worker.book.channels[payer.channel_id].allocated == 10_019, "what is locked counts all the same"
+        await payer.lock(10_000 + LEAST)
+        await payer.show(10_000 + LEAST)
+        assert payer.noted() == 2
+        assert payer.worker.book.channels[payer.channel_id].authorized == 10_000 + LEAST
+
+    run_market(test)
+
+
+def test_a_channel_of_less_than_the_least_is_not_noted() -> None:
+    async def test(market: Market) -> None:
+        payer = await payer_of(market)
+        await payer.lock(LEAST - 1)
+        await payer.refused(LEAST - 1)
+        assert not payer.noted()
+        await payer.show(2 * LEAST)
+        assert payer.noted() == 1
 
     run_market(test)
