@@ -7,6 +7,7 @@ returns when the record is durable, and only then may the caller sign or send. A
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -35,13 +36,16 @@ from protocol.ids import JobId
 from protocol.records import BATCH_KINDS, decode_batch, kind_of, to_body
 
 log = logging.getLogger(__name__)
+Leaves = Callable[[BatchState], Work[object]]
 
 
 class BatchBook:
     """All batch jobs of one role in one journal."""
 
-    def __init__(self, ledger: Ledger, role: Role) -> None:
+    def __init__(self, ledger: Ledger, role: Role, leaves: Leaves | None = None) -> None:
+        """`leaves`: what a job that has ended leaves behind and is to go with the record of its end."""
         self.ledger = ledger
+        self._leaves = leaves
         self.role = role
         self._states: dict[JobId, BatchState] = {}
         self._sights: dict[JobId, trio.Lock] = {}
@@ -51,9 +55,9 @@ class BatchBook:
         self._news = trio.Event()
 
     @classmethod
-    def restore(cls, ledger: Ledger, role: Role) -> BatchBook:
+    def restore(cls, ledger: Ledger, role: Role, leaves: Leaves | None = None) -> BatchBook:
         """Fold the journal. Raises `LocalProtocolError` when it breaks a rule: then nothing is signed."""
-        book = cls(ledger, role)
+        book = cls(ledger, role, leaves)
         for record in ledger.records(prefix="batch_"):
             if record.kind in BATCH_KINDS:
                 fold(role, book._states, decode_batch(record.kind, record.body))
@@ -97,10 +101,17 @@ class BatchBook:
                 raise LocalProtocolError(f"job {change.job_id} is not in this journal")
             staged[change.job_id] = apply(held, change)
         entries = [Entry(kind_of(c), bytes(c.job_id), to_body(c)) for c in changes]
+        if self._leaves:
+            ended = (state for job_id, state in staged.items() if state.ended and not self._ended(job_id))
+            also = _both([*([also] if also else []), *map(self._leaves, ended)])
         with trio.CancelScope(shield=True):
             self._states.update(staged)
             self.nudge()
             await self.ledger.append(entries, also=also)
+
+    def _ended(self, job_id: JobId) -> bool:
+        held = self._states.get(job_id)
+        return held is not None and held.ended
 
     def turn(self, job_id: JobId) -> trio.Lock:
         """Held by whoever sends a transaction about this job."""
@@ -115,6 +126,14 @@ class BatchBook:
         """Until something is new, for so long at most."""
         with trio.move_on_after(seconds):
             await self._news.wait()
+
+
+def _both(works: Sequence[Work[object]]) -> Work[object] | None:
+    def work(connection: sqlite3.Connection) -> None:
+        for one in works:
+            one(connection)
+
+    return work if works else None
 
 
 async def refresh(book: BatchBook, jobs: Jobs, job_id: JobId) -> BatchState:

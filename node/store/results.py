@@ -70,6 +70,17 @@ class Results:
             ).fetchone()
         return None if row is None else bytes(row[0])
 
+    async def extend(self, job_id: bytes, expires_ms: int) -> bool:
+        """Keep it so long, if it is not kept longer. False when the job is unknown."""
+
+        def work(connection: sqlite3.Connection) -> bool:
+            changed = connection.execute(
+                "UPDATE results SET expires_ms = MAX(expires_ms, ?) WHERE job_id = ?", (expires_ms, job_id)
+            )
+            return changed.rowcount > 0
+
+        return await self._ledger.write(work)
+
     def forgetting(self, job_ids: Sequence[bytes]) -> Work[None]:
         """Work that drops these at once, whatever they waited for: pieces that have become a whole."""
 
@@ -101,6 +112,14 @@ class Results:
         """Sum of the payloads kept."""
         with self._ledger.reading() as connection:
             return _used(connection)
+
+    def held_bytes(self, now_ms: int) -> int:
+        """Of them, those that no new one can take the room of: neither expired nor acknowledged."""
+        with self._ledger.reading() as connection:
+            row = connection.execute(
+                "SELECT COALESCE(SUM(size), 0) FROM results WHERE expires_ms > ? AND acknowledged_ms IS NULL", (now_ms,)
+            ).fetchone()
+        return int(row[0])
 
     def _make_room(self, connection: sqlite3.Connection, size: int, now_ms: int) -> None:
         excess = _used(connection) + size - self._max_bytes

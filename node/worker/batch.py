@@ -217,7 +217,8 @@ class BatchDesk:
             order_signature=order,
         )
         now = self._now_ms()
-        until = now + (quote.deadline + quote.window - self._jobs[held.domain].clock.now) * 1000 + KEEP_MS
+        # Not for longer while nothing is locked: whoever opens the job on chain makes the runner keep it until its end.
+        until = now + (quote.valid_before - self._jobs[held.domain].clock.now) * 1000 + KEEP_MS
         self._quotes.ordered(job_id)
         # The bytes are there already: keeping them longer cannot fail.
         await self._book.change([change], also=self._results.keeping(spec_key(job_id), raw, until, now_ms=now))

@@ -259,7 +259,8 @@ class QuoteDesk:
             )
         _, seconds, room = self._backlog()
         held = sum(quote.room for quote in self._held.values())
-        if self._results.used_bytes() + room + held + terms.room + len(asked.spec) > self._results.max_bytes:
+        kept = self._results.held_bytes(self._now_ms())
+        if kept + room + held + terms.room + len(asked.spec) > self._results.max_bytes:
             raise Rejected(RefusalReason.JOB_TOO_LARGE, f"there is no room for a result of up to {terms.room} bytes")
         needed = seconds + self.seconds_of(model, terms.input_tokens, terms.max_tokens)
         left = asked.deadline - now - self.rules.margin_s

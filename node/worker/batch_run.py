@@ -82,6 +82,8 @@ class _Job:
     unsaved: list[int] = field(default_factory=list)
     unsaved_since: float = 0.0
     pieces: int = 0
+    kept: bool = False
+    """Its specification is kept until its end: what is not opened is kept for a day."""
     failures: int = 0
     finished: int = 0
     busy_s: float = 0.0
@@ -95,6 +97,10 @@ class _Job:
 def piece_key(job_id: JobId, number: int) -> Hash32:
     """Under which name a piece of finished items is kept."""
     return Hash32(keccak256(b"gristmill batch items" + job_id + number.to_bytes(4)))
+
+
+def _pieces_of(job: _Job) -> list[Hash32]:
+    return [piece_key(job.job_id, number) for number in range(job.pieces)]
 
 
 _Piece = tuple[tuple[int, ResultItem], ...]
@@ -202,8 +208,10 @@ class BatchRunner:
 
     async def _advance(self, job: _Job, nursery: trio.Nursery) -> None:
         state = self._book.jobs[job.job_id]
-        if state.chain not in (JobState.OPEN, JobState.NONE) or state.result is not None or state.failure:
+        open_still = state.chain in (JobState.OPEN, JobState.NONE) and not state.void
+        if not open_still or state.result is not None or state.failure:
             self._drop(job)  # settled, refunded or done while we computed
+            await self._book.change([], also=self._results.forgetting(_pieces_of(job)))
             return
         try:
             if job.failures >= TRIES:
@@ -213,6 +221,7 @@ class BatchRunner:
             elif hopeless(self._pace(job), self._time_left(job)):
                 await self._give_up(job.job_id, f"{len(job.items)} of {job.total} inputs are done, time is too short")
             elif state.chain is JobState.OPEN:
+                await self._keep(job)
                 await self._save(job)
                 # A cancelled job goes on to its first item: who computes is not to end with nothing for the gas.
                 while job.waiting and self.active < self._allowed and not (state.cancelled and job.running):
@@ -306,6 +315,12 @@ class BatchRunner:
             log.info("batch job %s goes on: %d of %d inputs are done", job.job_id, len(job.items), job.total)
         return job
 
+    async def _keep(self, job: _Job) -> None:
+        """Once the contract has locked its amount, a specification is kept until the job's end. Raises `LedgerError`."""
+        if not job.kept:
+            await self._results.extend(spec_key(job.job_id), job.until_ms)
+            job.kept = True
+
     async def _save(self, job: _Job) -> None:
         """Put finished items on disk, some at a time. Raises `LedgerError`."""
         old = job.unsaved and trio.current_time() >= job.unsaved_since + self._settings.piece_s
@@ -330,17 +345,19 @@ class BatchRunner:
         )
         # First the bytes, because a full store may refuse them; a journaled result must not be refused any more.
         await self._results.put(bytes(job.job_id), raw, job.until_ms, now_ms=now)
-        forget = self._results.forgetting([piece_key(job.job_id, number) for number in range(job.pieces)])
+        forget = self._results.forgetting(_pieces_of(job))
         await self._book.change([kept], also=forget)
         log.info("batch job %s is done: %d inputs, %d bytes", job.job_id, job.total, len(raw))
         self._drop(job)
 
     async def _give_up(self, job_id: JobId, reason: str) -> None:
         log.error("batch job %s is given up: %s", job_id, reason)
-        if job_id in self._jobs:
-            self._drop(self._jobs[job_id])
+        job = self._jobs.get(job_id)
+        if job:
+            self._drop(job)
         self._broken.pop(job_id, None)
-        await self._book.change([BatchGivenUp(job_id, reason[:200])])
+        leaves = [spec_key(job_id), *(_pieces_of(job) if job else ())]
+        await self._book.change([BatchGivenUp(job_id, reason[:200])], also=self._results.forgetting(leaves))
 
     # ------------------------------------------------------------------------------------------------------------ pieces
 

@@ -16,7 +16,7 @@ from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
 from node.store.ledger import Ledger
 from node.store.results import Results
 from node.worker.batch import BatchDesk, BatchRules, Sign
-from node.worker.batch_quotes import BatchAsset, QuoteDesk, QuoteRules
+from node.worker.batch_quotes import BatchAsset, QuoteDesk, QuoteRules, spec_key
 from node.worker.batch_run import BatchRunner, RunSettings
 from node.worker.desk import Speed
 from protocol.batch import BatchState, Step, Timing
@@ -67,7 +67,7 @@ class BatchService:
             for domain, chain in chains.items()
             if chain.jobs is not None
         }
-        self.book = BatchBook.restore(ledger, Role.WORKER)
+        self.book = BatchBook.restore(ledger, Role.WORKER, lambda state: results.forgetting([spec_key(state.job_id)]))
         self.quotes = QuoteDesk(
             worker=worker,
             rules=settings.quotes,

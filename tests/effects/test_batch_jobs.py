@@ -24,8 +24,8 @@ from node.testing.market import PENALTY, Market, key, run_market
 from node.worker import batch_run
 from node.worker.allowance import Limits
 from node.worker.batch import BatchRules
-from node.worker.batch_quotes import HELD_EACH
-from node.worker.batch_run import RunSettings
+from node.worker.batch_quotes import HELD_EACH, spec_key
+from node.worker.batch_run import RunSettings, piece_key
 from node.worker.worker import Worker, WorkerSettings
 from protocol import escrow
 from protocol.batch import BatchState, Timing
@@ -802,6 +802,111 @@ def test_characters_to_tokenise_are_bounded() -> None:
         await Asker(market, worker, "b").quote(spec_of(["x" * 900]))
         third = Asker(market, worker, "c")
         assert await third.refused(third.question(spec_of(["x" * 900]))) is RefusalReason.BUSY
+
+    run_market(test)
+
+
+def kept_until(worker: Worker, job_id: bytes) -> int | None:
+    """Until when a job's specification is kept, Unix seconds; None when it is not."""
+    with worker.results._ledger.reading() as connection:
+        row = connection.execute(
+            "SELECT expires_ms FROM results WHERE job_id = ?", (spec_key(JobId(job_id)),)
+        ).fetchone()
+    return row and row[0] // 1000
+
+
+def test_specifications_of_jobs_that_were_never_opened_do_not_fill_the_store() -> None:
+    """A stranger's money is in the vault when the worker looks, and gone when it opens: it costs the stranger nothing."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market)
+        if worker.batch is None:
+            raise AssertionError
+        worker.results._max_bytes = 1 << 20
+        big = spec_of(["x" * 100_000 + str(n) for n in range(3)])
+        month = market.ledger.head.timestamp + 29 * 86_400
+        honest = worker.batch.desk._transact
+        orders = []
+
+        async def too_late(*_: Any) -> None:
+            return None
+
+        worker.batch.desk._transact = too_late  # type: ignore[method-assign]
+        for name in ("a", "b", "c"):
+            asker = Asker(market, worker, name)
+            answer = await asker.quote(big, deadline=month)
+            orders.append(asker.order(answer))
+            await asker.refused(orders[-1])
+            until_s = kept_until(worker, orders[-1].job_id)
+            assert until_s is not None and until_s <= quote_from_wire(answer.quote).valid_before + 86_400 + 1
+        worker.batch.desk._transact = honest  # type: ignore[method-assign]
+        late = Asker(market, worker, "late")
+        assert await late.refused(late.question(big)) is RefusalReason.JOB_TOO_LARGE
+        market.ledger.advance(130)
+        await until(lambda: all(worker.batch.book.jobs[JobId(order.job_id)].void for order in orders))  # type: ignore[union-attr]
+        await worker.book.change([])
+        assert worker.results.used_bytes() == 0
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        await job.result(20)
+        await until(lambda: job.state.ended)
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
+def test_what_may_be_dropped_takes_nobodys_room() -> None:
+    """Quotes past their time and results that their clients have are dropped when room is needed, so no job is refused for
+    them."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market)
+        now = market.now_ms()
+        worker.results._max_bytes = 1 << 20
+        await worker.results.put(b"\x01" * 32, bytes(500_000), now + 1, now_ms=now)
+        await worker.results.put(b"\x02" * 32, bytes(500_000), now + 10**9, now_ms=now)
+        await trio.sleep(0.01)
+        asker = Asker(market, worker, "asker")
+        assert await asker.refused(asker.question(spec_of(["x" * 40_000] * 15))) is RefusalReason.JOB_TOO_LARGE
+        await worker.results.acknowledge(b"\x02" * 32, now_ms=now)
+        job = await client.post_job("fake", ["x" * 40_000] * 15, max_tokens=8)
+        await job.result(20)
+        await until(lambda: job.state.ended)
+
+    run_market(test)
+
+
+def test_a_specification_is_kept_for_as_long_as_its_job_lasts() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=4, seconds_per_token=0.02))
+        worker, client = await pair(market, backend)
+        week = JobWish(deadline_s=7 * 86_400)
+        job = await client.post_job("fake", LINES, max_tokens=8, wish=week)
+        await until(lambda: worker.batch and worker.batch.runner.done(job.job_id))
+        until_s = kept_until(worker, job.job_id)
+        assert until_s is not None and until_s >= job.state.quote.deadline + job.state.quote.window
+        await job.result(20)
+        await until(lambda: job.state.ended and theirs(worker, job).ended)
+        await worker.book.change([])
+        assert kept_until(worker, job.job_id) is None
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
+def test_a_job_that_was_given_up_leaves_nothing_behind() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=6))
+        worker, client = await pair(market, backend, streams=1, piece_items=2)
+        job = await client.post_job("fake", LINES * 20, max_tokens=8)
+        await until(lambda: worker.batch and worker.batch.runner.done(job.job_id) > 20)
+        assert worker.results.get(piece_key(job.job_id, 1))
+        backend.settings.fail_after = 1
+        with pytest.raises(JobFailed):
+            await job.result(20)
+        await until(lambda: theirs(worker, job).failure)
+        await worker.book.change([])
+        assert worker.results.used_bytes() == 0
+        await clean(market, worker, client)
 
     run_market(test)
 
