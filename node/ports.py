@@ -445,6 +445,10 @@ class Backend(Protocol):
     def fits(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether there is memory for this job now. Two that are asked about in one moment may not both fit."""
 
+    def could_fit(self, model: ModelId, tokens: int) -> bool:
+        """Whether there would be memory for so many tokens, prompt and answer together, if nothing else ran. What cannot fit
+        now and could is to be tried again; what could not is to be refused."""
+
     @property
     def free_slots(self) -> int:
         """How many more streams can start now."""

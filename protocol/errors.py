@@ -99,7 +99,7 @@ class RefusalReason(IntEnum):
     Fix: Choose from the current offer, which comes with the refusal.
     """
     CONTEXT_EXCEEDED = 2
-    """Prompt and `max_tokens` do not fit the context of the model. Found before any work.
+    """Prompt and `max_tokens` do not fit the context of the model, or the memory of the worker. Found before any work.
 
     Fix: Shorten the prompt or lower `max_tokens`.
     """

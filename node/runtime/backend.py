@@ -80,6 +80,9 @@ class TorchBackend:
     def fits(self, prompt: Prompt, max_tokens: int) -> bool:
         return self._get(prompt.model).engine.fits(len(prompt.token_ids), max_tokens)
 
+    def could_fit(self, model: ModelId, tokens: int) -> bool:
+        return self._get(model).engine.could_fit(tokens)
+
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion. Raises `ModelError`; closing the generator aborts within a step."""
         loaded = self._get(prompt.model)

@@ -65,6 +65,9 @@ class FakeBackend:
     def fits(self, prompt: Prompt, max_tokens: int) -> bool:
         return self.settings.room is None or len(prompt.token_ids) + max_tokens <= self.settings.room
 
+    def could_fit(self, model: ModelId, tokens: int) -> bool:
+        return self.settings.room is None or tokens <= self.settings.room
+
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         settings = self.settings
         total = min(settings.tokens, params.max_tokens)

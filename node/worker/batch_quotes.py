@@ -246,6 +246,12 @@ class QuoteDesk:
                     RefusalReason.CONTEXT_EXCEEDED,
                     f"input {index}: {count} prompt tokens and {spec.params.max_tokens} to generate, context {context}",
                 )
+            if not self._backend.could_fit(model, count + spec.params.max_tokens):
+                raise Rejected(
+                    RefusalReason.CONTEXT_EXCEEDED,
+                    f"input {index}: {count} prompt tokens and {spec.params.max_tokens} to generate are more than this "
+                    "worker's memory holds",
+                )
             counts.append(count)
         return tuple(counts)
 

@@ -204,6 +204,7 @@ class JobServer:
             checked = self._check(ask)
             with self._slot((checked.channel.channel_id, JobId(ask.job_id), ask.part)) as part:
                 prompt = await self._prepare(ask)
+                self._check_size(prompt, ask.params.max_tokens)
                 if self.lodger:
                     await self.lodger.make_way(lambda: self.backend.fits(prompt, ask.params.max_tokens))
                 terms = self._agree(checked, part, prompt)
@@ -248,6 +249,15 @@ class JobServer:
         if not self.backend.fits(prompt, checked.ask.params.max_tokens):
             raise Rejected(RefusalReason.BUSY, "no memory is free for a job of this size")
         return terms
+
+    def _check_size(self, prompt: Prompt, max_tokens: int) -> None:
+        """Before anything makes way for it: what could never fit is not to be asked for again."""
+        count = len(prompt.token_ids)
+        if not self.backend.could_fit(prompt.model, count + max_tokens):
+            raise Rejected(
+                RefusalReason.CONTEXT_EXCEEDED,
+                f"{count} prompt tokens and {max_tokens} to generate are more than this worker's memory holds",
+            )
 
     async def _prepare(self, ask: AskMessage) -> Prompt:
         model, messages = ModelId(ask.model_id), ask.messages

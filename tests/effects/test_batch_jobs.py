@@ -697,6 +697,26 @@ def test_every_refusal_has_its_reason() -> None:
     run_market(test)
 
 
+def test_what_the_memory_can_never_hold_is_not_quoted() -> None:
+    """It would be opened, and lost with a penalty."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, FakeBackend(FakeSettings(tokens=6, room=20)))
+        stake(market, worker)
+        asker = Asker(market, worker, "asker")
+        for lines in (["word " * 12], ["fine", "word " * 12]):
+            assert await asker.refused(asker.question(spec_of(lines))) is RefusalReason.CONTEXT_EXCEEDED
+        with pytest.raises(NoWorker, match="no worker") as caught:
+            await client.post_job("fake", LINES, max_tokens=64, wish=JobWish(min_penalty=400))
+        assert "memory" in str(caught.value.reasons)
+        job = await client.post_job("fake", LINES, max_tokens=16, wish=JobWish(min_penalty=400))
+        await job.result(20)
+        await until(lambda: job.state.ended)
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
 def test_a_job_is_its_askers_and_nobody_elses() -> None:
     """B12."""
 

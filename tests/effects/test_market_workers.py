@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -278,15 +279,29 @@ def test_a_model_that_fails_before_its_first_token_has_sold_nothing() -> None:
     run_market(test)
 
 
-def test_a_worker_without_memory_for_a_job_says_so_before_it_takes_it() -> None:
+@pytest.mark.parametrize("ever", [False, True])
+def test_a_worker_without_memory_for_a_job_says_so_before_it_takes_it(ever: bool) -> None:
+    """A job that will fit when others have ended is to be tried again; one that never will is not."""
+
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(room=103))
-        await market.worker(backend)
+        worker = await market.worker(backend)
         client = await market.client()
+        made_way = 0
+
+        async def make_way(fits: Any) -> bool:
+            nonlocal made_way
+            made_way += 1
+            return bool(fits())
+
+        worker.server.lodger.make_way = make_way  # type: ignore[method-assign, union-attr]
+        if ever:
+            backend.could_fit = lambda model, tokens: True  # type: ignore[method-assign]
         with pytest.raises(Refused) as caught:
             async with client.chat("fake", HELLO, max_tokens=101) as stream:
                 await stream.text()
-        assert caught.value.reason is RefusalReason.BUSY and backend.produced == 0
+        assert caught.value.reason is (RefusalReason.BUSY if ever else RefusalReason.CONTEXT_EXCEEDED)
+        assert backend.produced == 0 and bool(made_way) is ever, "nothing makes way for what cannot come"
         client.history.clear()
         async with client.chat("fake", HELLO, max_tokens=100) as stream:
             await stream.text()

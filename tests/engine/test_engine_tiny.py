@@ -171,11 +171,13 @@ def test_memory_is_reserved_counted_and_freed(tiny: Path) -> None:
     size = 4 * 16 * 384
     engine = Engine(tiny, cache_bytes=2 * size + 383)
     assert engine.fits(37, 24) and not engine.fits(37, 24 + 69)
+    assert engine.could_fit(129) and not engine.could_fit(130), "eight blocks, and the last token needs no room"
     engine.submit(job("a"))
     assert (engine.cache_used, engine.cache_free, engine.running) == (size, size + 383, 1)
     engine.submit(job("b"))
     with pytest.raises(CacheFull):
         engine.submit(job("c", PROMPT[:1], 1 + 15))
+    assert not engine.fits(37, 24) and engine.could_fit(37 + 24), "it fits when others have ended"
     assert engine.running == 2
     engine.step()
     assert engine.abort("a") and not engine.abort("a")

@@ -98,6 +98,10 @@ class Engine:
         within = prompt_tokens + max_tokens <= self.context_length
         return within and self._pool.bytes_for(prompt_tokens + max_tokens - 1) <= self.cache_free
 
+    def could_fit(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens, prompt and answer together, would be accepted by an idle engine."""
+        return tokens <= self.context_length and self._pool.bytes_for(tokens - 1) <= self._pool.budget
+
     def submit(self, sequence: Sequence) -> None:
         """Take a sequence and reserve its memory; tokens come from `step`.
 
