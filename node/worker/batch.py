@@ -185,11 +185,12 @@ class BatchDesk:
         balance = await chain.vault_balance(quote.token, quote.client)
         if balance < quote.amount:
             raise Rejected(RefusalReason.FUNDS_INSUFFICIENT, f"the vault holds {balance}, the job needs {quote.amount}")
-        if len(self._book.running) >= self._quotes.rules.max_jobs:
-            raise Rejected(RefusalReason.BUSY, f"{self._quotes.rules.max_jobs} batch jobs are open")
-        self._opens.take(quote.client, self._now_ms() // 1000)
         signature = await self._sign(quote, domain)  # the same words give the same signature as before
         if self._book.get(job_id) is None:
+            # Nothing waits from here until the book has the job: of many orders at once each sees those before it.
+            if len(self._book.running) >= self._quotes.rules.max_jobs:
+                raise Rejected(RefusalReason.BUSY, f"{self._quotes.rules.max_jobs} batch jobs are open")
+            self._opens.take(quote.client, self._now_ms() // 1000)
             await self._journal(job_id, held, raw, quote, signature, order, Hash32(spec.model_id))
         return self._book.jobs[job_id]
 

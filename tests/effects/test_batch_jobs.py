@@ -795,6 +795,29 @@ def test_what_strangers_can_make_a_worker_open_is_bounded() -> None:
     run_market(test)
 
 
+def test_of_many_orders_at_once_no_more_are_taken_than_may_be_open() -> None:
+    async def test(market: Market) -> None:
+        worker, _ = await pair(market, FakeBackend(FakeSettings(tokens=6, seconds_per_token=1)))
+        if worker.batch is None:
+            raise AssertionError
+        worker.batch.quotes.rules = replace(worker.batch.quotes.rules, max_jobs=3)
+        askers = [Asker(market, worker, f"asker {n}") for n in range(8)]
+        orders = [asker.order(await asker.quote()) for asker in askers]
+        answers: list[Any] = []
+
+        async def send(asker: Asker, order: OpenJob) -> None:
+            answers.append(await asker.ask(order))
+
+        async with trio.open_nursery() as nursery:
+            for asker, order in zip(askers, orders, strict=True):
+                nursery.start_soon(send, asker, order)
+        refused = [answer.reason for answer in answers if isinstance(answer, BatchRefusal)]
+        assert refused == [RefusalReason.BUSY] * 5
+        assert len(events(market)) == len(worker.batch.book.running) == 3
+
+    run_market(test)
+
+
 def test_quotes_held_are_bounded_and_forgotten() -> None:
     async def test(market: Market) -> None:
         worker, _ = await pair(market)
