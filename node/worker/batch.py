@@ -29,7 +29,7 @@ from protocol.admission import Rejected
 from protocol.batch import BatchAccepted, BatchCancelled, BatchOrdered, BatchState, Step, Timing, plan
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 from protocol.escrow import JobState
-from protocol.ids import Address, Hash32, JobId, PeerId
+from protocol.ids import Address, Hash32, JobId, ModelId, PeerId
 from protocol.keys import require_signer
 from protocol.messages import (
     PIECE_LIMIT,
@@ -170,7 +170,7 @@ class BatchDesk:
         if found is None:
             raise Rejected(RefusalReason.JOB_UNKNOWN, "no such quote, or it is forgotten")
         held, raw = found
-        quote, _, spec = parts_of(held)
+        quote, terms, spec = parts_of(held)
         domain = held.domain
         if str(peer) != held.peer and peer.address != quote.client:
             raise Rejected(RefusalReason.JOB_UNKNOWN, "no such quote for this peer")
@@ -190,6 +190,8 @@ class BatchDesk:
             # Nothing waits from here until the book has the job: of many orders at once each sees those before it.
             if len(self._book.running) >= self._quotes.rules.max_jobs:
                 raise Rejected(RefusalReason.BUSY, f"{self._quotes.rules.max_jobs} batch jobs are open")
+            # Each quote counts on the time that was left when it was made, and many may have been made at once.
+            self._quotes.latest_start(ModelId(spec.model_id), terms, quote.deadline, self._jobs[domain].clock.now)
             self._opens.take(quote.client, self._now_ms() // 1000)
             await self._journal(job_id, held, raw, quote, signature, order, Hash32(spec.model_id))
         return self._book.jobs[job_id]

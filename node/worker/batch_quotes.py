@@ -11,6 +11,7 @@ Rules
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -69,6 +70,8 @@ class QuoteRules:
     margin_s: int = 120
     """Before the deadline by which a job must be done."""
     min_duration: int = 180
+    open_s: int = 30
+    """A quote stands at least so long: the order has to come, and the transaction that opens the job to be mined."""
     characters: Limits = field(
         default_factory=lambda: Limits(32 << 20, 3600, 128 << 20, 3600, "characters to be tokenised")
     )
@@ -159,7 +162,8 @@ class QuoteDesk:
             max_tokens=spec.params.max_tokens,
             nonce=self._random16(),
         )
-        self._check_worth(asked, asset, terms, ModelId(spec.model_id), clock.now)
+        self._check_worth(asked, asset, terms)
+        latest = self.latest_start(ModelId(spec.model_id), terms, asked.deadline, clock.now + self.rules.open_s)
         raw_terms = encode_terms(terms)
         quote = Quote(
             spec_hash=content_hash(asked.spec),
@@ -168,7 +172,7 @@ class QuoteDesk:
             token=Address(asked.token),
             amount=terms.amount,
             penalty=amount_from_wire(asked.min_penalty),
-            valid_before=min(clock.now + self.rules.valid_s, asked.deadline),
+            valid_before=min(clock.now + self.rules.valid_s, latest),  # who opens it later could not be served in time
             deadline=asked.deadline,
             window=asked.window,
             resolver=Address(asked.resolver),
@@ -255,7 +259,7 @@ class QuoteDesk:
             counts.append(count)
         return tuple(counts)
 
-    def _check_worth(self, asked: RequestQuote, asset: BatchAsset, terms: Terms, model: ModelId, now: int) -> None:
+    def _check_worth(self, asked: RequestQuote, asset: BatchAsset, terms: Terms) -> None:
         most = amount_from_wire(asked.max_amount)
         if terms.amount > most:
             raise Rejected(RefusalReason.OVER_BUDGET, f"up to {terms.amount}, {most} is offered")
@@ -263,17 +267,24 @@ class QuoteDesk:
             raise Rejected(
                 RefusalReason.BELOW_MINIMUM, f"the job is worth {terms.amount}, at least {asset.min_amount} is needed"
             )
-        _, seconds, room = self._backlog()
+        _, _, room = self._backlog()
         held = sum(quote.room for quote in self._held.values())
         kept = self._results.held_bytes(self._now_ms())
         if kept + room + held + terms.room + len(asked.spec) > self._results.max_bytes:
             raise Rejected(RefusalReason.JOB_TOO_LARGE, f"there is no room for a result of up to {terms.room} bytes")
-        needed = seconds + self.seconds_of(model, terms.input_tokens, terms.max_tokens)
-        left = asked.deadline - now - self.rules.margin_s
-        if needed > left:
+
+    def latest_start(self, model: ModelId, terms: Terms, deadline: int, start: int) -> int:
+        """Chain seconds by which such a job has to begin, behind all that is to be done before it. Raises `Rejected` when `start`
+        is later than that."""
+        _, seconds, _ = self._backlog()
+        needed = math.ceil(seconds + self.seconds_of(model, terms.input_tokens, terms.max_tokens))
+        latest = deadline - self.rules.margin_s - needed
+        if start > latest:
+            left = deadline - self.rules.margin_s - start
             raise Rejected(
-                RefusalReason.DEADLINE_INVALID, f"about {needed:.0f} s of work lie before its end, {left} s are left"
+                RefusalReason.DEADLINE_INVALID, f"about {needed} s of work lie before its end, {left} s are left for it"
             )
+        return latest
 
     def seconds_of(self, model: ModelId, input_tokens: Iterable[int], max_tokens: int) -> float:
         """How long inputs take one after the other, by what the self-test measured; 0 when it measured nothing."""

@@ -160,6 +160,10 @@ class BatchRunner:
         job = self._jobs.get(job_id)
         return len(job.items) if job else 0
 
+    def has(self, job_id: JobId) -> bool:
+        """Whether the job is taken up: then it is in `backlog_s`."""
+        return job_id in self._jobs
+
     @property
     def active(self) -> int:
         """Items being computed now."""

@@ -151,5 +151,10 @@ class BatchService:
 
     def _backlog(self) -> tuple[int, float, int]:
         running = self.book.running
-        waiting = sum(state.terms.room for state in running if state.result is None)
-        return len(running), self.runner.backlog_s, waiting
+        waiting = [state for state in running if state.result is None and not state.failure]
+        ahead = sum(
+            self.quotes.seconds_of(ModelId(state.model_id), state.terms.input_tokens, state.terms.max_tokens)
+            for state in waiting
+            if not self.runner.has(state.job_id)  # ordered a moment ago: it will be opened, and come first
+        )
+        return len(running), self.runner.backlog_s + ahead, sum(state.terms.room for state in waiting)

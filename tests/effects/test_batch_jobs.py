@@ -26,6 +26,7 @@ from node.worker.allowance import Limits
 from node.worker.batch import BatchRules
 from node.worker.batch_quotes import HELD_EACH, spec_key
 from node.worker.batch_run import RunSettings, piece_key
+from node.worker.desk import Speed
 from node.worker.worker import Worker, WorkerSettings
 from protocol import escrow
 from protocol.batch import BatchState, Timing
@@ -67,7 +68,7 @@ def settings(market: Market, **given: Any) -> WorkerSettings:
     if usual.batch is None:
         raise AssertionError
     quotes = replace(
-        usual.batch.quotes, resolvers=usual.batch.quotes.resolvers | {RESOLVER}, margin_s=2, min_duration=4
+        usual.batch.quotes, resolvers=usual.batch.quotes.resolvers | {RESOLVER}, margin_s=2, min_duration=4, open_s=1
     )
     run = RunSettings(margin_s=2, pause_s=0.02, piece_s=0.05, **given)
     return replace(usual, batch=replace(usual.batch, quotes=quotes, run=run, timing=FAST))
@@ -713,6 +714,52 @@ def test_what_the_memory_can_never_hold_is_not_quoted() -> None:
         await job.result(20)
         await until(lambda: job.state.ended)
         await clean(market, worker, client)
+
+    run_market(test)
+
+
+def takes(worker: Worker, seconds: float) -> None:
+    """The self-test has measured so many seconds for one input."""
+    if worker.batch is None:
+        raise AssertionError
+    worker.batch.quotes._speeds = {FAKE_MODEL: Speed(tokens_per_second=10**6, ttft_ms=int(seconds * 1000))}
+
+
+def test_a_quote_stands_only_while_its_job_can_be_done() -> None:
+    """Opened in its last second, the job is still to be done in time, because the owner's stake answers for it."""
+
+    async def test(market: Market) -> None:
+        worker, _ = await pair(market)
+        stake(market, worker)
+        takes(worker, 10)
+        asker = Asker(market, worker, "asker")
+        now = market.ledger.head.timestamp
+        for left in (3600, 150, 106):
+            answer = await asker.quote(deadline=now + left, min_penalty=amount_to_wire(400))
+            until_s = quote_from_wire(answer.quote).valid_before
+            assert until_s + 100 + 2 <= now + left, "ten inputs, and a margin of two seconds"
+            assert until_s > now
+        late = asker.question(deadline=now + 100, min_penalty=amount_to_wire(400))
+        assert await asker.refused(late) is RefusalReason.DEADLINE_INVALID
+
+    run_market(test)
+
+
+def test_quotes_that_were_made_at_once_are_not_all_opened() -> None:
+    """Each counts on all the time that is left: to open them all would be to lose all but one, with their penalties."""
+
+    async def test(market: Market) -> None:
+        worker, _ = await pair(market, FakeBackend(FakeSettings(tokens=6, seconds_per_token=1)))
+        stake(market, worker)
+        takes(worker, 30)  # ten inputs in five minutes: two such jobs do not fit
+        askers = [Asker(market, worker, f"asker {n}") for n in range(3)]
+        deadline = market.ledger.head.timestamp + 500
+        terms = {"deadline": deadline, "min_penalty": amount_to_wire(300)}
+        orders = [asker.order(await asker.quote(**terms)) for asker in askers]
+        assert isinstance(await askers[0].ask(orders[0]), JobStatus)
+        for asker, order in zip(askers[1:], orders[1:], strict=True):
+            assert await asker.refused(order) is RefusalReason.DEADLINE_INVALID
+        assert events(market) == ["Opened"]
 
     run_market(test)
 
