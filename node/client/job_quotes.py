@@ -13,6 +13,7 @@ from node.errors import InsufficientFunds, NodeError, NoWorker, Refused, Verific
 from node.network.drive import converse
 from node.store.batch_keeper import JobsChain
 from protocol.errors import RefusalReason, RemoteProtocolError
+from protocol.escrow import most_beside_bond
 from protocol.ids import ZERO_ADDRESS, Address, PeerId
 from protocol.keys import require_signer
 from protocol.messages import (
@@ -73,7 +74,8 @@ class Quoted:
 async def best(client: Client, model: str, spec: BatchSpec, raw: bytes, wish: JobWish, policy: Policy) -> Quoted:
     """Ask the workers of the offer book, best first, until one quotes what was asked.
 
-    Raises `NoWorker` with every worker's reason, or `InsufficientFunds`.
+    With a resolver the bond of a dispute stays free beside the amount. Raises `NoWorker` with every worker's reason, or
+    `InsufficientFunds`.
     """
     longest = max(range(len(spec.inputs)), key=lambda index: len(spec.inputs[index]))
     only = wish.asset or (None if wish.reward is None else client.wallet.preferred)
@@ -86,18 +88,21 @@ async def best(client: Client, model: str, spec: BatchSpec, raw: bytes, wish: Jo
             reasons.setdefault(name, ("no batch jobs in what we pay with",))
             continue
         balance = await client.wallet.balance(asset)
-        most = balance if wish.reward is None else min(balance, wish.reward)
+        # Who may dispute needs the bond for it: money that the job itself locks is not there when the result is wrong.
+        free = balance if wish.resolver == ZERO_ADDRESS else most_beside_bond(balance)
+        most = free if wish.reward is None else min(free, wish.reward)
         try:
             await client.reach(candidate.offer)
             return await ask(client, candidate, chain, spec, raw, wish, most)
         except NodeError as error:
             reasons[name] = (str(error),)
             over = isinstance(error, Refused) and error.reason is RefusalReason.OVER_BUDGET
-            if over and (wish.reward is None or balance < wish.reward):
+            if over and (wish.reward is None or free < wish.reward):
                 short = max(short or 0, balance)
     if short is not None:
+        beside = "" if wish.resolver == ZERO_ADDRESS else ", with the bond of a dispute, a tenth of it,"
         raise InsufficientFunds(
-            f"the vault holds {short} (smallest unit), which the job can cost more than",
+            f"the vault holds {short} (smallest unit), which the job{beside} can cost more than",
             hint="gristmill deposit AMOUNT",
         )
     raise NoWorker(

@@ -47,7 +47,14 @@ from protocol.escrow.committee import (
     wins,
     withdraw_bond,
 )
-from protocol.escrow.disputes import bond_for, open_dispute, prove_equivocation, resolve_dispute, resolver_says
+from protocol.escrow.disputes import (
+    bond_for,
+    most_beside_bond,
+    open_dispute,
+    prove_equivocation,
+    resolve_dispute,
+    resolver_says,
+)
 from protocol.escrow.jobs import fail, finalize, open_job, refund, settle_job, submit
 from protocol.escrow.state import (
     BURNT,
@@ -146,6 +153,7 @@ __all__ = [
     "resign",
     "locked_stake",
     "move_slash",
+    "most_beside_bond",
     "open_dispute",
     "open_job",
     "prove_equivocation",

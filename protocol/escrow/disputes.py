@@ -23,6 +23,11 @@ def bond_for(quote: Quote) -> int:
     return max(-(-quote.amount * BOND_PPM // PPM), 1)
 
 
+def most_beside_bond(balance: int) -> int:
+    """The highest amount of a quote that `balance` holds together with the bond of its challenge."""
+    return max(0, min(balance * PPM // (PPM + BOND_PPM), balance - 1))
+
+
 def prove_equivocation(
     state: Escrow,
     now: int,

@@ -1033,6 +1033,33 @@ def test_a_client_without_funds_is_told_what_is_missing() -> None:
     run_market(test)
 
 
+def test_whoever_names_a_resolver_keeps_the_bond_of_a_dispute_free() -> None:
+    async def test(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=6)), settings(market))
+        words = sum(len(line.split()) + 1 for line in LINES)
+        amount = cost_of(market, 10, words, 80)
+        bond = -(-amount // 10)
+        disputed = JobWish(resolver=RESOLVER)
+        short = await a_client(market, deposit=amount + bond - 1)
+        for wish in (disputed, JobWish(resolver=RESOLVER, reward=amount)):
+            with pytest.raises(InsufficientFunds, match="with the bond of a dispute"):
+                await short.post_job("fake", LINES, max_tokens=8, wish=wish)
+        with pytest.raises(NoWorker):  # money is not what is missing then
+            await short.post_job("fake", LINES, max_tokens=8, wish=JobWish(resolver=RESOLVER, reward=amount - 1))
+        assert short.jobs.all() == []
+        able = await a_client(market, deposit=amount + bond)
+        job = await able.post_job("fake", LINES, max_tokens=8, wish=disputed)
+        assert job.state.quote.amount == amount and await able.balance() == bond == escrow.bond_for(job.state.quote)
+        plain = await a_client(market, deposit=amount)
+        other = await plain.post_job("fake", LINES, max_tokens=8)
+        for one in (job, other):
+            await one.result(20)
+            await until(lambda one=one: one.state.ended)  # type: ignore[misc]
+        await clean(market, worker, able, plain)
+
+    run_market(test)
+
+
 def test_a_worker_at_work_is_asked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each answer is news, and news must not lead to the next question at once."""
 

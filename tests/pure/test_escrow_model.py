@@ -285,3 +285,13 @@ def test_attestations_expire_and_are_taken_back() -> None:
     refused("Attestations_Revoked", escrow.revoke_attestation, state, BOB, WORKER, topic)
     state = escrow.attest(state, NOW, BOB, WORKER, topic, ZERO, NOW + 10)
     assert escrow.is_valid(state, NOW, BOB, WORKER, topic)
+
+
+def test_the_most_beside_a_bond_is_exact() -> None:
+    def together(amount: int) -> int:
+        return amount + escrow.bond_for(replace(QUOTE, amount=amount))
+
+    for balance in (*range(2, 300), 10**30 + 7):
+        most = escrow.most_beside_bond(balance)
+        assert together(most) <= balance < together(most + 1)
+    assert [escrow.most_beside_bond(balance) for balance in (0, 1)] == [0, 0]
