@@ -331,7 +331,8 @@ class WorkerConfig:
     )
     batch_min: int = setting(
         1_000,
-        "The least that a batch job must be able to bring: what its two or three transactions are worth. 0: no batch jobs.",
+        "The least that a batch job must be able to bring: what its two or three transactions are worth. A cancelled "
+        "job goes on until it has brought as much. 0: no batch jobs.",
         unit="smallest unit",
         low=0,
         high=AMOUNT_MAX,

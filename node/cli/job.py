@@ -187,7 +187,10 @@ def result(shared: Shared, name: str, timeout: int | None, target: Path | None, 
 @client_options
 @click.pass_obj
 def cancel(shared: Shared, name: str, workers: tuple[str, ...]) -> None:
-    """Ask the worker to stop. What is finished by then is the result, and all that is paid."""
+    """Ask the worker to stop. What is finished by then is the result, and all that is paid.
+
+    It goes on until that is worth the least it takes for a job: opening and submitting cost it gas.
+    """
 
     async def work(client: Client) -> None:
         from node.cli.job_text import shower, words_of

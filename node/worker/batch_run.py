@@ -108,7 +108,7 @@ _Piece = tuple[tuple[int, ResultItem], ...]
 
 class BatchRunner:
     """`chain_now`: chain seconds, by Jobs contract. `streams_live`: live streams being served. `places`: how many the model
-    runtime has in all."""
+    runtime has in all. `least`: what a job like this has to bring."""
 
     def __init__(
         self,
@@ -122,6 +122,7 @@ class BatchRunner:
         streams_live: Callable[[], int],
         places: int,
         seconds_per_item: Callable[[ModelId, int], float] = lambda model, tokens: 0.0,
+        least: Callable[[BatchState], int] = lambda state: 0,
     ) -> None:
         self._book = book
         self._results = results
@@ -132,6 +133,7 @@ class BatchRunner:
         self._streams_live = streams_live
         self._places = places
         self._seconds_per_item = seconds_per_item
+        self._least = least
         self._jobs: dict[JobId, _Job] = {}
         self._broken: dict[JobId, str] = {}
         """Jobs that cannot even begin, and why."""
@@ -217,21 +219,35 @@ class BatchRunner:
             self._drop(job)  # settled, refunded or done while we computed
             await self._book.change([], also=self._results.forgetting(_pieces_of(job)))
             return
+        hindrance = self._hindrance(job)
         try:
-            if job.failures >= TRIES:
-                await self._give_up(job.job_id, "the model runtime failed")
-            elif len(job.items) == job.total or (state.cancelled and job.items):
+            if len(job.items) == job.total or (state.cancelled and job.items and (hindrance or self._pays(job, state))):
                 await self._conclude(job)
-            elif hopeless(self._pace(job), self._time_left(job)):
-                await self._give_up(job.job_id, f"{len(job.items)} of {job.total} inputs are done, time is too short")
+            elif hindrance:
+                await self._give_up(job.job_id, hindrance)
             elif state.chain is JobState.OPEN:
                 await self._keep(job)
                 await self._save(job)
-                # A cancelled job goes on to its first item: who computes is not to end with nothing for the gas.
+                # A cancelled job goes on, one by one, until it is worth its transactions.
                 while job.waiting and self.active < self._allowed and not (state.cancelled and job.running):
                     self._start(job, nursery)
         except (ResultsFull, ResultConflict, InvalidValue) as error:
             await self._give_up(job.job_id, f"the result cannot be kept: {error}")
+
+    def _hindrance(self, job: _Job) -> str:
+        """Why the job will never be done; empty as long as it may."""
+        if job.failures >= TRIES:
+            return "the model runtime failed"
+        if hopeless(self._pace(job), self._time_left(job)):
+            return f"{len(job.items)} of {job.total} inputs are done, time is too short"
+        return ""
+
+    def _pays(self, job: _Job, state: BatchState) -> bool:
+        """Whether what is done of a cancelled job brings what the least job has to: its gas is spent, whoever cancels it."""
+        return claim_of(state.terms, self._items(job)) >= self._least(state)
+
+    def _items(self, job: _Job) -> tuple[ResultItem, ...]:
+        return tuple(job.items.get(index, NOT_BEGUN) for index in range(job.total))
 
     @property
     def _allowed(self) -> int:
@@ -341,7 +357,7 @@ class BatchRunner:
         for scope in list(job.running.values()):
             scope.cancel()
         state = self._book.jobs[job.job_id]
-        items = tuple(job.items.get(index, NOT_BEGUN) for index in range(job.total))
+        items = self._items(job)
         raw = encode_result(BatchResult(spec_hash=bytes(state.quote.spec_hash), items=items))
         now = self._now_ms()
         kept = BatchResultKept(

@@ -90,6 +90,7 @@ class BatchService:
             streams_live=streams_live,
             places=places,
             seconds_per_item=lambda model, tokens: self.quotes.seconds_of(model, (0,), tokens),
+            least=self._least,
         )
         self.desk = BatchDesk(
             worker=worker,
@@ -148,6 +149,10 @@ class BatchService:
         if step is Step.RUN:
             self.runner.want(state)
         await trio.lowlevel.checkpoint()
+
+    def _least(self, state: BatchState) -> int:
+        asset = self.quotes.assets.get((state.domain, state.quote.token))
+        return asset.min_amount if asset else 0
 
     def _backlog(self) -> tuple[int, float, int]:
         running = self.book.running

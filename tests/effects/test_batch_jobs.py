@@ -225,6 +225,51 @@ def test_a_cancelled_job_pays_for_what_was_done() -> None:
     run_market(test)
 
 
+def test_a_job_that_is_cancelled_at_once_still_pays_for_its_transactions() -> None:
+    """Who orders and cancels makes the worker open and submit: it goes on until that is worth the least it takes for a job."""
+
+    async def test(market: Market) -> None:
+        least, each = 500, cost_of(market, 1, 4, 4)
+        usual = settings(market, streams=1)
+        usual = replace(usual, accepts=(market.accepted(min_job=least),))
+        backend = FakeBackend(FakeSettings(tokens=4, seconds_per_token=0.002))
+        worker, client = await market.worker(backend, usual), await a_client(market)
+        job = await client.post_job("fake", LINES * 10, max_tokens=8)
+        await job.cancel()
+        await job.result(20)
+        await until(lambda: job.state.ended)
+        assert least <= earned(market, worker) < least + each
+        small = await client.post_job("fake", LINES * 2, max_tokens=8)  # worth it only with more output than there is
+        await small.cancel()
+        assert NOT_BEGUN not in await small.result(20), "all of it is less than the least"
+        await until(lambda: small.state.ended)
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
+def test_a_cancelled_job_that_cannot_go_on_ends_with_what_there_is() -> None:
+    async def test(market: Market) -> None:
+        usual = settings(market, streams=1)
+        usual = replace(usual, accepts=(market.accepted(min_job=10**3),))
+        backend = FakeBackend(FakeSettings(tokens=4, seconds_per_token=0.002))
+        worker, client = await market.worker(backend, usual), await a_client(market)
+        stake(market, worker)
+        job = await client.post_job("fake", LINES * 10, max_tokens=8, wish=JobWish(min_penalty=400))
+        await until(lambda: worker.batch and worker.batch.runner.done(job.job_id) >= 3)
+        backend.settings.fail_after = 1
+        await job.cancel()
+        items = await job.result(20)
+        done = sum(item != NOT_BEGUN for item in items)
+        assert 3 <= done < len(items)
+        await until(lambda: job.state.ended)
+        assert earned(market, worker) == cost_of(market, done, 4 * done, 4 * done)
+        assert not market.ledger.world.escrow.slashes
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
 # ------------------------------------------------------------------------------------------------------------ silence
 
 
