@@ -874,35 +874,4 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "if (key.owner != msg.sender) revert Workers_NotOwner",
         "if (key.owner != msg.sender && hotKey != msg.sender) revert Workers_NotOwner",
     ),
-    (
-        "a proof shelters the stake in other tokens",
-        "Disputes.sol",
-        "if (_proven[config.receiver][config.token]) revert",
-        "if (workers.isConvicted(config.receiver)) revert",
-    ),
-    ("a slash leaves the exposure", "Workers.sol", "uint128(_above(found.exposure, booked));", "found.exposure;"),
-    (
-        "a client opens a penalty",
-        "Jobs.sol",
-        "if (quote.penalty > 0 && !_isWorker(quote, msg.sender)) revert",
-        "if (quote.penalty > 0 && msg.sender != quote.client && !_isWorker(quote, msg.sender)) revert",
-    ),
-    (
-        "a key that is long gone costs stake",
-        "Workers.sol",
-        "if (key.retiredAt != 0 && block.timestamp > key.retiredAt + UNBONDING) return (0, 0);",
-        "if (key.retiredAt > block.timestamp) return (0, 0);",
-    ),
-    (
-        "a retired key answers for nothing",
-        "Workers.sol",
-        "block.timestamp > key.retiredAt + UNBONDING",
-        "block.timestamp > key.retiredAt",
-    ),
-    (
-        "a job of one's own keeps a lock away",
-        "Workers.sol",
-        "uint256 free = _above(uint256(found.active) + found.unbonding, uint256(known.amount) + known.before);",
-        "uint256 free = _free(owner, token);",
-    ),
 )

@@ -16,7 +16,7 @@ pytest.importorskip("pyrevm", reason="pyrevm is not installed: contract tests ne
 from eth_abi.abi import encode
 
 from node.testing.attacker import Attacker, Disagreement, abi, drain, fuzz
-from node.testing.evm import artifact
+from node.testing.evm import Reverted, artifact
 from protocol.escrow import jobs
 from protocol.ids import Address
 
@@ -93,6 +93,24 @@ def test_a_wrong_rule_is_found_and_cut_down(artifacts: Path, monkeypatch: pytest
     told = fuzz.explain(zoo, seed, steps).splitlines()
     assert told[0].startswith(f"seed {seed}: Jobs.fail: ")
     assert "Jobs.open(" in told[-2] and "Jobs.fail(" in told[-1]
+
+
+def test_a_view_that_reverts_is_found_and_a_market_that_does_not_stand_is_not(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is the contracts' fault, the second may be the test's own."""
+
+    def reverts(*_: object) -> None:
+        raise Reverted("Panic", (17,))
+
+    zoo = fuzz.Zoo(artifacts, ZOO)
+    with monkeypatch.context() as patch:
+        patch.setattr(Attacker, "act", reverts)
+        found = fuzz.failing(zoo, 0, range(1))
+        assert found is not None and found.what == "what must never fail reverts"
+    monkeypatch.setattr(Attacker, "_begin", reverts)
+    with pytest.raises(Reverted):
+        fuzz.failing(zoo, 0, range(1))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""What is written beside the contracts names what is there: planted bugs and the tests that caught them."""
+"""What is written beside the contracts names what is there: planted bugs and the tests that caught them, trees of functions."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ABI = ROOT / "node" / "chain" / "abi"
 CONTRACTS = ROOT / "contracts"
 TESTS = ROOT / "tests" / "contracts"
 pytestmark = pytest.mark.skipif(not CONTRACTS.is_dir(), reason="the contract sources are not here (installed wheel)")
@@ -31,3 +34,49 @@ def test_every_planted_bug_has_its_place_and_only_one() -> None:
 def test_no_two_planted_bugs_are_one() -> None:
     assert [name for name, times in Counter(name for name, *_ in mutants()).items() if times > 1] == []
     assert [bug for bug, times in Counter(mutant[1:] for mutant in mutants()).items() if times > 1] == []
+
+
+# --------------------------------------------------------------------------------------------------------------- trees
+
+
+def tree(name: str) -> list[str]:
+    return (CONTRACTS / "test" / f"{name}.tree").read_text(encoding="utf-8").splitlines()
+
+
+def nodes(lines: list[str]) -> list[str]:
+    """What has a node of its own: functions, and the constructor."""
+    return [name for line in lines[1:] if line[0] in "├└" for name in line[4:].split(", ")]
+
+
+def functions(name: str) -> set[str]:
+    entries = json.loads((ABI / f"{name}.json").read_text())["abi"]
+    return {entry["name"] for entry in entries if entry["type"] == "function"}
+
+
+OURS = sorted({path.stem for path in ABI.glob("*.json")} - {"TimelockController"})  # OpenZeppelin's, as it is
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_external_function_has_a_node_in_its_tree(name: str) -> None:
+    found = [node for node in nodes(tree(name)) if node != "constructor"]
+    assert sorted(found) == sorted(functions(name))
+
+
+def test_the_library_has_a_node_for_each_function() -> None:
+    source = (CONTRACTS / "src" / "Signatures.sol").read_text()
+    assert nodes(tree("Signatures")) == re.findall(r"function (\w+)", source)
+
+
+@pytest.mark.parametrize("path", sorted((CONTRACTS / "test").glob("*.tree")), ids=lambda path: path.stem)
+def test_every_branch_of_a_tree_is_drawn_to_its_end(path: Path) -> None:
+    lines = tree(path.stem)
+    assert [line for line in lines[1:] if not re.match(r"(?:[│ ] {3})?[├└]── \S", line)] == []
+    assert [at for at, line in enumerate(lines) if line[0] == "└"] == [
+        max(at for at, line in enumerate(lines) if line[0] in "├└")
+    ]
+    for line, following in zip(lines[1:], [*lines[2:], "└"], strict=True):
+        if line[0] in "│ ":  # the last leaf of a node, and no other, has the corner
+            assert (line[4] == "└") == (following[0] in "├└"), line
+    for line, following in zip(lines[1:], [*lines[2:], ""], strict=True):
+        if line[0] in "├└" and path.stem in OURS:
+            assert following[:1] == ("│" if line[0] == "├" else " "), f"{line}: what does it do?"

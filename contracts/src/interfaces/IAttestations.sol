@@ -4,6 +4,8 @@ pragma solidity ^0.8.28;
 /// @title Facts about workers that issuers vouch for
 /// @notice Region, GDPR, SOC 2, the measurement of an enclave: anyone may issue; a client's policy names the issuers that it
 /// believes. Nothing here moves money.
+/// Warning: an issuer's word is all there is. Nobody checks what is attested, anybody can issue, and an issuer can take its
+/// word back at any time: an attestation is worth what its issuer is worth.
 interface IAttestations {
     /// @param data Hash of the evidence, or the fact itself when it fits.
     /// @param validUntil Time after which it no longer holds.

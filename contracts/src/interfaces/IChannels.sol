@@ -117,6 +117,10 @@ interface IChannels {
 
     /// @notice Ends a channel at once with the receiver's consent: pays up to `finalAmount`, returns the rest. Anyone
     /// may submit.
+    /// Warning: a Close never expires. Whoever holds one ends the channel with it at any later time, and the receiver loses
+    /// the vouchers above `finalAmount`: sign it last, for all that was earned.
+    /// Warning: `receiverAuthorizer` signs for the receiver, and the payer wrote it into the config: a receiver that serves a
+    /// channel with another's key in this place can be closed out at what it has claimed.
     /// @param finalAmount Total claimed at the end. Above the present total it needs a voucher for at least as much.
     /// @param voucherAmount Amount of that voucher; not read when `finalAmount` is already claimed.
     /// @param closeSignature By `receiverAuthorizer` over Close{channelId, claimed: finalAmount}.

@@ -98,6 +98,8 @@ interface IJobs {
         returns (bytes32 jobId);
 
     /// @notice The result is there, before the deadline, and is neither 0 nor 1. Anyone may submit; the window begins.
+    /// Warning: silence pays. A client that does not dispute within the window pays what was claimed, whatever the hash stands
+    /// for and whether or not it ever got the result; where the quote names no resolver it can not dispute at all.
     /// @param claimed What the worker asks for, at most the quote's amount.
     /// @param signature By the worker over Submission{jobId, resultHash, claimed}; not read when the worker itself calls.
     function submit(Quote calldata quote, bytes32 resultHash, uint128 claimed, bytes calldata signature) external;

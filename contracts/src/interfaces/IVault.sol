@@ -82,6 +82,8 @@ interface IVault {
     function setToken(address token, bool allowed) external;
 
     /// @notice GUARDIAN: stops new deposits and new locks (not bonds), or allows them again. No exit is ever blocked.
+    /// Warning: a pause stops no clock: deadlines, windows and delays run on. Who must answer in time (a client with its bond)
+    /// needs the balance in the vault beforehand.
     function setPaused(bool paused_) external;
 
     function balanceOf(address token, address account) external view returns (uint256);

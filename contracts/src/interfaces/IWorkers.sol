@@ -147,6 +147,8 @@ interface IWorkers {
     /// @notice The most of the caller's stake that open jobs of all its hot keys may hold at once. A hot key signs quotes
     /// with penalties by itself, so this bounds what a stolen machine can lose: each slash uses it up, and the owner sets it
     /// anew.
+    /// Warning: it is the loss that the owner allows: who has a hot key can sign quotes and break them, up to this much in each
+    /// token. It does not bound what equivocation costs, which is half of the stake, and a lower one frees nothing that is held.
     function setExposure(address token, uint128 exposure) external;
 
     /// @notice After `movesAt`: pays a booked slash out. Anyone may call.

@@ -20,7 +20,7 @@ from pathlib import Path
 from node.testing.attacker.attacker import Attacker
 from node.testing.attacker.drain import drain
 from node.testing.attacker.judge import Disagreement
-from node.testing.evm import ARTIFACTS
+from node.testing.evm import ARTIFACTS, Reverted
 
 SHRINK_SECONDS = 120
 
@@ -56,6 +56,10 @@ def play(zoo: Zoo, seed: int, steps: Sequence[int], outcomes: Counter[tuple[str,
         for step in steps:
             attacker.act(random.Random(seed * 1_000_003 + step))
         drain(attacker)
+    except Reverted as reverted:  # not a refused step: a view, or a call that the attacker only looks at
+        found = Disagreement("what must never fail reverts", str(reverted))
+        found.trace = attacker.trace
+        raise found from reverted
     except Disagreement as found:
         found.trace = attacker.trace
         raise
