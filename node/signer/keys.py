@@ -1,8 +1,10 @@
 """`Signers`: the keys of a node, wherever they are held; `SigningKey`: one of them, the port that the rest of the node sees.
 
 Rules
-- A signature exists only when its marks are durable. An ask cannot be cancelled half way: it ends in a signature or in an error.
-- When the signer is gone, everything asked of it fails with `SignerFailed`, now and later; `failure` says why.
+- A signature exists only when its marks are durable. An ask that is cancelled still waits a moment for its answer: with a signer
+  that is well it ends in a signature or in an error, so that its caller knows what was signed.
+- When the signer is gone, or does not answer in time, everything asked of it fails with `SignerFailed`, now and later; `failure`
+  says why.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Rules
 - The first message sets the policy. Nothing that comes later changes it.
 - What the node sends is typed and bounded; what is not understood ends the process, since the node has gone wrong.
 
-All requests that wait share one commit. libp2p's messages have a line of their own, on which the node waits for the answer.
+All requests that wait share one commit. libp2p's messages have a line of their own, on which the node waits for the answer;
+each question has a number of 8 bytes, and its answer begins with it.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class Server:
         if not data:
             raise EOFError
         for payload in self._identity_reader.feed(data):
+            number, payload = payload[:8], payload[8:]
             role, rest = KeyRole(payload[1 : 1 + payload[0]].decode()), payload[1 + payload[0] :]
             try:
                 asked = request(role, IdentityMessage.decode(rest), None)
@@ -166,7 +168,7 @@ class Server:
             except InvalidValue as error:
                 answer = SigningRefused(SigningReason.KIND, str(error))
             said = b"\0" + str(answer).encode()[:1000] if isinstance(answer, SigningRefused) else b"\1" + answer
-            self._identity.sendall(encode_frame(said, IDENTITY_LIMIT))
+            self._identity.sendall(encode_frame(number + said, IDENTITY_LIMIT))
 
 
 def _read(asked: wire.WireRequest) -> Request | SigningRefused:

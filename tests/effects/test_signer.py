@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from node.errors import KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
 from node.keystore import Keystore
@@ -28,6 +29,7 @@ from node.signer.sources import KeyFile, RawKey
 from node.signer.table import Table
 from node.store.ledger import ADOPTED, Entry, Ledger
 from node.testing.pair import key
+from protocol.frames import encode_frame
 from protocol.identity import IdentityMessage
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId
 from protocol.keys import recover
@@ -410,6 +412,127 @@ def test_a_signer_that_was_killed_is_missed_at_once_and_by_all(tmp_path: Path) -
             await meet(signers)
             with pytest.raises(SignerRefused):
                 await signers[KeyRole.WORKER].sign(receipt(1000, 2), DOMAIN)
+
+    run(main)
+
+
+NOISE = b"noise-libp2p-static-key:"
+
+
+def test_a_late_answer_is_never_taken_for_that_of_the_next_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signer hangs over an identity question and comes back. Read as the answer to what was asked next, its late answer would
+    put every later signature under the wrong message."""
+    monkeypatch.setattr("node.signer.client.IDENTITY_S", 0.5)
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            first = hot.sign_identity(NOISE + b"a" * 32)
+            os.kill(child, signal.SIGSTOP)
+            with pytest.raises(SignerFailed, match="does not answer"):
+                hot.sign_identity(NOISE + b"a" * 32)
+            os.kill(child, signal.SIGCONT)
+            await trio.sleep(0.1)
+            for other in (b"b", b"c"):
+                with pytest.raises(SignerFailed):
+                    assert hot.sign_identity(NOISE + other * 32) != first
+            assert signers.failure  # the worker stops on it
+            with pytest.raises(SignerFailed):
+                await hot.sign(Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN)
+
+    run(main)
+
+
+def test_an_answer_to_another_question_ends_the_line(tmp_path: Path) -> None:
+    """Whatever put it there: an answer is believed by its number."""
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            hot = signers[KeyRole.WORKER]
+            hot.sign_identity(NOISE + b"a" * 32)
+            signers._identity_next += 1
+            question = bytes(8) + b"\x06worker" + NOISE + b"b" * 32
+            signers._identity.sendall(encode_frame(question, 1 << 16))
+            with pytest.raises(SignerFailed, match="another question"):
+                hot.sign_identity(NOISE + b"c" * 32)
+            assert signers.failure
+
+    run(main)
+
+
+def test_a_signer_that_hangs_fails_what_was_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.signer.client.ASK_S", 0.3)
+    monkeypatch.setattr("node.signer.client.GRACE_S", 0.1)
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            os.kill(child, signal.SIGSTOP)
+            with trio.fail_after(5):
+                with pytest.raises(SignerFailed, match="has not answered"):
+                    await hot.sign(receipt(1, 1), DOMAIN)
+            os.kill(child, signal.SIGCONT)
+            await trio.sleep(0.1)  # its late answer is nobody's
+            assert signers.failure and not signers._answers
+            with pytest.raises(SignerFailed):
+                await hot.sign(receipt(2, 1), DOMAIN)
+
+    run(main)
+
+
+def test_whoever_asks_a_signer_that_hangs_may_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the signer is not given up for it: when it is back, everybody else has their own answers."""
+    monkeypatch.setattr("node.signer.client.GRACE_S", 0.2)
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            got: list[bytes] = []
+
+            async def patient() -> None:
+                got.append(await hot.sign(receipt(2, 1), DOMAIN))
+
+            async with trio.open_nursery() as nursery:
+                os.kill(child, signal.SIGSTOP)
+                with trio.fail_after(5), trio.move_on_after(0.1) as scope:
+                    nursery.start_soon(patient)
+                    await hot.sign(receipt(1, 1), DOMAIN)
+                assert scope.cancelled_caught
+                os.kill(child, signal.SIGCONT)
+            assert got == [KEYS[KeyRole.WORKER].sign(receipt(2, 1).digest(DOMAIN))]
+            assert signers.failure is None and not signers._answers and not signers._waiting
+            assert await hot.sign(receipt(1, 1), DOMAIN)
+
+    run(main)
+
+
+def test_a_caller_that_is_cancelled_hears_what_a_signer_that_is_well_has_signed(tmp_path: Path) -> None:
+    """Its answer is a few milliseconds away: without it a voucher would be signed that nobody has journaled."""
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            got: list[bytes] = []
+
+            async def ask() -> None:
+                got.append(await hot.sign(receipt(1, 1), DOMAIN))
+
+            async def wake() -> None:
+                await trio.sleep(0.2)
+                os.kill(child, signal.SIGCONT)
+
+            async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
+                os.kill(child, signal.SIGSTOP)
+                nursery.start_soon(ask)
+                await trio.testing.wait_all_tasks_blocked()
+                outer.start_soon(wake)
+                nursery.cancel_scope.cancel()
+            assert got == [KEYS[KeyRole.WORKER].sign(receipt(1, 1).digest(DOMAIN))]
 
     run(main)
 
