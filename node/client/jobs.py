@@ -40,6 +40,7 @@ from node.ports import Chain, Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
 from node.store.results import Results
+from node.store.signed import OnRecord
 from protocol.batch import (
     BatchCancelled,
     BatchDisputed,
@@ -143,7 +144,14 @@ class ClientJobs:
             for domain, chain in self._vaults.items()
             if chain.jobs
         }
-        self.steps = JobSteps(book=book, network=network, results=results, sign=sign, chain=self._chain, now_ms=now_ms)
+        self.steps = JobSteps(
+            book=book,
+            network=network,
+            results=results,
+            sign=OnRecord(book, sign),
+            chain=self._chain,
+            now_ms=now_ms,
+        )
         self.keeper = BatchKeeper(
             book=book,
             chains=self._chains,

@@ -30,7 +30,7 @@ from node.signer.sources import KeySource
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader, encode_frame
 from protocol.signing import KeyRole, Mark, Policy, SigningReason, SigningRefused
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 
 log = logging.getLogger(__name__)
 START_S: Final = 60.0
@@ -44,7 +44,7 @@ GRACE_S: Final = 2.0
 was signed; and what an answer has that came while our own loop stood still."""
 _READ: Final = 1 << 18
 _PART: Final = 1024
-"""Channels per message at a start."""
+"""Channels, and words, per message at a start."""
 _ERRORS: Final[dict[str, type[NodeError]]] = {
     one.code: one for one in (KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated)
 }
@@ -146,14 +146,23 @@ class ProcessSigners(Signers):
                 return payload
 
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
+        self,
+        channels: Iterable[KnownChannel],
+        head: Mark,
+        *,
+        adopting: bool,
+        lost: bool = False,
+        words: Sequence[KnownWord] = (),
+        following: Follow,
     ) -> list[Ahead]:
         self._alive()
         known = [wire.channel_to_wire(one) for one in channels]
-        parts = [tuple(known[start : start + _PART]) for start in range(0, len(known), _PART)] or [()]
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            await self._send(wire.Meet(part, head.value, head.digest, adopting, lost, last))
+        said = [wire.word_to_wire(one) for one in words]
+        starts = range(0, max(len(known), len(said), 1), _PART)
+        for start in starts:
+            part, more = tuple(known[start : start + _PART]), tuple(said[start : start + _PART])
+            last = start == starts[-1]
+            await self._send(wire.Meet(part, more, head.value, head.digest, adopting, lost, last))
         try:
             with trio.fail_after(START_S):
                 met = await self._meetings.receive()

@@ -16,7 +16,7 @@ from typing import Final
 from node.errors import SignerRefused
 from protocol.ids import Address, PeerId, address_of
 from protocol.signing import KeyRole, Mark, Signable, SigningReason, SigningRefused
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 from protocol.transactions import SignedTransaction, Transaction
 from protocol.typed_data import Domain
 
@@ -94,7 +94,14 @@ class Signers(ABC):
 
     @abstractmethod
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
+        self,
+        channels: Iterable[KnownChannel],
+        head: Mark,
+        *,
+        adopting: bool,
+        lost: bool = False,
+        words: Sequence[KnownWord] = (),
+        following: Follow,
     ) -> list[Ahead]:
         """Hold a journal against the table; from here on marks can be made. `following` gives the journal's last durable record.
 

@@ -35,7 +35,7 @@ from protocol.errors import GristmillError, InvalidValue
 from protocol.frames import FrameReader, encode_frame
 from protocol.identity import MAX_BYTES, IdentityMessage
 from protocol.signing import KeyRole, Mark, Request, SigningReason, SigningRefused, request
-from protocol.signing_history import KnownChannel
+from protocol.signing_history import KnownChannel, KnownWord
 
 PR_SET_DUMPABLE: Final = 4
 PR_SET_NO_NEW_PRIVS: Final = 38
@@ -106,6 +106,7 @@ class Server:
         self._identity = identity
         self._identity_reader = FrameReader(IDENTITY_LIMIT)
         self._known: list[KnownChannel] = []
+        self._words: list[KnownWord] = []
 
     def run(self) -> None:
         """Returns when the node is gone. Raises `NodeError`."""
@@ -137,10 +138,12 @@ class Server:
 
     def _meet(self, message: wire.Meet) -> None:
         self._known += map(wire.channel_from_wire, message.channels)
+        self._words += map(wire.word_from_wire, message.words)
         if message.last:
             known, self._known = self._known, []
+            words, self._words = self._words, []
             head = Mark(message.seq, message.hash)
-            ahead = self._core.meet(known, head, adopting=message.adopting, lost=message.lost)
+            ahead = self._core.meet(known, head, adopting=message.adopting, lost=message.lost, words=words)
             self._line.send(wire.Met(tuple(map(wire.ahead_to_wire, ahead))))
 
     def _answer(self, batches: list[wire.Batch]) -> wire.Answers:

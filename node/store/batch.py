@@ -15,6 +15,7 @@ import trio
 from node.errors import ChainError
 from node.ports import Jobs, TxResult
 from node.store.ledger import Entry, Ledger
+from node.store.signed import SIGNED, read_word
 from node.store.writer import Work
 from protocol.batch import (
     BatchOrdered,
@@ -33,6 +34,7 @@ from protocol.errors import LocalProtocolError
 from protocol.escrow import JobState
 from protocol.ids import JobId
 from protocol.records import BATCH_KINDS, decode_batch, kind_of, to_body
+from protocol.signing import MarkKey
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class BatchBook:
         self._turns: dict[JobId, trio.Lock] = {}
         self.quarantined: dict[JobId, str] = {}
         """Jobs whose last sight of the contract breaks a rule, and why: nothing is done for them until one can be taken."""
+        self.signed: set[MarkKey] = set()
+        """What we have signed about them, as far as the journal has it on record."""
         self._news = trio.Event()
 
     @classmethod
@@ -57,6 +61,8 @@ class BatchBook:
         for record in ledger.records(prefix="batch_"):
             if record.kind in BATCH_KINDS:
                 fold(role, book._states, decode_batch(record.kind, record.body))
+            elif record.kind == SIGNED:
+                book.signed.add(read_word(record.subject, record.body).key)
         return book
 
     @property

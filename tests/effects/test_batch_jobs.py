@@ -17,8 +17,19 @@ from node.client.client import Client
 from node.client.job_quotes import JobWish
 from node.client.jobs import Job
 from node.client.settings import ClientSettings
-from node.errors import ConfigError, InsufficientFunds, JobFailed, NodeError, NoWorker, WorkerFault
+from node.errors import (
+    ConfigError,
+    InsufficientFunds,
+    JobFailed,
+    NodeError,
+    NoWorker,
+    SignerOutdated,
+    SignerRefused,
+    WorkerFault,
+)
 from node.network.drive import converse
+from node.signer.journal import BEGUN
+from node.store.ledger import Entry, Ledger
 from node.testing.fake_backend import FAKE_MODEL, FakeBackend, FakeSettings
 from node.testing.market import PENALTY, Market, key, run_market
 from node.worker import batch_run
@@ -51,6 +62,7 @@ from protocol.messages import (
     quote_from_wire,
 )
 from protocol.pricing import batch_cost
+from protocol.signing import SigningReason
 from protocol.typed_data import Acceptance, Order
 from protocol.workload import NOT_BEGUN, PLACE, BatchSpec, ResultItem, content_hash, encode_spec
 
@@ -301,6 +313,77 @@ def test_a_job_that_cannot_be_done_in_time_is_given_up_before_its_deadline() -> 
         assert market.ledger.head.timestamp < job.state.quote.deadline
         assert [s.amount for s in market.ledger.world.escrow.slashes.values()] == [100]
         await clean(market, worker, client)
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("old", ["client", "worker"])
+def test_a_signers_table_from_before_the_last_job_is_an_old_copy(old: str) -> None:
+    """K10 where only batch jobs went on. With the old table a second acceptance or submission could be signed, and the day's
+    limit would begin anew."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        tables = {}
+        for name in ("one", "two"):
+            job = await client.post_job("fake", LINES, id=name, max_tokens=8)
+            await job.result(20)
+            await until(lambda job=job: job.state.ended)  # type: ignore[misc]
+            tables = tables or {one: market.copy_table(f"a {one[0]}") for one in ("client", "worker")}
+        market.crash(client)
+        market.crash(worker)
+        market.put_back_table(f"a {old[0]}", tables[old])
+        with pytest.raises(SignerOutdated, match=r"(submission|order|acceptance) of job") as caught:
+            await (a_client(market, name="a", deposit=0) if old == "client" else market.worker(name="a w"))
+        assert str(job.job_id) in str(caught.value)
+
+    run_market(test)
+
+
+def test_a_table_begun_anew_knows_what_was_ordered() -> None:
+    """After `journal forget-signer` a job that is under way is still accepted; not for more, and not for another result."""
+
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=6, seconds_per_token=0.02))
+        worker, client = await pair(market, backend, name="a")
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        market.crash(client)
+        forget_table(market, client, "a c")
+        back = await a_client(market, name="a", deposit=0)
+        await back.jobs.all()[0].result(20)
+        await until(lambda: back.jobs.all()[0].state.ended)
+        assert job.job_id in back.jobs.steps.delivered
+        for amount in (job.state.quote.amount + 1, 1):
+            with pytest.raises(SignerRefused):
+                await back.wallet.payer.sign(Acceptance(job.job_id, Hash32(bytes(32)), amount), job.state.domain)
+        await clean(market, worker, back)
+
+    run_market(test)
+
+
+def forget_table(market: Market, client: Client, name: str) -> None:
+    """`gristmill journal forget-signer`, as far as this market has it."""
+    with Ledger.open(client.book.ledger.path, chain_tag=bytes(client.wallet.payer.address)) as ledger:
+        ledger.append_sync([Entry(BEGUN, b"", {"table": b""})])
+    del market._tables[name]
+
+
+def test_an_order_that_was_journaled_and_never_signed_is_no_old_table() -> None:
+    """The policy said no, or we died before it was asked: the journal has the order, rightly, and the table has no mark."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        client.jobs.steps._sign = refusing  # type: ignore[assignment]
+        with pytest.raises(NodeError):
+            await client.post_job("fake", LINES, id="mine", max_tokens=8, wish=JobWish(open_s=0.3))
+        market.crash(client)
+        back = await a_client(market, name="a", deposit=0)
+        await (await back.post_job("fake", LINES, id="mine", max_tokens=8)).result(20)
+        await until(lambda: back.jobs.get("mine").state.ended)
+        await clean(market, worker, back)
+
+    async def refusing(*_: Any) -> bytes:
+        raise SignerRefused(SigningReason.OVER_DAY, "planted")
 
     run_market(test)
 

@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.chain.pending import PendingTx
 from node.errors import KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
 from node.keystore import Keystore
 from node.network.groups import plain_errors
@@ -34,6 +35,7 @@ from protocol.identity import IdentityMessage
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId
 from protocol.keys import recover
 from protocol.signing import (
+    CallRule,
     ChannelAllocation,
     DomainRule,
     FeeRule,
@@ -44,8 +46,19 @@ from protocol.signing import (
     SigningReason,
     TokenRule,
 )
-from protocol.signing_history import KnownChannel
-from protocol.typed_data import MARKET_DOMAIN, Allocation, ChannelConfig, Close, Domain, Receipt, Refusal, Voucher
+from protocol.signing_history import KnownChannel, word_of
+from protocol.transactions import Transaction
+from protocol.typed_data import (
+    MARKET_DOMAIN,
+    Acceptance,
+    Allocation,
+    ChannelConfig,
+    Close,
+    Domain,
+    Receipt,
+    Refusal,
+    Voucher,
+)
 
 DOMAIN = Domain(31337, Address(b"\x01" * 20))
 TOKEN = Address(b"\x05" * 20)
@@ -56,6 +69,7 @@ POLICY = Policy(
         DomainRule("Refusal", 0, bytes(20)),
     ),
     tokens=(TokenRule(DOMAIN.chain_id, bytes(TOKEN)),),
+    calls=(CallRule(DOMAIN.chain_id, b"\x09" * 20),),
     fees=(FeeRule(DOMAIN.chain_id, max_fee=100),),
     identity=True,
 )
@@ -875,6 +889,69 @@ def test_a_journal_from_before_there_were_signers_is_adopted(tmp_path: Path) -> 
                 await signers[KeyRole.WORKER].sign(receipt(10, 1), DOMAIN)
 
     run(main)
+
+
+@BOTH
+def test_an_old_table_is_noticed_by_words_and_transactions_alone(tmp_path: Path, opened: Open) -> None:
+    """K10 where no channel went on: with the old copy the day's limit would begin anew and a nonce be free again."""
+
+    async def main() -> None:
+        with journal(tmp_path) as ledger:
+            for nonce in (0, 1):
+                async with opened(table_at(tmp_path)) as signers:
+                    await attach(signers, ledger, [])
+                    await pay(signers[KeyRole.PAYER], ledger, nonce)
+                if nonce == 0:
+                    copy(table_at(tmp_path), tmp_path / "old.sqlite")
+            os.replace(tmp_path / "old.sqlite", table_at(tmp_path))
+            async with opened(table_at(tmp_path)) as signers:
+                with pytest.raises(SignerOutdated, match="transaction 1 on chain 31337") as caught:
+                    await attach(signers, ledger, [])
+                assert "forget-signer" in caught.value.hint
+            table_at(tmp_path).unlink()
+            await ledger.append([Entry(BEGUN, b"", {"table": b""})])
+            for _ in range(2):  # begun anew with the journal's marks, and again with them
+                async with opened(table_at(tmp_path)) as signers:
+                    await attach(signers, ledger, [])
+
+    run(main)
+
+
+@BOTH
+def test_many_words_are_shown_in_parts(tmp_path: Path, opened: Open) -> None:
+    words = [word_of(Acceptance(JobId(n.to_bytes(32)), ZERO, n), DOMAIN) for n in range(2500)]
+
+    async def main() -> None:
+        async with opened(table_at(tmp_path)) as signers:
+            await signers.meet([], Mark(0, bytes(32)), adopting=True, words=words[:-1], following=Follow())
+        async with opened(table_at(tmp_path)) as signers:
+            with pytest.raises(SignerOutdated, match=f"acceptance of job {words[-1].key[1]}"):
+                await signers.meet([], Mark(0, bytes(32)), adopting=False, words=words, following=Follow())
+
+    run(main)
+
+
+def test_a_journal_that_sent_before_its_table_was_begun_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """A table begun by an earlier version took no words over: what left before it began is not asked for."""
+
+    async def main() -> None:
+        with journal(tmp_path) as ledger:
+            async with inline(tmp_path / "first" / "client.sqlite") as signers:
+                await attach(signers, ledger, [])
+                await pay(signers[KeyRole.PAYER], ledger, 0)
+            async with inline(table_at(tmp_path)) as signers:
+                await meet(signers)
+                await ledger.append([Entry(BEGUN, b"", {"table": signers.table})])
+            async with inline(table_at(tmp_path)) as signers:
+                await attach(signers, ledger, [])
+
+    run(main)
+
+
+async def pay(payer: Any, ledger: Ledger, nonce: int) -> None:
+    tx = Transaction(DOMAIN.chain_id, nonce, 1, 100, 21_000, Address(b"\x09" * 20), 0, b"\x01\x02\x03\x04")
+    signed = await payer.sign_transaction(tx)
+    await ledger.append([Entry("tx_signed", bytes(payer.address), PendingTx("pay", signed).to_body())])
 
 
 @BOTH
