@@ -49,8 +49,10 @@ class Core:
     def handle(self, asked: Sequence[Request], witness: Mark | None = None) -> list[Answer]:
         """One answer per request, in order. `witness`: the last record of the caller's journal, number and hash.
 
-        Raises `SignerFailed` when the marks cannot be stored: nothing is signed then.
+        Raises `SignerFailed` when the marks cannot be stored: nothing is signed then, nor after it, marks or none.
         """
+        if self.table.failure is not None:
+            raise SignerFailed(self.table.failure)
         marks, now = _Overlay(self.table), int(self._clock())
         answers: list[Answer | None] = []
         for request in asked:

@@ -321,6 +321,26 @@ def test_a_full_disk_ends_signing(tmp_path: Path) -> None:
     run(main)
 
 
+def test_after_a_failed_store_nothing_is_signed_that_leaves_no_mark_either(tmp_path: Path) -> None:
+    """A refusal, an offer or a quote moves no mark; the next request after the failure may be one, and so may libp2p's."""
+
+    async def main() -> None:
+        async with inline(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot = signers[KeyRole.WORKER]
+            await hot.sign(receipt(1, 1), DOMAIN)
+            signers.core.table._connection.execute("PRAGMA query_only = 1")
+            with pytest.raises(SignerFailed):
+                await hot.sign(receipt(2, 1), DOMAIN)
+            for again in (Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN), (receipt(1, 1), DOMAIN):
+                with pytest.raises(SignerFailed, match="could not be written"):
+                    await hot.sign(*again)
+            with pytest.raises(SignerFailed, match="could not be written"):
+                hot.sign_identity(NOISE + bytes(32))
+
+    run(main)
+
+
 def test_the_cache_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.signer.table._CACHE", 4)
     table = Table.in_memory(accounts(WORKER))
