@@ -195,6 +195,7 @@ class VerificationFailed(NodeError):
 
 
 class JobFailed(NodeError):
-    """A batch job ended, or will end, without a result. What was locked for it comes back."""
+    """A batch job ended, or will end, without a result. What was locked for it comes back, but for what silence or a dispute has
+    paid."""
 
     code = "job_failed"

@@ -375,7 +375,9 @@ class ClientJobs:
                     if any(state.quote.resolver)
                     else "the job names no resolver: it is paid when its window ends",
                 )
-            if state.chain is JobState.SETTLED and state.refused is None:
+            if state.chain is JobState.SETTLED:
+                if state.refused is not None and state.refused.result_hash == state.submitted_hash:
+                    raise _paid_for_nothing(state, state.refused.reason)
                 await self.steps.fetch(state)
                 continue
             if trio.current_time() >= until:
@@ -412,3 +414,15 @@ class ClientJobs:
         state = self.book.jobs[job_id]
         if state.chain is not JobState.DISPUTED and not state.ended:
             raise ChainError(f"the contract does not take the dispute of job {state.label!r} now")
+
+
+def _paid_for_nothing(state: BatchState, reason: str) -> JobFailed:
+    """A wrong result whose job has ended all the same: there is nothing to wait for, and what was paid is gone."""
+    how = "by the end of its dispute" if state.resolve_by else "by silence"
+    money = f"was paid {state.paid} (smallest units) {how}" if state.paid else "has ended, and nothing was paid"
+    return JobFailed(
+        f"job {state.label!r} {money}; what was submitted is not its result: {reason}",
+        hint="a job that names a resolver can be disputed before its window ends"
+        if not any(state.quote.resolver)
+        else "",
+    )

@@ -608,7 +608,34 @@ def test_a_bad_result_is_never_accepted_and_a_dispute_ends_by_the_table(
         slashed = [s.amount for s in market.ledger.world.escrow.slashes.values()]
         assert slashed == ([400] if outcome is Outcome.ACCEPT else [])
         assert job.state.accepted is None
+        if cheat is not other_bytes:
+            with pytest.raises(JobFailed, match="dispute" if to_worker else "nothing was paid"), trio.fail_after(5):
+                await job.result()
         await clean(market, worker, client)
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("cheat", [few_items, greedy])
+def test_a_bad_result_that_silence_has_paid_is_waited_for_by_nobody(
+    cheat: Cheat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a resolver its window ends and it is paid. `job result` says so, now and after a restart, and does not wait."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        cheat(market, worker, monkeypatch)
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        await until(lambda: job.state.refused)
+        market.ledger.advance(1000)
+        await until(lambda: job.state.ended)
+        assert job.state.paid == earned(market, worker) > 0
+        market.crash(client)
+        back = await a_client(market, name="a", deposit=0)
+        for one in (job, back.jobs.all()[0]):
+            with pytest.raises(JobFailed, match=f"paid {job.state.paid} .* by silence"), trio.fail_after(5):
+                await one.result()
+        await clean(market, worker, back)
 
     run_market(test)
 
