@@ -33,12 +33,14 @@ from node.errors import (
     NetworkError,
     NodeError,
     Refused,
+    SignerFailed,
     Timeout,
     WorkerFault,
 )
 from node.ports import Chain, Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
+from node.store.errors import LedgerClosed, LedgerFailed
 from node.store.results import Results
 from node.store.signed import OnRecord
 from protocol.batch import (
@@ -49,7 +51,7 @@ from protocol.batch import (
     Timing,
     refuses,
 )
-from protocol.errors import InvalidValue
+from protocol.errors import InvalidValue, ProtocolError
 from protocol.escrow import JobState
 from protocol.ids import Hash32, JobId
 from protocol.messages import (
@@ -182,14 +184,17 @@ class ClientJobs:
 
     async def tend(self, say: Callable[[str], None] = log.info) -> list[str]:
         """One look at every job whose money is not settled, and what is due: for a client that does not stay. Returns what
-        failed, in words; what moves money by itself is told to `say` before it does. Raises `LedgerError`."""
+        failed, in words; what moves money by itself is told to `say` before it does. No job's trouble keeps another's refund.
+        Raises `LedgerError` and `SignerFailed`."""
         failed = []
         for state in self.book.running:
             try:
                 await self.keeper.step(state.job_id)
             except (NetworkError, Timeout, Refused, WorkerFault) as error:
                 log.info("job %s: %s", state.label, error)  # the worker is not needed for the money
-            except ChainError as error:
+            except (LedgerFailed, LedgerClosed, SignerFailed):  # nothing more is recorded or signed, for no job
+                raise
+            except (NodeError, ProtocolError) as error:
                 failed.append(f"job {state.label}: {error}")
         return failed + await self.slashes.tend(say)
 
@@ -250,7 +255,8 @@ class ClientJobs:
         `confirm` sees the quote before it is ordered; when it raises, nothing is ordered.
 
         Raises `ConfigError` for what cannot be asked, `NoWorker` (with every worker's reason), `InsufficientFunds`, `Refused`,
-        `ChainError`, `NetworkError` or `Timeout`. After an error the same call with the same `id` goes on where it stopped.
+        `SignerRefused` (over the day's limit, say), `ChainError`, `NetworkError` or `Timeout`. After an error
+        the same call with the same `id` goes on where it stopped.
         """
         if not 1 <= len(id) <= LABEL_MOST or not id.isprintable():
             raise ConfigError(f"a job's id has 1 to {LABEL_MOST} printable characters")
@@ -323,12 +329,15 @@ class ClientJobs:
         return self.book.jobs[change.job_id]
 
     async def _opened(self, state: BatchState, wish: JobWish) -> Job:
-        """Wait until the contract has locked the amount. The keeper sends the order."""
+        """Wait until the contract has locked the amount. The keeper sends the order. Raises `SignerRefused` as soon as it cannot,
+        besides what `post` raises of a worker that does not open it."""
         job, until = Job(self, state.job_id), trio.current_time() + wish.open_s
         while True:
             state = self.book.jobs[job.job_id]
             if state.chain is not JobState.NONE:
                 return job
+            if job.job_id in self.steps.unsigned and not state.void:
+                raise self.steps.unsigned[job.job_id]
             trouble = self.steps.troubles.get(job.job_id, "")
             if state.void:
                 raise JobFailed(

@@ -23,6 +23,7 @@ from node.errors import (
     JobFailed,
     NodeError,
     NoWorker,
+    SignerFailed,
     SignerOutdated,
     SignerRefused,
     WorkerFault,
@@ -386,6 +387,52 @@ def test_an_order_that_was_journaled_and_never_signed_is_no_old_table() -> None:
         raise SignerRefused(SigningReason.OVER_DAY, "planted")
 
     run_market(test)
+
+
+def test_what_is_over_the_days_limit_is_told_at_once_and_keeps_no_other_job_from_its_refund() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        if worker.batch is None:
+            raise AssertionError
+        worker.batch.runner.want = lambda _: None  # type: ignore[method-assign, assignment] # silent about every job
+        slow = await client.post_job("fake", LINES, id="slow", max_tokens=8, wish=JobWish(deadline_s=30))
+        market.crash(client)
+        market.day_locked = slow.state.quote.amount + 1
+        client = await a_client(market, name="a", deposit=0)
+        with pytest.raises(SignerRefused, match="over_day") as caught, trio.fail_after(5):
+            await client.post_job("fake", LINES, id="big", max_tokens=8)
+        assert "midnight" in caught.value.hint
+        stop_keeper(market, client)
+        states = client.jobs.book._states  # the refused one is the first to be looked at
+        states[slow.job_id] = states.pop(slow.job_id)
+        assert [state.label for state in client.jobs.book.running] == ["big", "slow"]
+        market.ledger.advance(60)
+        await trio.sleep(0.1)  # the time of the last block is asked for once a poll
+        assert [line for line in await client.jobs.tend() if "big" in line and "over_day" in line]
+        assert on_chain(market, slow).state is JobState.REFUNDED
+
+    run_market(test)
+
+
+def test_a_signer_that_is_gone_ends_the_look_at_all_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(market: Market) -> None:
+        _, client = await pair(market, FakeBackend(FakeSettings(seconds_per_token=5)))
+        await client.post_job("fake", LINES, id="one", max_tokens=8)
+        stop_keeper(market, client)
+
+        async def gone(*_: Any) -> None:
+            raise SignerFailed("planted")
+
+        monkeypatch.setattr(client.jobs.keeper, "_act", gone)
+        with pytest.raises(SignerFailed):
+            await client.jobs.tend()
+
+    run_market(test)
+
+
+def stop_keeper(market: Market, client: Client) -> None:
+    """As in a command that does not stay: only `tend` moves this client's jobs."""
+    market._scopes[client.network.peer_id].cancel()
 
 
 def test_an_order_that_was_never_opened_is_void_and_its_name_free() -> None:
