@@ -28,7 +28,7 @@ from node.errors import (
     SignerRefused,
     WorkerFault,
 )
-from node.network.drive import converse
+from node.network.drive import converse, serve_one
 from node.signer.journal import BEGUN
 from node.store.ledger import Entry, Ledger
 from node.testing.fake_backend import FAKE_MODEL, FakeBackend, FakeSettings
@@ -47,6 +47,7 @@ from protocol.escrow import JobState, Module, Outcome, SlashState
 from protocol.ids import Address, Hash32, JobId
 from protocol.messages import (
     BATCH_PROTOCOL,
+    Abort,
     AcceptJob,
     BatchRefusal,
     ChatMessage,
@@ -64,6 +65,7 @@ from protocol.messages import (
 )
 from protocol.pricing import batch_cost
 from protocol.signing import SigningReason
+from protocol.tame import tame
 from protocol.typed_data import Acceptance, Order
 from protocol.workload import NOT_BEGUN, PLACE, BatchSpec, ResultItem, content_hash, encode_spec
 
@@ -297,6 +299,37 @@ def test_a_worker_that_cannot_says_so_and_loses_a_quarter() -> None:
         assert [s.amount for s in market.ledger.world.escrow.slashes.values()] == [100]
         assert await client.balance() == DEPOSIT
         await clean(market, worker, client)
+
+    run_market(test)
+
+
+def test_what_a_worker_says_of_itself_gives_no_orders_to_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """Its failure, its refusals and its reasons for breaking off reach errors, logs and screens as plain words."""
+    evil = "\x1b[2J\x1b]52;c;cm0gLXJm\x07lost\nINFO all paid"
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, FakeBackend(FakeSettings(seconds_per_token=5)))
+        job = await client.post_job("fake", LINES, max_tokens=8)
+
+        async def answer(_: Any, question: msgspec.Struct) -> msgspec.Struct:
+            if isinstance(question, RequestCancel):
+                raise RemoteProtocolError(WireCode.INTERNAL, "planted")
+            if answers:
+                return answers.pop()
+            honest: msgspec.Struct = await worker.batch.desk._status(theirs(worker, job))  # type: ignore[union-attr]
+            return msgspec.structs.replace(honest, failure=evil)
+
+        answers: list[msgspec.Struct] = []
+        worker.network.handlers[BATCH_PROTOCOL] = lambda stream: serve_one(stream, BATCH_PROTOCOL, answer, timeout_s=5)
+        stop_keeper(market, client)
+        await job.status()
+        assert job.told and "lost INFO all paid" in job.told.failure and tame(job.told.failure) == job.told.failure
+        for said in (BatchRefusal(reason=RefusalReason.BUSY, detail=evil), Abort(code=WireCode.INTERNAL, detail=evil)):
+            answers.append(said)
+            with pytest.raises(NodeError) as caught:
+                await client.jobs.steps.ask(job.state)
+            assert "lost INFO all paid" in str(caught.value) and tame(str(caught.value)) == str(caught.value)
+        assert "\x1b" not in caplog.text
 
     run_market(test)
 
