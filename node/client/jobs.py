@@ -269,6 +269,12 @@ class ClientJobs:
                     raise ConfigError(
                         f"the id {id!r} is that of another job, {state.job_id}", hint="choose another --id"
                     )
+                other = wish.against(state.quote, state.domain)
+                if other:
+                    raise ConfigError(
+                        f"job {id!r} was ordered on other terms: {'; '.join(other)}",
+                        hint=f"gristmill job show {id}; what is asked for on these terms needs another --id",
+                    )
             else:
                 state = await self._order(id, model, spec, raw, wish, policy or Policy(), confirm)
         return await self._opened(state, wish)

@@ -220,6 +220,32 @@ def test_the_same_name_is_the_same_job_and_another_job_is_refused_the_name() -> 
     run_market(test)
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (JobWish(reward=1, min_penalty=400, resolver=RESOLVER), "not 1 at most"),
+        (JobWish(min_penalty=401, resolver=RESOLVER), "400 of stake answers for it, not 401"),
+        (JobWish(min_penalty=400), f"{RESOLVER} judges a dispute, not nobody"),
+        (JobWish(min_penalty=400, resolver=RESOLVER, window_s=901), "its window is 900 s, not 901"),
+    ],
+)
+def test_a_name_whose_job_has_other_terms_is_no_name_for_these(other: JobWish, words: str) -> None:
+    """Who posts with a penalty and a judge would think to have both."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market)
+        stake(market, worker)
+        wish = JobWish(reward=100_000, min_penalty=400, resolver=RESOLVER)
+        job = await client.post_job("fake", LINES, id="x", max_tokens=8, wish=wish)
+        with pytest.raises(ConfigError, match=words):
+            await client.post_job("fake", LINES, id="x", max_tokens=8, wish=other)
+        for same in (wish, replace(wish, reward=None, deadline_s=60), replace(wish, reward=job.state.quote.amount)):
+            assert (await client.post_job("fake", LINES, id="x", max_tokens=8, wish=same)).job_id == job.job_id
+        assert events(market).count("Opened") == 1
+
+    run_market(test)
+
+
 def test_a_cancelled_job_pays_for_what_was_done() -> None:
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=4, seconds_per_token=0.02))
