@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from protocol.errors import GristmillError, RefusalReason
+from protocol.tame import one_line, tame
 
 if TYPE_CHECKING:
     from protocol.signing import SigningReason
@@ -22,8 +23,9 @@ class NodeError(GristmillError):
     exit_status: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = tame(message)
+        """Peers and servers have a word in it."""
+        super().__init__(self.message)
         self.hint = hint
 
     def details(self) -> Mapping[str, Any]:
@@ -174,9 +176,10 @@ class Refused(NodeError):
     exit_status = 1
 
     def __init__(self, reason: RefusalReason, detail: str, *, hint: str = "") -> None:
-        super().__init__(f"the worker refused: {reason.code}" + (f" ({detail})" if detail else ""), hint=hint)
+        self.detail = one_line(detail)
+        said = f" ({self.detail})" if self.detail else ""
+        super().__init__(f"the worker refused: {reason.code}{said}", hint=hint)
         self.reason = reason
-        self.detail = detail
 
     def details(self) -> Mapping[str, Any]:
         return {"reason": self.reason.code}
@@ -195,6 +198,7 @@ class VerificationFailed(NodeError):
 
 
 class JobFailed(NodeError):
-    """A batch job ended, or will end, without a result. What was locked for it comes back."""
+    """A batch job ended, or will end, without a result. What was locked for it comes back, but for what silence or a dispute has
+    paid."""
 
     code = "job_failed"

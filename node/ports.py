@@ -111,7 +111,7 @@ class Signer(Identity, Protocol):
         """Why nothing is signed any more, or None."""
 
     async def sign(self, struct: Signable, domain: Domain) -> bytes:
-        """65 bytes r || s || v. Not cancelled half way: a caller would not know what was signed."""
+        """65 bytes r || s || v. Cancelled, it still waits a moment: a caller is to know what was signed."""
 
     async def sign_all(self, asked: Sequence[tuple[Signable, Domain]]) -> list[bytes]:
         """Several at once, for the price of one wait."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from protocol.tame import one_line
+
 
 class WireCode(IntEnum):
     """Why a stream ended early. Sent in `Abort`. The texts here become docs/spec/errors.md."""
@@ -266,10 +268,11 @@ class RemoteProtocolError(ProtocolError):
     """The other side sent something the protocol does not allow."""
 
     def __init__(self, code: WireCode, message: str) -> None:
-        super().__init__(f"{code.name.lower()}: {message}")
+        self.detail = one_line(message)
+        """It may be the other side's own words."""
+        super().__init__(f"{code.name.lower()}: {self.detail}")
         self.code = code
         """What to send back, and what to count."""
-        self.detail = message
 
 
 class InvalidValue(LocalProtocolError):

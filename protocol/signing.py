@@ -207,6 +207,14 @@ class Mark(NamedTuple):
 
 
 MarkKey = tuple[Scope, bytes]
+
+
+def transaction_mark(tx: Transaction) -> tuple[MarkKey, Mark]:
+    """By chain and nonce: the most that it can cost in fees."""
+    key = (Scope.TRANSACTION, tx.chain_id.to_bytes(8) + tx.nonce.to_bytes(32))
+    return key, Mark(tx.gas * tx.max_fee, tx.digest())
+
+
 Changes = tuple[tuple[MarkKey, Mark], ...]
 
 

@@ -4,6 +4,8 @@ The journal is written by whoever asks for signatures, the marks by the signer, 
 So each is a witness against an old copy of the other:
 
 - Marks come first: what the journal knows as signed has its mark. A journal that knows more says that the marks are old.
+- Orders, acceptances and submissions of batch jobs are journaled as signed before they leave, transactions before they are sent.
+  Each has its mark, or the marks are old: and with them the day's sums, of which the journal knows nothing.
 - Each request names the last record of the journal, and the signer keeps the highest. A journal that does not hold that very
   record is an old copy, or another one.
 - A receipt is asked for only under a number that is journaled. Marks above it say, for that channel, that the journal is old.
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 
 from protocol.errors import LocalProtocolError
 from protocol.ids import Address, ChannelId
-from protocol.signing import Changes, Mark, MarkKey, Marks, Scope
-from protocol.typed_data import Allocation, Close, Domain, Voucher
+from protocol.signing import Changes, Mark, MarkKey, Marks, QuotedOrder, Scope, Signable, transaction_mark
+from protocol.transactions import Transaction
+from protocol.typed_data import Acceptance, Allocation, Close, Domain, Submission, Voucher
 
 
 class MarksOutdated(LocalProtocolError):
@@ -53,6 +56,37 @@ class KnownChannel:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownWord:
+    """What the journal says was signed under a name of its own: a word about a batch job, or a transaction."""
+
+    key: MarkKey
+    mark: Mark
+    """As the signer has made it, or will have; a transaction may have been replaced by a dearer one since."""
+
+    def __str__(self) -> str:
+        scope, subject = self.key
+        if scope is Scope.TRANSACTION:
+            return f"transaction {int.from_bytes(subject[8:])} on chain {int.from_bytes(subject[:8])}"
+        return f"{scope.name.lower()} of job 0x{subject.hex()}"
+
+
+def word_of(struct: Signable, domain: Domain | None) -> KnownWord | None:
+    """What a journal has to know of a signature before it leaves; None for what it knows anyway or need not."""
+    if isinstance(struct, Transaction):
+        return KnownWord(*transaction_mark(struct))
+    if domain is None:
+        return None
+    match struct:
+        case QuotedOrder():
+            return KnownWord((Scope.ORDER, struct.order.job_id), Mark(struct.quote.amount, struct.digest(domain)))
+        case Acceptance():
+            return KnownWord((Scope.ACCEPTANCE, struct.job_id), Mark(struct.amount, struct.digest(domain)))
+        case Submission():
+            return KnownWord((Scope.SUBMISSION, struct.job_id), Mark(struct.claimed, struct.digest(domain)))
+    return None
+
+
+@dataclass(frozen=True, slots=True)
 class Ahead:
     """A mark above what the journal knows."""
 
@@ -80,15 +114,25 @@ def adopt(channel: KnownChannel, *, worker: bool) -> Changes:
     )
 
 
+def adopt_words(words: Iterable[KnownWord]) -> Changes:
+    """Marks for words that were there before the marks."""
+    return tuple((word.key, word.mark) for word in words)
+
+
 def compare(
-    channels: Iterable[KnownChannel], marks: Marks, *, worker: bool, lost: bool = False
+    channels: Iterable[KnownChannel],
+    marks: Marks,
+    *,
+    worker: bool,
+    lost: bool = False,
+    words: Iterable[KnownWord] = (),
 ) -> tuple[Changes, list[Ahead]]:
     """What to add to the marks, and where they are ahead of the journal.
 
     `lost`: the journal is known to be an old copy, and its owner goes on with it. The marks then stand above it, which is what
     keeps a number from being signed twice.
 
-    Raises `MarksOutdated` or `JournalOutdated`, naming the channels.
+    Raises `MarksOutdated` or `JournalOutdated`, naming the channels, jobs and transactions.
     """
     added: list[tuple[MarkKey, Mark]] = []
     ahead, old_marks, old_journal = [], [], []
@@ -119,11 +163,21 @@ def compare(
                     allocated if allocated > channel.authorized else 0,
                 )
             )
+    old_marks += [f"{word}, no mark of it" for word in words if not _has(marks, word)]
     if old_marks:
         raise MarksOutdated(_listed("the journal knows of more than the signer's marks", old_marks))
     if old_journal and not lost:
         raise JournalOutdated(_listed("the signer's marks know of more than the journal", old_journal))
     return tuple(added), ahead
+
+
+def _has(marks: Marks, word: KnownWord) -> bool:
+    """Of a job's words there is one, the very one. Of a transaction the last one signed for its nonce counts, and that may be
+    one that a crash kept from the journal."""
+    found = marks.get(word.key)
+    if found is None:
+        return False
+    return found.value >= word.mark.value if word.key[0] is Scope.TRANSACTION else found == word.mark
 
 
 def _closed(channel: KnownChannel) -> Changes:

@@ -36,6 +36,7 @@ from protocol.signing import (
     SigningReason,
     SigningRefused,
     TokenRule,
+    transaction_mark,
 )
 from protocol.transactions import Transaction
 from protocol.typed_data import (
@@ -264,13 +265,12 @@ def _transaction(book: Rulebook, marks: Marks, asked: Request, now: int) -> Chan
 
 def _spending(marks: Marks, asked: Request, limit: int, now: int) -> Changes:
     """A replacement at the same nonce counts for what it can cost more: only one of them is mined."""
-    tx: Transaction = asked.struct
-    chain = tx.chain_id.to_bytes(8)
-    key = (Scope.TRANSACTION, chain + tx.nonce.to_bytes(32))
+    key, mark = transaction_mark(asked.struct)
+    chain = asked.struct.chain_id.to_bytes(8)
     last = marks.get(key)
     if last is not None and last.digest == asked.digest:
         return ()
-    cost = max(tx.gas * tx.max_fee, last.value if last else 0)
+    cost = max(mark.value, last.value if last else 0)
     day = chain + (now // DAY_S).to_bytes(8)
     return (
         (key, Mark(cost, asked.digest)),

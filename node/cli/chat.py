@@ -12,7 +12,7 @@ import click
 
 from node.cli.connected import client_options, run
 from node.cli.main import Command, Shared
-from node.cli.params import AMOUNT
+from node.cli.params import AMOUNT, text_of
 from node.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _messages(text: str | None, system: str | None, file: Path | None) -> list[d
     else:
         messages = []
         if text is None or text == "-":
-            text = sys.stdin.read()
+            text = text_of(sys.stdin)
     if text:
         messages.append({"role": "user", "content": text})
     if system:

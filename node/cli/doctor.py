@@ -25,6 +25,7 @@ from node.cli.output import color
 from node.config import DEFAULT
 from node.errors import ConfigError, ModelError, NodeError
 from node.ownership import strangers
+from protocol.tame import tame
 
 FOUND_PROBLEMS = 9
 """Exit status when a check fails."""
@@ -71,7 +72,7 @@ def command(shared: Shared) -> int:
     data = {"ok": not failed, **counts, "checks": [asdict(finding) for finding in found]}
     lines = [_line(finding) for finding in found]
     summary = f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed"
-    shared.output.result(data, "\n".join([*lines, "", summary]))
+    shared.output.result(data, "\n".join([*lines, "", summary]), styled=True)
     return FOUND_PROBLEMS if failed else 0
 
 
@@ -79,7 +80,9 @@ def _line(finding: Finding) -> str:
     word = finding.status.upper()
     if color(sys.stdout):
         word = {"pass": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}[finding.status] + word + "\x1b[0m"
-    return f"{word}  {finding.check}: {finding.detail}" + (f"\n      fix: {finding.fix}" if finding.fix else "")
+    return f"{word}  " + tame(
+        f"{finding.check}: {finding.detail}" + (f"\n      fix: {finding.fix}" if finding.fix else "")
+    )
 
 
 def _ours(shared: Shared, command: str) -> str:

@@ -15,7 +15,7 @@ import click
 from node.cli.connected import client_options, run
 from node.cli.main import Group, Shared
 from node.cli.options import password_options
-from node.cli.params import AMOUNT, DURATION
+from node.cli.params import AMOUNT, DURATION, text_of
 from node.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def post(
     The best worker's quote is held against its offer, journaled and ordered; the command returns when the contract has locked
     the amount. Posted again under the same ID it is the same job: nothing is ordered, run or paid twice.
     """
-    inputs = [line for line in file.read().splitlines() if line.strip()]
+    inputs = [line for line in text_of(file).splitlines() if line.strip()]
     if not inputs:
         raise ConfigError("there is no input: every line is empty")
     messages = [{"role": "system", "content": system}] if system else []

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from node.cli import passwords
 from node.cli.main import Group, Shared
 from node.cli.options import password_options
+
+if TYPE_CHECKING:
+    from node.errors import LedgerError
 
 KEYS = {"worker": "worker", "client": "payer"}
 """Whose key a role's journal belongs to."""
@@ -38,12 +42,23 @@ def dump(shared: Shared, role: str, file: Path | None, after: int) -> None:
     try:
         with closing(database.connect(path, read_only=True)) as connection:
             database.check_structure(connection)
-            (tag,) = connection.execute("SELECT chain_tag FROM about").fetchone()
+            owner = connection.execute("SELECT chain_tag FROM about").fetchone()
+        if owner is None:
+            raise errors.LedgerDamaged(0, "it does not say whose it is")
+        with Ledger.open(path, chain_tag=owner[0], read_only=True) as ledger:
+            for line in lines(ledger, after):
+                shared.output.line(line)
     except sqlite3.Error as error:
-        raise database.blame(error) from error
-    with Ledger.open(path, chain_tag=tag, read_only=True) as ledger:
-        for line in lines(ledger, after):
-            shared.output.line(line)
+        raise _named(database.blame(error), path) from error
+    except errors.LedgerError as error:
+        raise _named(error, path) from error
+
+
+def _named(error: LedgerError, path: Path) -> LedgerError:
+    """The same error, and which file it is about."""
+    if str(path) not in error.message:
+        error.message = f"{path}: {error.message}"
+    return error
 
 
 @command.command()

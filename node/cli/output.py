@@ -2,16 +2,22 @@
 
 With `--json` stdout carries one object (or one per line, for lists and streams) and nothing else; errors too are an object there.
 Without it results are text on stdout, and an error is `error: ...` with an optional `hint: ...` on stderr.
+
+What goes to a terminal is tamed first: models, workers and servers wrote part of it, and a terminal obeys what is printed. A
+file or a pipe gets what there is.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TextIO
+
+from protocol.tame import tame
 
 
 def plain(value: object) -> Any:
@@ -45,14 +51,15 @@ class Output:
         self.json = json
         """True: stdout is for machines."""
 
-    def result(self, data: Mapping[str, Any], text: str | None = None) -> None:
-        """The command's result: `data` as JSON, or `text` for people (by default `key: value` lines)."""
+    def result(self, data: Mapping[str, Any], text: str | None = None, *, styled: bool = False) -> None:
+        """The command's result: `data` as JSON, or `text` for people (by default `key: value` lines). `styled`: the text has
+        colours of ours in it, and its writer has tamed the rest."""
         if self.json:
             self._line(dumps(data))
         elif text is None:
             self._line("\n".join(f"{key}: {_text(value)}" for key, value in data.items()))
         elif text:
-            self._line(text)
+            self._line(text, styled=styled)
 
     row = result
     """One element of a list or a stream: NDJSON, or a line of text. An empty list prints nothing and is success."""
@@ -64,12 +71,12 @@ class Output:
     def write(self, text: str) -> None:
         """A piece of a text stream, without a line end. Only for people: with `--json` send rows."""
         if not self.json:
-            sys.stdout.write(text)
+            sys.stdout.write(_for(sys.stdout, text))
             sys.stdout.flush()
 
     def say(self, text: str) -> None:
         """Progress and remarks, on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(_for(sys.stderr, text), file=sys.stderr, flush=True)
 
     def error(self, code: str, message: str, hint: str = "", details: Mapping[str, Any] | None = None) -> None:
         """An error in the form that both people and machines rely on. `details`: for machines, what the message says too."""
@@ -77,13 +84,24 @@ class Output:
             self._line(dumps({"error": {"code": code, "message": message, "hint": hint, **(details or {})}}))
             return
         label = "\x1b[31merror\x1b[0m" if color(sys.stderr) else "error"
-        print(f"{label}: {message}", file=sys.stderr)
+        print(f"{label}: {_for(sys.stderr, message)}", file=sys.stderr)
         if hint:
-            print(f"\nhint: {hint}", file=sys.stderr)
+            print(f"\nhint: {_for(sys.stderr, hint)}", file=sys.stderr)
 
-    def _line(self, text: str) -> None:
-        sys.stdout.write(text + "\n")
+    def _line(self, text: str, *, styled: bool = False) -> None:
+        sys.stdout.write((text if styled else _for(sys.stdout, text)) + "\n")
         sys.stdout.flush()
+
+
+class LogFormat(logging.Formatter):
+    """Logs are read on terminals later, whatever they are written to."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return tame(super().format(record))
+
+
+def _for(stream: TextIO, text: str) -> str:
+    return tame(text) if stream.isatty() else text
 
 
 def color(stream: Any) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
+from node.errors import ConfigError
 from protocol.errors import InvalidValue
 from protocol.ids import UINT128_MAX, Address, ChannelId, Hash32
 
@@ -79,3 +80,14 @@ AMOUNT = AmountType()
 CHANNEL = ChannelType()
 DURATION = DurationType()
 HASH = HashType()
+
+
+def text_of(file: TextIO) -> str:
+    """All of it. Raises `ConfigError` for what is no text."""
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file.name} is no UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start} ({error.reason})",
+            hint="convert it, for example: iconv -t UTF-8",
+        ) from None

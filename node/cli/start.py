@@ -14,6 +14,7 @@ from node.cli import passwords
 from node.cli.assets import sums
 from node.cli.main import Command, Shared
 from node.cli.options import password_options, setting_option
+from node.cli.output import LogFormat
 from node.signer.sources import KeyFile
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def command(shared: Shared, drain_s: float) -> None:
     """
     import trio
 
-    logging.basicConfig(
-        level=logging.DEBUG if shared.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if shared.debug else logging.WARNING, handlers=[handler])
     key = passwords.source(shared, "worker")
     trio.run(_serve, shared, key, drain_s)
 

@@ -22,6 +22,7 @@ from protocol.messages import (
     ResultChunk,
     amount_from_wire,
 )
+from protocol.tame import one_line
 from protocol.typed_data import Submission
 from protocol.workload import content_hash
 
@@ -64,7 +65,7 @@ async def ask(network: Network, state: BatchState, question: msgspec.Struct) -> 
     told = Told(
         done=reply.done,
         total=reply.total,
-        failure=reply.failure,
+        failure=one_line(reply.failure),
         result_hash=Hash32(reply.result_hash) if len(reply.result_hash) == 32 else None,
         claimed=amount_from_wire(reply.claimed),
         size=reply.size,

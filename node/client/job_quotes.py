@@ -57,6 +57,23 @@ class JobWish:
     open_s: float = 90.0
     """How long to wait for the worker to open it."""
 
+    def against(self, quote: Quote, domain: Domain) -> list[str]:
+        """In what a quote is not what is wished, in words. The deadline was counted from when it was ordered, so it is no
+        part of this."""
+        found = []
+        if self.reward is not None and quote.amount > self.reward:
+            found.append(f"it may cost {quote.amount}, not {self.reward} at most")
+        if quote.penalty < self.min_penalty:
+            found.append(f"{quote.penalty} of stake answers for it, not {self.min_penalty}")
+        if quote.resolver != self.resolver:
+            names = [str(one) if any(one) else "nobody" for one in (quote.resolver, self.resolver)]
+            found.append(f"{names[0]} judges a dispute, not {names[1]}")
+        if quote.window != self.window_s:
+            found.append(f"its window is {quote.window} s, not {self.window_s}")
+        if self.asset is not None and (self.asset.chain_id, self.asset.token) != (domain.chain_id, bytes(quote.token)):
+            found.append(f"it is paid in {quote.token} on chain {domain.chain_id}")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Quoted:

@@ -17,7 +17,7 @@ import trio
 
 from node.client import job_fetch
 from node.client.job_fetch import Told
-from node.errors import NodeError, WorkerFault
+from node.errors import NodeError, SignerRefused, WorkerFault
 from node.ports import Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import JobsChain
@@ -63,6 +63,8 @@ class JobSteps:
         self.told: dict[JobId, Told] = {}
         self.troubles: dict[JobId, str] = {}
         """Why the last question to a job's worker failed, in words."""
+        self.unsigned: dict[JobId, SignerRefused] = {}
+        """What our own policy did not let us say about a job, when we last tried."""
 
     async def act(self, state: BatchState, step: Step) -> None:
         try:
@@ -74,7 +76,12 @@ class JobSteps:
                 case Step.ACCEPT:
                     await self._accept(state)
             self.troubles.pop(state.job_id, None)
+            self.unsigned.pop(state.job_id, None)
         except NodeError as error:
+            self.unsigned.pop(state.job_id, None)
+            if isinstance(error, SignerRefused):
+                self.unsigned[state.job_id] = error
+                self._book.nudge()
             self.troubles[state.job_id] = str(error)
             raise
 

@@ -33,13 +33,16 @@ from node.errors import (
     NetworkError,
     NodeError,
     Refused,
+    SignerFailed,
     Timeout,
     WorkerFault,
 )
 from node.ports import Chain, Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
+from node.store.errors import LedgerClosed, LedgerFailed
 from node.store.results import Results
+from node.store.signed import OnRecord
 from protocol.batch import (
     BatchCancelled,
     BatchDisputed,
@@ -48,7 +51,7 @@ from protocol.batch import (
     Timing,
     refuses,
 )
-from protocol.errors import InvalidValue
+from protocol.errors import InvalidValue, ProtocolError
 from protocol.escrow import JobState
 from protocol.ids import Hash32, JobId
 from protocol.messages import (
@@ -143,7 +146,14 @@ class ClientJobs:
             for domain, chain in self._vaults.items()
             if chain.jobs
         }
-        self.steps = JobSteps(book=book, network=network, results=results, sign=sign, chain=self._chain, now_ms=now_ms)
+        self.steps = JobSteps(
+            book=book,
+            network=network,
+            results=results,
+            sign=OnRecord(book, sign),
+            chain=self._chain,
+            now_ms=now_ms,
+        )
         self.keeper = BatchKeeper(
             book=book,
             chains=self._chains,
@@ -174,14 +184,17 @@ class ClientJobs:
 
     async def tend(self, say: Callable[[str], None] = log.info) -> list[str]:
         """One look at every job whose money is not settled, and what is due: for a client that does not stay. Returns what
-        failed, in words; what moves money by itself is told to `say` before it does. Raises `LedgerError`."""
+        failed, in words; what moves money by itself is told to `say` before it does. No job's trouble keeps another's refund.
+        Raises `LedgerError` and `SignerFailed`."""
         failed = []
         for state in self.book.running:
             try:
                 await self.keeper.step(state.job_id)
             except (NetworkError, Timeout, Refused, WorkerFault) as error:
                 log.info("job %s: %s", state.label, error)  # the worker is not needed for the money
-            except ChainError as error:
+            except (LedgerFailed, LedgerClosed, SignerFailed):  # nothing more is recorded or signed, for no job
+                raise
+            except (NodeError, ProtocolError) as error:
                 failed.append(f"job {state.label}: {error}")
         return failed + await self.slashes.tend(say)
 
@@ -242,7 +255,8 @@ class ClientJobs:
         `confirm` sees the quote before it is ordered; when it raises, nothing is ordered.
 
         Raises `ConfigError` for what cannot be asked, `NoWorker` (with every worker's reason), `InsufficientFunds`, `Refused`,
-        `ChainError`, `NetworkError` or `Timeout`. After an error the same call with the same `id` goes on where it stopped.
+        `SignerRefused` (over the day's limit, say), `ChainError`, `NetworkError` or `Timeout`. After an error
+        the same call with the same `id` goes on where it stopped.
         """
         if not 1 <= len(id) <= LABEL_MOST or not id.isprintable():
             raise ConfigError(f"a job's id has 1 to {LABEL_MOST} printable characters")
@@ -254,6 +268,12 @@ class ClientJobs:
                 if state.quote.spec_hash != content_hash(raw):
                     raise ConfigError(
                         f"the id {id!r} is that of another job, {state.job_id}", hint="choose another --id"
+                    )
+                other = wish.against(state.quote, state.domain)
+                if other:
+                    raise ConfigError(
+                        f"job {id!r} was ordered on other terms: {'; '.join(other)}",
+                        hint=f"gristmill job show {id}; what is asked for on these terms needs another --id",
                     )
             else:
                 state = await self._order(id, model, spec, raw, wish, policy or Policy(), confirm)
@@ -315,12 +335,15 @@ class ClientJobs:
         return self.book.jobs[change.job_id]
 
     async def _opened(self, state: BatchState, wish: JobWish) -> Job:
-        """Wait until the contract has locked the amount. The keeper sends the order."""
+        """Wait until the contract has locked the amount. The keeper sends the order. Raises `SignerRefused` as soon as it cannot,
+        besides what `post` raises of a worker that does not open it."""
         job, until = Job(self, state.job_id), trio.current_time() + wish.open_s
         while True:
             state = self.book.jobs[job.job_id]
             if state.chain is not JobState.NONE:
                 return job
+            if job.job_id in self.steps.unsigned and not state.void:
+                raise self.steps.unsigned[job.job_id]
             trouble = self.steps.troubles.get(job.job_id, "")
             if state.void:
                 raise JobFailed(
@@ -367,7 +390,9 @@ class ClientJobs:
                     if any(state.quote.resolver)
                     else "the job names no resolver: it is paid when its window ends",
                 )
-            if state.chain is JobState.SETTLED and state.refused is None:
+            if state.chain is JobState.SETTLED:
+                if state.refused is not None and state.refused.result_hash == state.submitted_hash:
+                    raise _paid_for_nothing(state, state.refused.reason)
                 await self.steps.fetch(state)
                 continue
             if trio.current_time() >= until:
@@ -404,3 +429,15 @@ class ClientJobs:
         state = self.book.jobs[job_id]
         if state.chain is not JobState.DISPUTED and not state.ended:
             raise ChainError(f"the contract does not take the dispute of job {state.label!r} now")
+
+
+def _paid_for_nothing(state: BatchState, reason: str) -> JobFailed:
+    """A wrong result whose job has ended all the same: there is nothing to wait for, and what was paid is gone."""
+    how = "by the end of its dispute" if state.resolve_by else "by silence"
+    money = f"was paid {state.paid} (smallest units) {how}" if state.paid else "has ended, and nothing was paid"
+    return JobFailed(
+        f"job {state.label!r} {money}; what was submitted is not its result: {reason}",
+        hint="a job that names a resolver can be disputed before its window ends"
+        if not any(state.quote.resolver)
+        else "",
+    )

@@ -2,7 +2,8 @@
 
 Asks are pipelined: whatever waits when the line is free travels in one write, and the signer answers all of it from one commit.
 A signer that died is not started again behind the caller's back: marks and journal are held against each other at a start, and
-only there. Everything asked of it fails, with the reason.
+only there. Everything asked of it fails, with the reason. One that does not answer in time is as good as dead: whatever it says
+later is answered to nobody, since a late answer must never be taken for that of the next question.
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ from node.signer.sources import KeySource
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader, encode_frame
 from protocol.signing import KeyRole, Mark, Policy, SigningReason, SigningRefused
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 
 log = logging.getLogger(__name__)
 START_S: Final = 60.0
 """A key file's password may cost a second to check; a machine under load much more."""
-IDENTITY_S: Final = 10.0
+IDENTITY_S: Final = 5.0
+"""How long libp2p, and the whole event loop with it, waits for a signature: a disk that is busy may take that long. Once."""
+ASK_S: Final = 30.0
+"""How long an ask may take, with all that waits before it."""
+GRACE_S: Final = 2.0
+"""What an ask that is cancelled still waits for its answer, so that in the ordinary run of things nobody is left not knowing what
+was signed; and what an answer has that came while our own loop stood still."""
 _READ: Final = 1 << 18
 _PART: Final = 1024
-"""Channels per message at a start."""
+"""Channels, and words, per message at a start."""
 _ERRORS: Final[dict[str, type[NodeError]]] = {
     one.code: one for one in (KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated)
 }
@@ -55,12 +62,13 @@ class ProcessSigners(Signers):
         self._stream = stream
         self._identity = identity
         self._identity_lock = threading.Lock()
+        self._identity_next = 0
         self._reader = reader
         self._following = Follow()
         self._failure: str | None = None
         self._next = 0
         self._outbox: list[tuple[int, tuple[wire.WireRequest, ...]]] = []
-        self._waiting: dict[int, trio.lowlevel.Task] = {}
+        self._waiting: dict[int, trio.Event] = {}
         self._answers: dict[int, tuple[wire.WireAnswer, ...]] = {}
         self._poke = trio.Event()
         self._met: trio.MemorySendChannel[wire.Met]
@@ -81,45 +89,87 @@ class ProcessSigners(Signers):
         self._next += 1
         self._outbox.append((number, tuple(wire.to_wire(*one) for one in asked)))
         self._poke.set()
-        self._waiting[number] = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        answered = self._waiting[number] = trio.Event()
+        try:
+            await self._wait(answered)
+        finally:
+            self._waiting.pop(number, None)
         if number not in self._answers:
             self._alive()
         return [_answer(one) for one in self._answers.pop(number)]
+
+    async def _wait(self, answered: trio.Event) -> None:
+        """Returns when there is an answer, or none to come. Cancelled, it gives up after `GRACE_S`."""
+        try:
+            with trio.move_on_after(ASK_S):
+                await answered.wait()
+                return
+            await self._a_moment(answered)
+            if not answered.is_set():
+                self._fail(SignerFailed(f"the signer has not answered for {ASK_S:g} s", hint="start again"))
+        except trio.Cancelled:
+            await self._a_moment(answered)
+            if not answered.is_set():
+                raise
+
+    async def _a_moment(self, answered: trio.Event) -> None:
+        with trio.move_on_after(GRACE_S, shield=True):
+            await answered.wait()
 
     def ask_identity(self, role: KeyRole, data: bytes) -> bytes:
         self._alive()
         name = role.value.encode()
         try:
             with self._identity_lock:
-                self._identity.sendall(encode_frame(bytes((len(name),)) + name + data, wire.LIMIT))
+                number = self._identity_next.to_bytes(8)
+                self._identity_next += 1
+                self._identity.sendall(encode_frame(number + bytes((len(name),)) + name + data, wire.LIMIT))
                 said = self._one_frame()
         except OSError as error:
-            raise SignerFailed(f"the signer does not answer: {error}") from error
-        if not said.startswith(b"\1"):
-            raise SignerRefused(SigningReason.KIND, said[1:].decode(errors="replace"))
-        return said[1:]
+            self._fail(SignerFailed(f"the signer does not answer: {error}", hint="start again"))
+        else:
+            if said[:8] != number:
+                self._fail(SignerFailed("the signer answered another question than it was asked", hint="start again"))
+        self._alive()
+        if said[8:9] != b"\1":
+            raise SignerRefused(SigningReason.KIND, said[9:].decode(errors="replace"))
+        return said[9:]
 
     def _one_frame(self) -> bytes:
+        """Raises `OSError`."""
         reader = FrameReader(wire.LIMIT)
         while True:
             data = self._identity.recv(4096)
             if not data:
-                raise SignerFailed("the signer has ended")
+                raise ConnectionResetError("it has ended")
             for payload in reader.feed(data):
                 return payload
 
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
+        self,
+        channels: Iterable[KnownChannel],
+        head: Mark,
+        *,
+        adopting: bool,
+        lost: bool = False,
+        words: Sequence[KnownWord] = (),
+        following: Follow,
     ) -> list[Ahead]:
         self._alive()
         known = [wire.channel_to_wire(one) for one in channels]
-        parts = [tuple(known[start : start + _PART]) for start in range(0, len(known), _PART)] or [()]
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            await self._send(wire.Meet(part, head.value, head.digest, adopting, lost, last))
+        said = [wire.word_to_wire(one) for one in words]
+        starts = range(0, max(len(known), len(said), 1), _PART)
+        for start in starts:
+            part, more = tuple(known[start : start + _PART]), tuple(said[start : start + _PART])
+            last = start == starts[-1]
+            await self._send(wire.Meet(part, more, head.value, head.digest, adopting, lost, last))
         try:
-            met = await self._meetings.receive()
+            with trio.fail_after(START_S):
+                met = await self._meetings.receive()
+        except trio.TooSlowError:
+            self._fail(SignerFailed(f"the signer has not looked through the journal in {START_S:g} s"))
+            self._alive()
+            raise
         except trio.EndOfChannel:
             self._alive()
             raise SignerFailed("the signer has ended") from None
@@ -169,11 +219,15 @@ class ProcessSigners(Signers):
                 return
 
     def _take(self, message: wire.ToNode) -> None:
+        if self._failure is not None:  # what was asked has failed; it is not answered after all
+            return
         match message:
             case wire.Answers():
                 for number, answers in message.answers:
-                    self._answers[number] = answers
-                    trio.lowlevel.reschedule(self._waiting.pop(number))
+                    answered = self._waiting.pop(number, None)
+                    if answered is not None:  # nobody waits any more for an ask that was given up
+                        self._answers[number] = answers
+                        answered.set()
             case wire.Met():
                 self._met.send_nowait(message)
             case wire.Failed():
@@ -187,8 +241,8 @@ class ProcessSigners(Signers):
             if not self.closing:
                 log.error("the signer is gone: %s", error.message)
         self._met.close()
-        for task in self._waiting.values():
-            trio.lowlevel.reschedule(task)
+        for answered in self._waiting.values():
+            answered.set()
         self._waiting.clear()
 
     def _alive(self) -> None:

@@ -14,7 +14,7 @@ from protocol.errors import LocalProtocolError
 from protocol.identity import IdentityMessage
 from protocol.keys import PrivateKey
 from protocol.signing import KeyRole, Mark, MarkKey, Policy, Request, Rulebook, Scope, SigningRefused
-from protocol.signing_history import Ahead, KnownChannel, adopt, compare
+from protocol.signing_history import Ahead, KnownChannel, KnownWord, adopt, adopt_words, compare
 from protocol.signing_policy import check
 
 JOURNAL: MarkKey = (Scope.JOURNAL, b"")
@@ -49,8 +49,10 @@ class Core:
     def handle(self, asked: Sequence[Request], witness: Mark | None = None) -> list[Answer]:
         """One answer per request, in order. `witness`: the last record of the caller's journal, number and hash.
 
-        Raises `SignerFailed` when the marks cannot be stored: nothing is signed then.
+        Raises `SignerFailed` when the marks cannot be stored: nothing is signed then, nor after it, marks or none.
         """
+        if self.table.failure is not None:
+            raise SignerFailed(self.table.failure)
         marks, now = _Overlay(self.table), int(self._clock())
         answers: list[Answer | None] = []
         for request in asked:
@@ -81,7 +83,15 @@ class Core:
         """The highest record that any caller's journal had when it asked for something: it must still be there."""
         return self.table.get(JOURNAL)
 
-    def meet(self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False) -> list[Ahead]:
+    def meet(
+        self,
+        channels: Iterable[KnownChannel],
+        head: Mark,
+        *,
+        adopting: bool,
+        lost: bool = False,
+        words: Iterable[KnownWord] = (),
+    ) -> list[Ahead]:
         """Hold a journal against the table, or begin the table from it. Raises `SignerOutdated`.
 
         `lost`: the journal is an old copy whose owner goes on with it; it is the witness from here on.
@@ -96,9 +106,10 @@ class Core:
                 raise SignerOutdated("a table that is in use cannot be begun anew")
             for channel in channels:
                 changes.update(adopt(channel, worker=worker))
+            changes.update(adopt_words(words))
         else:
             try:
-                added, ahead = compare(channels, self.table, worker=worker, lost=lost)
+                added, ahead = compare(channels, self.table, worker=worker, lost=lost, words=words)
             except LocalProtocolError as error:
                 raise SignerOutdated(str(error)) from error
             changes.update(added)

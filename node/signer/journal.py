@@ -1,8 +1,8 @@
 """Hold a node's journal and its signer's table against each other, once per start, before anything is signed.
 
 The rules are `protocol.signing_history`'s; here is what they need of the journal: which table it was begun with (a record of its
-own, so that a lost table is noticed), whether it still holds the record that the table has seen, and what it knows of each
-channel.
+own, so that a lost table is noticed), whether it still holds the record that the table has seen, what it knows of each channel,
+and which words about jobs and which transactions left.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any, Final
 
 import msgspec
 
+from node.chain.pending import PendingTx
 from node.errors import SignerOutdated
 from node.signer.keys import Follow, Signers
 from node.store.channels import ChannelBook
 from node.store.ledger import ADOPTED, Entry, Ledger
+from node.store.signed import SIGNED, read_word
 from protocol.ids import ChannelId
-from protocol.signing import Mark
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing import Mark, MarkKey, transaction_mark
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 
 BEGUN: Final = "signer_begun"
 """Journal record: from here on this table is the memory of this journal's keys. Body {table: 16 bytes; empty: make a new one}."""
@@ -48,7 +50,7 @@ async def attach(signers: Signers, ledger: Ledger, channels: Iterable[KnownChann
 
     Raises `SignerOutdated` when one of the two is an old copy, `SignerFailed`, `LedgerError`.
     """
-    begun, lost = _begun_with(ledger)
+    begun, lost, since = _begun_with(ledger)
     adopting = not begun and signers.empty
     if begun and begun != signers.table:
         raise SignerOutdated(
@@ -58,7 +60,12 @@ async def attach(signers: Signers, ledger: Ledger, channels: Iterable[KnownChann
         _check_witness(ledger, signers.witness)
     try:
         ahead = await signers.meet(
-            channels, Mark(*ledger.head), adopting=adopting, lost=lost, following=_FollowLedger(ledger)
+            channels,
+            Mark(*ledger.head),
+            adopting=adopting,
+            lost=lost,
+            words=known_words(ledger, 0 if adopting else since),
+            following=_FollowLedger(ledger),
         )
     except SignerOutdated as error:
         raise SignerOutdated(error.message, hint=error.hint or _OLD_TABLE) from error
@@ -101,16 +108,36 @@ def known_channels(book: ChannelBook) -> list[KnownChannel]:
     ]
 
 
-def _begun_with(ledger: Ledger) -> tuple[bytes, bool]:
-    """The table that the journal was kept with, empty when there is none to be missed; and whether the journal is an old copy
-    that goes on by its owner's will (`gristmill journal adopt`): then any table will do, because its channels are frozen."""
+def known_words(ledger: Ledger, after: int = 0) -> list[KnownWord]:
+    """The words about batch jobs that may have left, and the transactions, in records over `after`."""
+    found: dict[MarkKey, KnownWord] = {}
+    for kind, subject, body in _select(
+        ledger,
+        "SELECT kind, subject, body FROM records WHERE seq > ? AND kind IN (?, 'tx_signed') ORDER BY seq",
+        (after, SIGNED),
+    ):
+        if kind == SIGNED:
+            word = read_word(subject, body)
+        else:
+            word = KnownWord(*transaction_mark(PendingTx.from_body(msgspec.msgpack.decode(body)).signed.transaction))
+        before = found.get(word.key)
+        if before is None or before.mark.value < word.mark.value:  # a replacement that costs more
+            found[word.key] = word
+    return list(found.values())
+
+
+def _begun_with(ledger: Ledger) -> tuple[bytes, bool, int]:
+    """The table that the journal was kept with, empty when there is none to be missed; whether the journal is an old copy
+    that goes on by its owner's will (`gristmill journal adopt`): then any table will do, because its channels are frozen; and
+    the record since which it is so, 0 without a table."""
     rows = _select(
-        ledger, "SELECT kind, body FROM records WHERE kind IN (?, ?) ORDER BY seq DESC LIMIT 1", (BEGUN, ADOPTED)
+        ledger, "SELECT seq, kind, body FROM records WHERE kind IN (?, ?) ORDER BY seq DESC LIMIT 1", (BEGUN, ADOPTED)
     )
     if not rows:
-        return b"", False
-    kind, body = rows[0]
-    return (b"", True) if kind == ADOPTED else (msgspec.msgpack.decode(body)["table"], False)
+        return b"", False, 0
+    seq, kind, body = rows[0]
+    table = b"" if kind == ADOPTED else msgspec.msgpack.decode(body)["table"]
+    return table, kind == ADOPTED, seq if table else 0
 
 
 def _check_witness(ledger: Ledger, witness: Mark | None) -> None:

@@ -1,8 +1,10 @@
 """`Signers`: the keys of a node, wherever they are held; `SigningKey`: one of them, the port that the rest of the node sees.
 
 Rules
-- A signature exists only when its marks are durable. An ask cannot be cancelled half way: it ends in a signature or in an error.
-- When the signer is gone, everything asked of it fails with `SignerFailed`, now and later; `failure` says why.
+- A signature exists only when its marks are durable. An ask that is cancelled still waits a moment for its answer: with a signer
+  that is well it ends in a signature or in an error, so that its caller knows what was signed.
+- When the signer is gone, or does not answer in time, everything asked of it fails with `SignerFailed`, now and later; `failure`
+  says why.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Final
 from node.errors import SignerRefused
 from protocol.ids import Address, PeerId, address_of
 from protocol.signing import KeyRole, Mark, Signable, SigningReason, SigningRefused
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 from protocol.transactions import SignedTransaction, Transaction
 from protocol.typed_data import Domain
 
@@ -92,7 +94,14 @@ class Signers(ABC):
 
     @abstractmethod
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
+        self,
+        channels: Iterable[KnownChannel],
+        head: Mark,
+        *,
+        adopting: bool,
+        lost: bool = False,
+        words: Sequence[KnownWord] = (),
+        following: Follow,
     ) -> list[Ahead]:
         """Hold a journal against the table; from here on marks can be made. `following` gives the journal's last durable record.
 

@@ -20,7 +20,7 @@ from protocol.errors import InvalidValue
 from protocol.identity import IdentityMessage
 from protocol.keys import PrivateKey
 from protocol.signing import KeyRole, Mark, Policy, Request, SigningReason, SigningRefused, request
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 
 
 class LocalSigners(Signers):
@@ -86,11 +86,18 @@ class LocalSigners(Signers):
         return answer
 
     async def meet(
-        self, channels: Iterable[KnownChannel], head: Mark, *, adopting: bool, lost: bool = False, following: Follow
+        self,
+        channels: Iterable[KnownChannel],
+        head: Mark,
+        *,
+        adopting: bool,
+        lost: bool = False,
+        words: Sequence[KnownWord] = (),
+        following: Follow,
     ) -> list[Ahead]:
         if self.failure is not None:
             raise SignerFailed(self.failure)
-        ahead = self.core.meet(channels, head, adopting=adopting, lost=lost)
+        ahead = self.core.meet(channels, head, adopting=adopting, lost=lost, words=words)
         self._following = following
         return ahead
 

@@ -7,7 +7,8 @@ Rules
 - The first message sets the policy. Nothing that comes later changes it.
 - What the node sends is typed and bounded; what is not understood ends the process, since the node has gone wrong.
 
-All requests that wait share one commit. libp2p's messages have a line of their own, on which the node waits for the answer.
+All requests that wait share one commit. libp2p's messages have a line of their own, on which the node waits for the answer;
+each question has a number of 8 bytes, and its answer begins with it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from protocol.errors import GristmillError, InvalidValue
 from protocol.frames import FrameReader, encode_frame
 from protocol.identity import MAX_BYTES, IdentityMessage
 from protocol.signing import KeyRole, Mark, Request, SigningReason, SigningRefused, request
-from protocol.signing_history import KnownChannel
+from protocol.signing_history import KnownChannel, KnownWord
 
 PR_SET_DUMPABLE: Final = 4
 PR_SET_NO_NEW_PRIVS: Final = 38
@@ -105,6 +106,7 @@ class Server:
         self._identity = identity
         self._identity_reader = FrameReader(IDENTITY_LIMIT)
         self._known: list[KnownChannel] = []
+        self._words: list[KnownWord] = []
 
     def run(self) -> None:
         """Returns when the node is gone. Raises `NodeError`."""
@@ -136,10 +138,12 @@ class Server:
 
     def _meet(self, message: wire.Meet) -> None:
         self._known += map(wire.channel_from_wire, message.channels)
+        self._words += map(wire.word_from_wire, message.words)
         if message.last:
             known, self._known = self._known, []
+            words, self._words = self._words, []
             head = Mark(message.seq, message.hash)
-            ahead = self._core.meet(known, head, adopting=message.adopting, lost=message.lost)
+            ahead = self._core.meet(known, head, adopting=message.adopting, lost=message.lost, words=words)
             self._line.send(wire.Met(tuple(map(wire.ahead_to_wire, ahead))))
 
     def _answer(self, batches: list[wire.Batch]) -> wire.Answers:
@@ -159,6 +163,7 @@ class Server:
         if not data:
             raise EOFError
         for payload in self._identity_reader.feed(data):
+            number, payload = payload[:8], payload[8:]
             role, rest = KeyRole(payload[1 : 1 + payload[0]].decode()), payload[1 + payload[0] :]
             try:
                 asked = request(role, IdentityMessage.decode(rest), None)
@@ -166,7 +171,7 @@ class Server:
             except InvalidValue as error:
                 answer = SigningRefused(SigningReason.KIND, str(error))
             said = b"\0" + str(answer).encode()[:1000] if isinstance(answer, SigningRefused) else b"\1" + answer
-            self._identity.sendall(encode_frame(said, IDENTITY_LIMIT))
+            self._identity.sendall(encode_frame(number + said, IDENTITY_LIMIT))
 
 
 def _read(asked: wire.WireRequest) -> Request | SigningRefused:

@@ -16,8 +16,8 @@ from protocol.errors import InvalidValue
 from protocol.frames import DATA_LIMIT, encode_frame
 from protocol.ids import Address, ChannelId
 from protocol.messages import Bytes20, Bytes32
-from protocol.signing import DOMAINLESS, KINDS, KeyRole, Policy, Request, Signable, request
-from protocol.signing_history import Ahead, KnownChannel
+from protocol.signing import DOMAINLESS, KINDS, KeyRole, Mark, Policy, Request, Scope, Signable, request
+from protocol.signing_history import Ahead, KnownChannel, KnownWord
 from protocol.typed_data import Domain
 
 LIMIT: Final = DATA_LIMIT
@@ -63,10 +63,20 @@ class WireChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     final: _U128 | None
 
 
+class WireWord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """`KnownWord`."""
+
+    scope: Scope
+    subject: Annotated[bytes, _Meta(max_length=40)]
+    value: _U128
+    digest: Bytes32
+
+
 class Meet(_Message):
     """The caller's journal, in parts; `last` on the last one."""
 
     channels: Annotated[tuple[WireChannel, ...], _Meta(max_length=4096)]
+    words: Annotated[tuple[WireWord, ...], _Meta(max_length=4096)]
     seq: _ChainId
     hash: Bytes32
     adopting: bool
@@ -212,6 +222,15 @@ def channel_from_wire(wire: WireChannel) -> KnownChannel:
         given=wire.given,
         final=None if wire.final is None else int.from_bytes(wire.final),
     )
+
+
+def word_to_wire(word: KnownWord) -> WireWord:
+    (scope, subject), (value, digest) = word.key, word.mark
+    return WireWord(scope, bytes(subject), value.to_bytes(16), digest)
+
+
+def word_from_wire(wire: WireWord) -> KnownWord:
+    return KnownWord((wire.scope, wire.subject), Mark(int.from_bytes(wire.value), wire.digest))
 
 
 def ahead_to_wire(ahead: Ahead) -> WireAhead:

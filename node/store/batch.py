@@ -16,6 +16,7 @@ import trio
 from node.errors import ChainError
 from node.ports import Jobs, TxResult
 from node.store.ledger import Entry, Ledger
+from node.store.signed import SIGNED, read_word
 from node.store.writer import Work
 from protocol.batch import (
     BatchOrdered,
@@ -34,6 +35,7 @@ from protocol.errors import LocalProtocolError
 from protocol.escrow import JobState
 from protocol.ids import JobId
 from protocol.records import BATCH_KINDS, decode_batch, kind_of, to_body
+from protocol.signing import MarkKey
 
 log = logging.getLogger(__name__)
 Leaves = Callable[[BatchState], Work[object]]
@@ -52,6 +54,8 @@ class BatchBook:
         self._turns: dict[JobId, trio.Lock] = {}
         self.quarantined: dict[JobId, str] = {}
         """Jobs whose last sight of the contract breaks a rule, and why: nothing is done for them until one can be taken."""
+        self.signed: set[MarkKey] = set()
+        """What we have signed about them, as far as the journal has it on record."""
         self._news = trio.Event()
 
     @classmethod
@@ -61,6 +65,8 @@ class BatchBook:
         for record in ledger.records(prefix="batch_"):
             if record.kind in BATCH_KINDS:
                 fold(role, book._states, decode_batch(record.kind, record.body))
+            elif record.kind == SIGNED:
+                book.signed.add(read_word(record.subject, record.body).key)
         return book
 
     @property

@@ -81,6 +81,8 @@ class Market:
     """How workers ended that ended by themselves."""
     further: dict[str, MemoryLedger] = field(default_factory=dict)
     """Chains besides `ledger`, by name; see `add_chain`."""
+    day_locked: int = 0
+    """What clients may lock of a token on one day; 0: no limit."""
     _scopes: dict[PeerId, trio.CancelScope] = field(default_factory=dict)
     _tables: dict[str, Table] = field(default_factory=dict)
     """By name of a node: what its signer has signed."""
@@ -277,7 +279,7 @@ class Market:
             rules += [
                 DomainRule(kind, one.chain_id, home) for kind in ("Quote", "QuotedOrder", "Submission", "Acceptance")
             ]
-        tokens = tuple(TokenRule(one.domain.chain_id, bytes(one.token)) for one in means)
+        tokens = tuple(TokenRule(one.domain.chain_id, bytes(one.token), day_locked=self.day_locked) for one in means)
         policy = Policy(domains=tuple(rules), tokens=tokens)
         return LocalSigners(keys, policy, self._tables[name], clock=lambda: self.now_ms() / 1000)
 

@@ -15,6 +15,7 @@ from node.store.batch import BatchBook
 from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
 from node.store.ledger import Ledger
 from node.store.results import Results
+from node.store.signed import OnRecord
 from node.worker.batch import BatchDesk, BatchRules, Sign
 from node.worker.batch_quotes import BatchAsset, QuoteDesk, QuoteRules, spec_key
 from node.worker.batch_run import BatchRunner, RunSettings
@@ -94,7 +95,7 @@ class BatchService:
         )
         self.desk = BatchDesk(
             worker=worker,
-            sign=sign,
+            sign=OnRecord(self.book, sign),
             book=self.book,
             results=results,
             chains=chains,

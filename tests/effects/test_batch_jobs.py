@@ -17,8 +17,20 @@ from node.client.client import Client
 from node.client.job_quotes import JobWish
 from node.client.jobs import Job
 from node.client.settings import ClientSettings
-from node.errors import ConfigError, InsufficientFunds, JobFailed, NodeError, NoWorker, WorkerFault
-from node.network.drive import converse
+from node.errors import (
+    ConfigError,
+    InsufficientFunds,
+    JobFailed,
+    NodeError,
+    NoWorker,
+    SignerFailed,
+    SignerOutdated,
+    SignerRefused,
+    WorkerFault,
+)
+from node.network.drive import converse, serve_one
+from node.signer.journal import BEGUN
+from node.store.ledger import Entry, Ledger
 from node.testing.fake_backend import FAKE_MODEL, FakeBackend, FakeSettings
 from node.testing.market import PENALTY, Market, key, run_market
 from node.worker import batch_run
@@ -36,6 +48,7 @@ from protocol.escrow import JobState, Module, Outcome, SlashState
 from protocol.ids import Address, Hash32, JobId
 from protocol.messages import (
     BATCH_PROTOCOL,
+    Abort,
     AcceptJob,
     BatchRefusal,
     ChatMessage,
@@ -52,6 +65,8 @@ from protocol.messages import (
     quote_from_wire,
 )
 from protocol.pricing import batch_cost
+from protocol.signing import SigningReason
+from protocol.tame import tame
 from protocol.typed_data import Acceptance, Order
 from protocol.workload import NOT_BEGUN, PLACE, BatchSpec, ResultItem, content_hash, encode_spec
 
@@ -206,6 +221,32 @@ def test_the_same_name_is_the_same_job_and_another_job_is_refused_the_name() -> 
     run_market(test)
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (JobWish(reward=1, min_penalty=400, resolver=RESOLVER), "not 1 at most"),
+        (JobWish(min_penalty=401, resolver=RESOLVER), "400 of stake answers for it, not 401"),
+        (JobWish(min_penalty=400), f"{RESOLVER} judges a dispute, not nobody"),
+        (JobWish(min_penalty=400, resolver=RESOLVER, window_s=901), "its window is 900 s, not 901"),
+    ],
+)
+def test_a_name_whose_job_has_other_terms_is_no_name_for_these(other: JobWish, words: str) -> None:
+    """Who posts with a penalty and a judge would think to have both."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market)
+        stake(market, worker)
+        wish = JobWish(reward=100_000, min_penalty=400, resolver=RESOLVER)
+        job = await client.post_job("fake", LINES, id="x", max_tokens=8, wish=wish)
+        with pytest.raises(ConfigError, match=words):
+            await client.post_job("fake", LINES, id="x", max_tokens=8, wish=other)
+        for same in (wish, replace(wish, reward=None, deadline_s=60), replace(wish, reward=job.state.quote.amount)):
+            assert (await client.post_job("fake", LINES, id="x", max_tokens=8, wish=same)).job_id == job.job_id
+        assert events(market).count("Opened") == 1
+
+    run_market(test)
+
+
 def test_a_cancelled_job_pays_for_what_was_done() -> None:
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=4, seconds_per_token=0.02))
@@ -334,6 +375,37 @@ def test_a_worker_that_cannot_says_so_and_loses_a_quarter() -> None:
     run_market(test)
 
 
+def test_what_a_worker_says_of_itself_gives_no_orders_to_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """Its failure, its refusals and its reasons for breaking off reach errors, logs and screens as plain words."""
+    evil = "\x1b[2J\x1b]52;c;cm0gLXJm\x07lost\nINFO all paid"
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, FakeBackend(FakeSettings(seconds_per_token=5)))
+        job = await client.post_job("fake", LINES, max_tokens=8)
+
+        async def answer(_: Any, question: msgspec.Struct) -> msgspec.Struct:
+            if isinstance(question, RequestCancel):
+                raise RemoteProtocolError(WireCode.INTERNAL, "planted")
+            if answers:
+                return answers.pop()
+            honest: msgspec.Struct = await worker.batch.desk._status(theirs(worker, job))  # type: ignore[union-attr]
+            return msgspec.structs.replace(honest, failure=evil)
+
+        answers: list[msgspec.Struct] = []
+        worker.network.handlers[BATCH_PROTOCOL] = lambda stream: serve_one(stream, BATCH_PROTOCOL, answer, timeout_s=5)
+        stop_keeper(market, client)
+        await job.status()
+        assert job.told and "lost INFO all paid" in job.told.failure and tame(job.told.failure) == job.told.failure
+        for said in (BatchRefusal(reason=RefusalReason.BUSY, detail=evil), Abort(code=WireCode.INTERNAL, detail=evil)):
+            answers.append(said)
+            with pytest.raises(NodeError) as caught:
+                await client.jobs.steps.ask(job.state)
+            assert "lost INFO all paid" in str(caught.value) and tame(str(caught.value)) == str(caught.value)
+        assert "\x1b" not in caplog.text
+
+    run_market(test)
+
+
 def test_a_job_that_cannot_be_done_in_time_is_given_up_before_its_deadline() -> None:
     async def test(market: Market) -> None:
         backend = FakeBackend(FakeSettings(tokens=6, seconds_per_token=0.01))
@@ -349,6 +421,123 @@ def test_a_job_that_cannot_be_done_in_time_is_given_up_before_its_deadline() -> 
         await clean(market, worker, client)
 
     run_market(test)
+
+
+@pytest.mark.parametrize("old", ["client", "worker"])
+def test_a_signers_table_from_before_the_last_job_is_an_old_copy(old: str) -> None:
+    """K10 where only batch jobs went on. With the old table a second acceptance or submission could be signed, and the day's
+    limit would begin anew."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        tables = {}
+        for name in ("one", "two"):
+            job = await client.post_job("fake", LINES, id=name, max_tokens=8)
+            await job.result(20)
+            await until(lambda job=job: job.state.ended)  # type: ignore[misc]
+            tables = tables or {one: market.copy_table(f"a {one[0]}") for one in ("client", "worker")}
+        market.crash(client)
+        market.crash(worker)
+        market.put_back_table(f"a {old[0]}", tables[old])
+        with pytest.raises(SignerOutdated, match=r"(submission|order|acceptance) of job") as caught:
+            await (a_client(market, name="a", deposit=0) if old == "client" else market.worker(name="a w"))
+        assert str(job.job_id) in str(caught.value)
+
+    run_market(test)
+
+
+def test_a_table_begun_anew_knows_what_was_ordered() -> None:
+    """After `journal forget-signer` a job that is under way is still accepted; not for more, and not for another result."""
+
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=6, seconds_per_token=0.02))
+        worker, client = await pair(market, backend, name="a")
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        market.crash(client)
+        forget_table(market, client, "a c")
+        back = await a_client(market, name="a", deposit=0)
+        await back.jobs.all()[0].result(20)
+        await until(lambda: back.jobs.all()[0].state.ended)
+        assert job.job_id in back.jobs.steps.delivered
+        for amount in (job.state.quote.amount + 1, 1):
+            with pytest.raises(SignerRefused):
+                await back.wallet.payer.sign(Acceptance(job.job_id, Hash32(bytes(32)), amount), job.state.domain)
+        await clean(market, worker, back)
+
+    run_market(test)
+
+
+def forget_table(market: Market, client: Client, name: str) -> None:
+    """`gristmill journal forget-signer`, as far as this market has it."""
+    with Ledger.open(client.book.ledger.path, chain_tag=bytes(client.wallet.payer.address)) as ledger:
+        ledger.append_sync([Entry(BEGUN, b"", {"table": b""})])
+    del market._tables[name]
+
+
+def test_an_order_that_was_journaled_and_never_signed_is_no_old_table() -> None:
+    """The policy said no, or we died before it was asked: the journal has the order, rightly, and the table has no mark."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        client.jobs.steps._sign = refusing  # type: ignore[assignment]
+        with pytest.raises(NodeError):
+            await client.post_job("fake", LINES, id="mine", max_tokens=8, wish=JobWish(open_s=0.3))
+        market.crash(client)
+        back = await a_client(market, name="a", deposit=0)
+        await (await back.post_job("fake", LINES, id="mine", max_tokens=8)).result(20)
+        await until(lambda: back.jobs.get("mine").state.ended)
+        await clean(market, worker, back)
+
+    async def refusing(*_: Any) -> bytes:
+        raise SignerRefused(SigningReason.OVER_DAY, "planted")
+
+    run_market(test)
+
+
+def test_what_is_over_the_days_limit_is_told_at_once_and_keeps_no_other_job_from_its_refund() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        if worker.batch is None:
+            raise AssertionError
+        worker.batch.runner.want = lambda _: None  # type: ignore[method-assign, assignment] # silent about every job
+        slow = await client.post_job("fake", LINES, id="slow", max_tokens=8, wish=JobWish(deadline_s=30))
+        market.crash(client)
+        market.day_locked = slow.state.quote.amount + 1
+        client = await a_client(market, name="a", deposit=0)
+        with pytest.raises(SignerRefused, match="over_day") as caught, trio.fail_after(5):
+            await client.post_job("fake", LINES, id="big", max_tokens=8)
+        assert "midnight" in caught.value.hint
+        stop_keeper(market, client)
+        states = client.jobs.book._states  # the refused one is the first to be looked at
+        states[slow.job_id] = states.pop(slow.job_id)
+        assert [state.label for state in client.jobs.book.running] == ["big", "slow"]
+        market.ledger.advance(60)
+        await trio.sleep(0.1)  # the time of the last block is asked for once a poll
+        assert [line for line in await client.jobs.tend() if "big" in line and "over_day" in line]
+        assert on_chain(market, slow).state is JobState.REFUNDED
+
+    run_market(test)
+
+
+def test_a_signer_that_is_gone_ends_the_look_at_all_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(market: Market) -> None:
+        _, client = await pair(market, FakeBackend(FakeSettings(seconds_per_token=5)))
+        await client.post_job("fake", LINES, id="one", max_tokens=8)
+        stop_keeper(market, client)
+
+        async def gone(*_: Any) -> None:
+            raise SignerFailed("planted")
+
+        monkeypatch.setattr(client.jobs.keeper, "_act", gone)
+        with pytest.raises(SignerFailed):
+            await client.jobs.tend()
+
+    run_market(test)
+
+
+def stop_keeper(market: Market, client: Client) -> None:
+    """As in a command that does not stay: only `tend` moves this client's jobs."""
+    market._scopes[client.network.peer_id].cancel()
 
 
 def test_an_order_that_was_never_opened_is_void_and_its_name_free() -> None:
@@ -571,7 +760,34 @@ def test_a_bad_result_is_never_accepted_and_a_dispute_ends_by_the_table(
         slashed = [s.amount for s in market.ledger.world.escrow.slashes.values()]
         assert slashed == ([400] if outcome is Outcome.ACCEPT else [])
         assert job.state.accepted is None
+        if cheat is not other_bytes:
+            with pytest.raises(JobFailed, match="dispute" if to_worker else "nothing was paid"), trio.fail_after(5):
+                await job.result()
         await clean(market, worker, client)
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("cheat", [few_items, greedy])
+def test_a_bad_result_that_silence_has_paid_is_waited_for_by_nobody(
+    cheat: Cheat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a resolver its window ends and it is paid. `job result` says so, now and after a restart, and does not wait."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market, name="a")
+        cheat(market, worker, monkeypatch)
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        await until(lambda: job.state.refused)
+        market.ledger.advance(1000)
+        await until(lambda: job.state.ended)
+        assert job.state.paid == earned(market, worker) > 0
+        market.crash(client)
+        back = await a_client(market, name="a", deposit=0)
+        for one in (job, back.jobs.all()[0]):
+            with pytest.raises(JobFailed, match=f"paid {job.state.paid} .* by silence"), trio.fail_after(5):
+                await one.result()
+        await clean(market, worker, back)
 
     run_market(test)
 

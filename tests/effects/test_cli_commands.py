@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -417,7 +419,37 @@ def test_journal(run: Run, data: Path, tmp_path: Path) -> None:
     for path in ("junk", "."):
         result = run("journal", "dump", "--file", path, "--json")
         assert result.status in (1, 2) and "error" in result.one
+    empty = tmp_path / "empty"
+    shutil.copyfile(data / "journal/worker.sqlite", empty)
+    empty.chmod(0o600)
+    with sqlite3.connect(empty) as connection:
+        connection.execute("DELETE FROM about")
+    connection.close()
+    for path, word in (empty, "whose it is"), (tmp_path / "junk", "database"):
+        result = run("journal", "dump", "--file", str(path), "--json")
+        said = result.one["error"]
+        assert (result.status, said["code"]) == (1, "journal_damaged"), said
+        assert str(path) in said["message"] and word in said["message"]
     assert {row["point"] for row in run("journal", "points", "--json").rows} >= {"journal.before_commit"}
+
+
+def test_a_job_of_bytes_that_are_no_text_names_the_file(run: Run, tmp_path: Path) -> None:
+    bad = tmp_path / "lines.txt"
+    bad.write_bytes(b"good\n\xff\xfebad\n")
+    result = run("job", "post", str(bad), "--model", "m", "--json")
+    said = result.one["error"]
+    assert (result.status, said["code"]) == (3, "config")
+    assert str(bad) in said["message"] and "UTF-8" in said["message"] and "0xff at 5" in said["message"]
+
+
+def test_a_prompt_that_is_no_text_is_said_to_be_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(NamedBytes(b"\xff"), encoding="utf-8"))
+    said = run("chat", "m", "-", "--json").one["error"]
+    assert said["code"] == "config" and "<stdin> is no UTF-8 text" in said["message"]
+
+
+class NamedBytes(io.BytesIO):
+    name = "<stdin>"
 
 
 # -------------------------------------------------------------------------------------------------- doctor, completion

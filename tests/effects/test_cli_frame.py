@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from node import ownership
 from node.cli import main as frame
 from node.cli.commands import COMMANDS
-from node.cli.output import Output, dumps
+from node.cli.output import LogFormat, Output, dumps
 from node.errors import ConfigError, InsufficientFunds
 from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
 
@@ -88,6 +90,43 @@ def test_rows_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     output.row({"a": "ü"})
     output.write("never in json")
     assert [json.loads(line)["a"] for line in capsys.readouterr().out.splitlines()] == ["line\nbreak", "ü"]
+
+
+EVIL = "\x1b[2J\x1b[1;1Hsettled: 0 paid\x1b]52;c;cm0gLXJm\x07\x9b1A"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nothing_that_others_wrote_gives_orders_to_a_terminal(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("NO_COLOR", "1")
+    output = Output(json=as_json)
+    output.result({"failure": EVIL}, EVIL)
+    output.row({"failure": EVIL})
+    output.line(dumps({"failure": EVIL}))
+    output.write(EVIL)
+    output.say(EVIL)
+    output.error("worker_fault", EVIL, EVIL, {"reason": EVIL})
+    shown = screen.getvalue()
+    assert "settled: 0 paid" in shown and not set(shown) & set("\x1b\x07\x9b")
+
+
+def test_a_file_gets_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().write(EVIL)
+    Output().row({}, EVIL)
+    assert capsys.readouterr().out == EVIL + EVIL + "\n"
+
+
+def test_logs_give_no_orders_either() -> None:
+    record = logging.LogRecord("node", logging.WARNING, "", 0, "job %s: %s", ("a", EVIL), None)
+    line = LogFormat("%(levelname)s %(message)s").format(record)
+    assert line.startswith("WARNING job a: ") and not set(line) & set("\x1b\x07\x9b")
 
 
 def test_a_second_owner_of_our_names_is_refused(

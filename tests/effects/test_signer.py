@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
+from node.chain.pending import PendingTx
 from node.errors import KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
 from node.keystore import Keystore
 from node.network.groups import plain_errors
@@ -28,10 +30,12 @@ from node.signer.sources import KeyFile, RawKey
 from node.signer.table import Table
 from node.store.ledger import ADOPTED, Entry, Ledger
 from node.testing.pair import key
+from protocol.frames import encode_frame
 from protocol.identity import IdentityMessage
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId
 from protocol.keys import recover
 from protocol.signing import (
+    CallRule,
     ChannelAllocation,
     DomainRule,
     FeeRule,
@@ -42,8 +46,19 @@ from protocol.signing import (
     SigningReason,
     TokenRule,
 )
-from protocol.signing_history import KnownChannel
-from protocol.typed_data import MARKET_DOMAIN, Allocation, ChannelConfig, Close, Domain, Receipt, Refusal, Voucher
+from protocol.signing_history import KnownChannel, word_of
+from protocol.transactions import Transaction
+from protocol.typed_data import (
+    MARKET_DOMAIN,
+    Acceptance,
+    Allocation,
+    ChannelConfig,
+    Close,
+    Domain,
+    Receipt,
+    Refusal,
+    Voucher,
+)
 
 DOMAIN = Domain(31337, Address(b"\x01" * 20))
 TOKEN = Address(b"\x05" * 20)
@@ -54,6 +69,7 @@ POLICY = Policy(
         DomainRule("Refusal", 0, bytes(20)),
     ),
     tokens=(TokenRule(DOMAIN.chain_id, bytes(TOKEN)),),
+    calls=(CallRule(DOMAIN.chain_id, b"\x09" * 20),),
     fees=(FeeRule(DOMAIN.chain_id, max_fee=100),),
     identity=True,
 )
@@ -305,6 +321,26 @@ def test_a_full_disk_ends_signing(tmp_path: Path) -> None:
     run(main)
 
 
+def test_after_a_failed_store_nothing_is_signed_that_leaves_no_mark_either(tmp_path: Path) -> None:
+    """A refusal, an offer or a quote moves no mark; the next request after the failure may be one, and so may libp2p's."""
+
+    async def main() -> None:
+        async with inline(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot = signers[KeyRole.WORKER]
+            await hot.sign(receipt(1, 1), DOMAIN)
+            signers.core.table._connection.execute("PRAGMA query_only = 1")
+            with pytest.raises(SignerFailed):
+                await hot.sign(receipt(2, 1), DOMAIN)
+            for again in (Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN), (receipt(1, 1), DOMAIN):
+                with pytest.raises(SignerFailed, match="could not be written"):
+                    await hot.sign(*again)
+            with pytest.raises(SignerFailed, match="could not be written"):
+                hot.sign_identity(NOISE + bytes(32))
+
+    run(main)
+
+
 def test_the_cache_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.signer.table._CACHE", 4)
     table = Table.in_memory(accounts(WORKER))
@@ -410,6 +446,127 @@ def test_a_signer_that_was_killed_is_missed_at_once_and_by_all(tmp_path: Path) -
             await meet(signers)
             with pytest.raises(SignerRefused):
                 await signers[KeyRole.WORKER].sign(receipt(1000, 2), DOMAIN)
+
+    run(main)
+
+
+NOISE = b"noise-libp2p-static-key:"
+
+
+def test_a_late_answer_is_never_taken_for_that_of_the_next_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signer hangs over an identity question and comes back. Read as the answer to what was asked next, its late answer would
+    put every later signature under the wrong message."""
+    monkeypatch.setattr("node.signer.client.IDENTITY_S", 0.5)
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            first = hot.sign_identity(NOISE + b"a" * 32)
+            os.kill(child, signal.SIGSTOP)
+            with pytest.raises(SignerFailed, match="does not answer"):
+                hot.sign_identity(NOISE + b"a" * 32)
+            os.kill(child, signal.SIGCONT)
+            await trio.sleep(0.1)
+            for other in (b"b", b"c"):
+                with pytest.raises(SignerFailed):
+                    assert hot.sign_identity(NOISE + other * 32) != first
+            assert signers.failure  # the worker stops on it
+            with pytest.raises(SignerFailed):
+                await hot.sign(Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN)
+
+    run(main)
+
+
+def test_an_answer_to_another_question_ends_the_line(tmp_path: Path) -> None:
+    """Whatever put it there: an answer is believed by its number."""
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            hot = signers[KeyRole.WORKER]
+            hot.sign_identity(NOISE + b"a" * 32)
+            signers._identity_next += 1
+            question = bytes(8) + b"\x06worker" + NOISE + b"b" * 32
+            signers._identity.sendall(encode_frame(question, 1 << 16))
+            with pytest.raises(SignerFailed, match="another question"):
+                hot.sign_identity(NOISE + b"c" * 32)
+            assert signers.failure
+
+    run(main)
+
+
+def test_a_signer_that_hangs_fails_what_was_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.signer.client.ASK_S", 0.3)
+    monkeypatch.setattr("node.signer.client.GRACE_S", 0.1)
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            os.kill(child, signal.SIGSTOP)
+            with trio.fail_after(5):
+                with pytest.raises(SignerFailed, match="has not answered"):
+                    await hot.sign(receipt(1, 1), DOMAIN)
+            os.kill(child, signal.SIGCONT)
+            await trio.sleep(0.1)  # its late answer is nobody's
+            assert signers.failure and not signers._answers
+            with pytest.raises(SignerFailed):
+                await hot.sign(receipt(2, 1), DOMAIN)
+
+    run(main)
+
+
+def test_whoever_asks_a_signer_that_hangs_may_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the signer is not given up for it: when it is back, everybody else has their own answers."""
+    monkeypatch.setattr("node.signer.client.GRACE_S", 0.2)
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            got: list[bytes] = []
+
+            async def patient() -> None:
+                got.append(await hot.sign(receipt(2, 1), DOMAIN))
+
+            async with trio.open_nursery() as nursery:
+                os.kill(child, signal.SIGSTOP)
+                with trio.fail_after(5), trio.move_on_after(0.1) as scope:
+                    nursery.start_soon(patient)
+                    await hot.sign(receipt(1, 1), DOMAIN)
+                assert scope.cancelled_caught
+                os.kill(child, signal.SIGCONT)
+            assert got == [KEYS[KeyRole.WORKER].sign(receipt(2, 1).digest(DOMAIN))]
+            assert signers.failure is None and not signers._answers and not signers._waiting
+            assert await hot.sign(receipt(1, 1), DOMAIN)
+
+    run(main)
+
+
+def test_a_caller_that_is_cancelled_hears_what_a_signer_that_is_well_has_signed(tmp_path: Path) -> None:
+    """Its answer is a few milliseconds away: without it a voucher would be signed that nobody has journaled."""
+
+    async def main() -> None:
+        async with in_process(table_at(tmp_path), WORKER) as signers:
+            await meet(signers)
+            hot, (child,) = signers[KeyRole.WORKER], children()
+            got: list[bytes] = []
+
+            async def ask() -> None:
+                got.append(await hot.sign(receipt(1, 1), DOMAIN))
+
+            async def wake() -> None:
+                await trio.sleep(0.2)
+                os.kill(child, signal.SIGCONT)
+
+            async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
+                os.kill(child, signal.SIGSTOP)
+                nursery.start_soon(ask)
+                await trio.testing.wait_all_tasks_blocked()
+                outer.start_soon(wake)
+                nursery.cancel_scope.cancel()
+            assert got == [KEYS[KeyRole.WORKER].sign(receipt(1, 1).digest(DOMAIN))]
 
     run(main)
 
@@ -752,6 +909,69 @@ def test_a_journal_from_before_there_were_signers_is_adopted(tmp_path: Path) -> 
                 await signers[KeyRole.WORKER].sign(receipt(10, 1), DOMAIN)
 
     run(main)
+
+
+@BOTH
+def test_an_old_table_is_noticed_by_words_and_transactions_alone(tmp_path: Path, opened: Open) -> None:
+    """K10 where no channel went on: with the old copy the day's limit would begin anew and a nonce be free again."""
+
+    async def main() -> None:
+        with journal(tmp_path) as ledger:
+            for nonce in (0, 1):
+                async with opened(table_at(tmp_path)) as signers:
+                    await attach(signers, ledger, [])
+                    await pay(signers[KeyRole.PAYER], ledger, nonce)
+                if nonce == 0:
+                    copy(table_at(tmp_path), tmp_path / "old.sqlite")
+            os.replace(tmp_path / "old.sqlite", table_at(tmp_path))
+            async with opened(table_at(tmp_path)) as signers:
+                with pytest.raises(SignerOutdated, match="transaction 1 on chain 31337") as caught:
+                    await attach(signers, ledger, [])
+                assert "forget-signer" in caught.value.hint
+            table_at(tmp_path).unlink()
+            await ledger.append([Entry(BEGUN, b"", {"table": b""})])
+            for _ in range(2):  # begun anew with the journal's marks, and again with them
+                async with opened(table_at(tmp_path)) as signers:
+                    await attach(signers, ledger, [])
+
+    run(main)
+
+
+@BOTH
+def test_many_words_are_shown_in_parts(tmp_path: Path, opened: Open) -> None:
+    words = [word_of(Acceptance(JobId(n.to_bytes(32)), ZERO, n), DOMAIN) for n in range(2500)]
+
+    async def main() -> None:
+        async with opened(table_at(tmp_path)) as signers:
+            await signers.meet([], Mark(0, bytes(32)), adopting=True, words=words[:-1], following=Follow())
+        async with opened(table_at(tmp_path)) as signers:
+            with pytest.raises(SignerOutdated, match=f"acceptance of job {words[-1].key[1]}"):
+                await signers.meet([], Mark(0, bytes(32)), adopting=False, words=words, following=Follow())
+
+    run(main)
+
+
+def test_a_journal_that_sent_before_its_table_was_begun_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """A table begun by an earlier version took no words over: what left before it began is not asked for."""
+
+    async def main() -> None:
+        with journal(tmp_path) as ledger:
+            async with inline(tmp_path / "first" / "client.sqlite") as signers:
+                await attach(signers, ledger, [])
+                await pay(signers[KeyRole.PAYER], ledger, 0)
+            async with inline(table_at(tmp_path)) as signers:
+                await meet(signers)
+                await ledger.append([Entry(BEGUN, b"", {"table": signers.table})])
+            async with inline(table_at(tmp_path)) as signers:
+                await attach(signers, ledger, [])
+
+    run(main)
+
+
+async def pay(payer: Any, ledger: Ledger, nonce: int) -> None:
+    tx = Transaction(DOMAIN.chain_id, nonce, 1, 100, 21_000, Address(b"\x09" * 20), 0, b"\x01\x02\x03\x04")
+    signed = await payer.sign_transaction(tx)
+    await ledger.append([Entry("tx_signed", bytes(payer.address), PendingTx("pay", signed).to_body())])
 
 
 @BOTH

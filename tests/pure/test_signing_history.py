@@ -8,10 +8,21 @@ from dataclasses import replace
 import pytest
 
 from node.testing.pair import key
-from protocol.ids import Address, ChannelId
+from protocol.ids import ZERO_HASH, Address, ChannelId, Hash32, JobId
 from protocol.signing import KeyRole, Mark, MarkKey, Policy, Rulebook, Scope
-from protocol.signing_history import Ahead, JournalOutdated, KnownChannel, MarksOutdated, adopt, compare
-from protocol.typed_data import Close, Domain, Voucher
+from protocol.signing_history import (
+    Ahead,
+    JournalOutdated,
+    KnownChannel,
+    KnownWord,
+    MarksOutdated,
+    adopt,
+    adopt_words,
+    compare,
+    word_of,
+)
+from protocol.transactions import Transaction
+from protocol.typed_data import Acceptance, Close, Domain, Submission, Voucher
 
 DOMAIN = Domain(31337, Address(b"\x01" * 20))
 TOKEN = Address(b"\x05" * 20)
@@ -101,6 +112,40 @@ def test_the_caller_hears_what_a_crash_kept_from_its_journal(voucher: int, alloc
     marks[Scope.VOUCHER, CHANNEL] = Mark(voucher)
     marks[Scope.CHANNEL, CHANNEL] = Mark(allocation)
     assert compare([CLIENT], marks, worker=False) == ((), [ahead])
+
+
+JOB = JobId(b"\x0b" * 32)
+TX = Transaction(31337, 5, 1, 100, 21_000, TOKEN, 0, b"")
+WORDS = [word_of(Acceptance(JOB, Hash32(b"\x01" * 32), 70), DOMAIN), word_of(Submission(JOB, ZERO_HASH, 9), DOMAIN)]
+
+
+@pytest.mark.parametrize("word", [*WORDS, word_of(TX, None)])
+def test_a_word_that_left_has_its_mark(word: KnownWord) -> None:
+    marks = dict(adopt_words([word]))
+    assert compare([], marks, worker=True, words=[word]) == ((), [])
+    with pytest.raises(MarksOutdated, match=str(word)):
+        compare([], {}, worker=True, words=[word])
+
+
+def test_marks_of_another_acceptance_are_those_of_another_history() -> None:
+    """Two copies that went on by themselves: the journal's acceptance left, and the table knows of another one."""
+    marks = dict(adopt_words([word_of(Acceptance(JOB, Hash32(b"\x02" * 32), 70), DOMAIN)]))
+    with pytest.raises(MarksOutdated, match=f"acceptance of job {JOB}"):
+        compare([], marks, worker=False, words=WORDS[:1])
+
+
+@pytest.mark.parametrize(("fee", "outdated"), [(99, True), (100, False), (101, False)])
+def test_a_transaction_may_have_been_replaced_by_a_dearer_one(fee: int, outdated: bool) -> None:
+    marks = dict(adopt_words([word_of(replace(TX, max_fee=fee), None)]))
+    if not outdated:
+        assert compare([], marks, worker=False, words=[word_of(TX, None)]) == ((), [])
+        return
+    with pytest.raises(MarksOutdated, match="transaction 5 on chain 31337"):
+        compare([], marks, worker=False, words=[word_of(TX, None)])
+
+
+def test_what_leaves_no_mark_is_no_word() -> None:
+    assert word_of(Voucher(CHANNEL, 1), DOMAIN) is None and word_of(Acceptance(JOB, ZERO_HASH, 1), None) is None
 
 
 def test_a_long_list_is_cut_short() -> None:
