@@ -22,6 +22,7 @@ from node.ports import Network
 from node.store.batch import BatchBook, refresh
 from node.store.batch_keeper import JobsChain
 from node.store.errors import ResultsFull
+from node.store.faults import fault_point
 from node.store.results import Results
 from protocol.batch import BatchAccepted, BatchResultChecked, BatchResultRefused, BatchState, Step
 from protocol.errors import RemoteProtocolError
@@ -87,6 +88,7 @@ class JobSteps:
 
     async def _send_order(self, state: BatchState) -> None:
         order = await self._sign(QuotedOrder(state.quote, Order(state.job_id)), state.domain)
+        fault_point("send.order")
         await self.ask(state, OpenJob(job_id=bytes(state.job_id), order=order))
         # The worker's word is not enough: the contract says whether it is open.
         await refresh(self._book, self._chain(state).jobs, state.job_id)
@@ -162,6 +164,7 @@ class JobSteps:
             amount=amount_to_wire(said.amount),
             signature=signature,
         )
+        fault_point("send.acceptance")
         await self.ask(state, question)
         self.delivered.add(state.job_id)
         await refresh(self._book, self._chain(state).jobs, state.job_id)

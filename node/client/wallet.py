@@ -23,6 +23,7 @@ from node.errors import ConfigError, InsufficientFunds, NodeError, SignerRefused
 from node.network.drive import converse
 from node.ports import Chain, Network, Signer, TxResult
 from node.store.channels import ChannelBook, refresh
+from node.store.faults import fault_point
 from protocol.channel import (
     AllocationRaised,
     Change,
@@ -296,6 +297,7 @@ class ClientWallet:
             signature=state.allocation_signature,
         )
         timeout_s = self._settings.open_timeout_ms / 1000
+        fault_point("send.allocation")
         try:
             reply = await converse(self._network, peer, CHANNEL_PROTOCOL, question, timeout_s=timeout_s)
         except RemoteProtocolError as error:

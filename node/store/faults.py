@@ -29,6 +29,12 @@ POINTS: dict[str, str] = {
     "send.voucher": "client: a voucher is durable, about to be sent",
     "send.transaction": "a signed transaction is durable, no node has heard of it",
     "send.ack": "client: the verified receipt is durable, about to be acknowledged",
+    "send.allocation": "client: an allocation is durable, its worker has not heard of it",
+    "send.close": "worker: the total of a close is durable and signed, about to be sent",
+    "send.quote": "worker: a quote is on disk and signed, about to be sent",
+    "send.order": "client: the order of a batch job is durable and signed, about to be sent",
+    "send.submission": "worker: the result of a batch job is durable, its submission signed, about to be told",
+    "send.acceptance": "client: the acceptance of a result is durable and signed, about to be sent",
 }
 
 

@@ -7,7 +7,9 @@
 Journal, fence, network, chain, keys and signatures are the node's own, wired as `gristmill start` and the client library wire
 them; only the language model is the fake one. Each line of stdout is an event in JSON: `ready` with how long it took; of the
 client `paid` for each answer whose receipt it has verified and acknowledged, `failed` with the error's code for any other end;
-`ended` with the error that ended the process, if one did. They run until SIGTERM.
+`ended` with the error that ended the process, if one did. They run until SIGTERM. What a client asks for without pause is its
+`--load`: chats; batch jobs, with `settled` for each that is verified and paid for; or chats on channels that it closes again and
+again, with `closed` for each; or nothing.
 
 `serve` starts them as forks of itself, because importing libp2p takes seconds and a test kills hundreds. Each line of stdin is a
 start, `{"argv": [...], "env": {...}, "out": FILE}`; it answers `{"pid"}`, and `{"pid", "status"}` when one has ended (negative:
@@ -25,6 +27,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -41,6 +44,7 @@ from node.store.ledger import Pending
 from node.store.writer import Writer
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from protocol.errors import GristmillError
+from protocol.ids import PeerId
 from protocol.keys import PrivateKey
 
 TOKENS = 40
@@ -72,24 +76,65 @@ async def worker(config: Config, began: float) -> None:
         await running.worker.drain(5)
 
 
-async def client(config: Config, began: float, addresses: list[str], streams: int) -> None:
+async def client(config: Config, began: float, addresses: list[str], streams: int, load: str) -> None:
     async with Client.connect(config, workers=addresses, wait_s=20) as node, trio.open_nursery() as nursery:
         say(event="ready", ms=int((time.monotonic() - began) * 1000), records=node.book.ledger.head.seq)
-        for number in range(streams):
-            nursery.start_soon(_ask_for_ever, node, addresses, number)
+        for number in range(streams if load == "chat" else 1):
+            nursery.start_soon(_LOADS[load], node, addresses, number)
         await until_sigterm()
         nursery.cancel_scope.cancel()
 
 
 async def _ask_for_ever(node: Client, addresses: list[str], number: int) -> None:
+    await _for_ever(node, addresses, lambda n: _ask(node, f"{os.getpid()} {number} {n}"))
+
+
+async def _ask(node: Client, text: str) -> None:
+    async with node.chat("fake", [{"role": "user", "content": text}]) as stream:
+        await stream.text()
+    receipt = stream.receipt
+    if receipt is not None:
+        say(event="paid", job=str(receipt.job_id), sequence=receipt.sequence, cost=receipt.cost)
+
+
+async def _order_for_ever(node: Client, addresses: list[str], number: int) -> None:
+    async def order(n: int) -> None:
+        job = await node.post_job("fake", ["one line", "and another"], id=f"{os.getpid()} {n}", max_tokens=2 * TOKENS)
+        await job.result(30)
+        with trio.fail_after(30):
+            while not job.state.ended:
+                await trio.sleep(PAUSE_S)
+        say(event="settled", job=str(job.job_id), paid=job.state.paid)
+
+    await _for_ever(node, addresses, order)
+
+
+async def _close_for_ever(node: Client, addresses: list[str], number: int) -> None:
+    async def close(n: int) -> None:
+        await _ask(node, f"{os.getpid()} {n}")
+        (peer,) = {PeerId(address.rpartition("/")[2]) for address in addresses}
+        for state in list(node.book.channels.values()):
+            if not state.closed and not state.withdraw_at and state.allocated:
+                told = await node.wallet.close(state.channel_id, peer)
+                say(event="closed", channel=str(state.channel_id), cooperative=told.cooperative, note=told.note)
+        await trio.sleep(1)  # a worker submits twenty allocations for one payer
+
+    await _for_ever(node, addresses, close)
+
+
+async def _rest(node: Client, addresses: list[str], number: int) -> None:
+    """Asks for nothing: what was begun is brought to its end."""
+    await trio.sleep_forever()
+
+
+_LOADS = {"chat": _ask_for_ever, "batch": _order_for_ever, "close": _close_for_ever, "rest": _rest}
+
+
+async def _for_ever(node: Client, addresses: list[str], do: Callable[[int], Awaitable[None]]) -> None:
     for n in range(1_000_000):
         try:
-            async with node.chat("fake", [{"role": "user", "content": f"{os.getpid()} {number} {n}"}]) as stream:
-                await stream.text()
-            receipt = stream.receipt
-            if receipt is not None:
-                say(event="paid", job=str(receipt.job_id), sequence=receipt.sequence, cost=receipt.cost)
-        except (NodeError, GristmillError) as error:
+            await do(n)
+        except (NodeError, GristmillError, trio.TooSlowError) as error:
             say(event="failed", code=getattr(error, "code", type(error).__name__), message=str(error)[:200])
             if node.book.ledger.failure is not None:
                 raise
@@ -114,7 +159,8 @@ def live(argv: list[str], began: float) -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--worker", action="append", default=[], metavar="MULTIADDR")
-    parser.add_argument("--streams", type=int, default=3, help="jobs at once")
+    parser.add_argument("--streams", type=int, default=3, help="chats at once")
+    parser.add_argument("--load", choices=sorted(_LOADS), default="chat", help="what the client asks for")
     parser.add_argument("--speak-first", action="store_true", help="the planted bug: nobody waits for the journal")
     given = parser.parse_args(argv)
     if given.speak_first:
@@ -124,7 +170,7 @@ def live(argv: list[str], began: float) -> None:
         if given.role == "worker":
             trio.run(worker, config, began)
         else:
-            trio.run(partial(client, config, began, given.worker, given.streams))
+            trio.run(partial(client, config, began, given.worker, given.streams, given.load))
     except BaseException as error:
         one = blame(error)  # as the commands choose it
         if not isinstance(one, NodeError):

@@ -22,6 +22,7 @@ from node.errors import ChainError
 from node.ports import Chain, TxResult
 from node.store.batch import BatchBook, transact
 from node.store.batch_keeper import JobsChain
+from node.store.faults import fault_point
 from node.store.results import KEEP_MS, Results
 from node.worker.allowance import Allowance, Limits
 from node.worker.batch_quotes import HeldQuote, QuoteDesk, message_of, parts_of, spec_key
@@ -132,7 +133,9 @@ class BatchDesk:
         self._check_ready()
         self._check_fresh(Domain(question.chain_id, Address(question.contract)))
         quote, terms, domain = await self._quotes.quote(peer, question)
-        return message_of(quote, terms, await self._sign(quote, domain))
+        signature = await self._sign(quote, domain)
+        fault_point("send.quote")
+        return message_of(quote, terms, signature)
 
     def _check_ready(self) -> None:
         if self.draining:
@@ -266,6 +269,7 @@ class BatchDesk:
         if state.job_id not in self._submissions:
             said = Submission(state.job_id, state.result.result_hash, state.result.claimed)
             self._submissions[state.job_id] = await self._sign(said, state.domain)
+            fault_point("send.submission")
         return self._submissions[state.job_id]
 
     def _piece(self, peer: PeerId, question: GetResult) -> ResultChunk:

@@ -23,6 +23,7 @@ from node.chains import Chains
 from node.errors import ChainError, ChainMoved
 from node.ports import Chain, Signer
 from node.store.channels import ChannelBook, follow, refresh
+from node.store.faults import fault_point
 from node.worker.accepted import AcceptedAssets
 from protocol.channel import (
     AllocationRaised,
@@ -301,6 +302,7 @@ class ChannelDesk:
         await self._book.change(decided)
         signature = await self._key.sign(Close(state.channel_id, final), state.home)
         await self._book.change([CloseSigned(state.channel_id, final, signature)] if decided else [])
+        fault_point("send.close")
         return CloseConsent(channel_id=bytes(state.channel_id), final=amount_to_wire(final), signature=signature)
 
     def _known(self, channel_id: bytes) -> ChannelState:
