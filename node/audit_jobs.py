@@ -79,7 +79,7 @@ async def _against_chain(state: BatchState, jobs: Jobs, now: int) -> list[str]:
     if state.void and seen.state is not JobState.NONE:
         findings.append(f"{name}: void in the journal, {seen.state.name.lower()} on chain")
     if seen.state is JobState.SETTLED:
-        findings += _paid(state, await jobs.paid(state.job_id), bytes(seen.result_hash))
+        findings += _paid(state, await jobs.paid(quote), bytes(seen.result_hash))
     if seen.state is JobState.OPEN and now >= quote.deadline + GRACE_S:
         findings.append(f"{name}: still open {now - quote.deadline} s after its deadline")
     if seen.state is JobState.SUBMITTED and now >= seen.window_end + GRACE_S:

@@ -244,8 +244,8 @@ class Jobs(Protocol):
         """Chain seconds of the newest block that is confirmed: what `job` does not show as opened then was not opened before.
         None where the newest block of all counts."""
 
-    async def paid(self, job_id: JobId) -> int | None:
-        """What a settled job paid its worker, by its event; None when the node does not tell."""
+    async def paid(self, quote: Quote) -> int | None:
+        """What a settled job paid its worker, by its event; None when there is none. Raises `ChainError`."""
 
     async def dispute(self, quote: Quote) -> DisputeOnChain: ...
 

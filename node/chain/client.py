@@ -19,7 +19,7 @@ import trio
 from node.chain.agreed import AgreedEth
 from node.chain.artifacts import Contract, contract, decode_log, error_name
 from node.chain.deployment import Deployment
-from node.chain.endpoints import Endpoints, Rules
+from node.chain.endpoints import Endpoints, Node, Rules
 from node.chain.eth import Eth
 from node.chain.jobs import EvmJobs
 from node.chain.pending import History, Journal, no_journal
@@ -27,7 +27,7 @@ from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
 from node.chain.slashes import EvmSlashes
 from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
-from node.chain.values import Header
+from node.chain.values import Header, Log
 from node.chain.watcher import Watcher
 from node.errors import ChainError
 from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, Signer, TokenInfo, TxResult, WorkerOnChain
@@ -406,6 +406,17 @@ class EvmChain:
     async def logs(self, name: str, topics: Sequence[bytes], first: int, last: int) -> list[ChainEvent]:
         """Events of the contract called `name` with these first topics, from block `first` to `last`."""
         found = await Eth(self.nodes).logs_between([self.deployment.address_of(name)], first, last, topics)
+        return [event for log in found if (event := decode_log(contract(name), log)) is not None]
+
+    async def agreed_logs(self, name: str, topics: Sequence[bytes], first: int, last: int) -> list[ChainEvent]:
+        """As `logs`, and a quorum has to give them alike: for what is believed, and not only looked into."""
+        address, wanted = self.deployment.address_of(name), tuple(topics)
+
+        async def ask(node: Node) -> tuple[Log, ...]:
+            found = await Eth(node).logs_between([address], first, last, wanted)
+            return tuple(log for log in found if log.address == address and log.topics[: len(wanted)] == wanted)
+
+        found = await self.nodes.agreed(ask, f"events of {name} in blocks {first} to {last}")
         return [event for log in found if (event := decode_log(contract(name), log)) is not None]
 
     def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 PAGE: Final = 5_000
 """Blocks that are searched at once for the event of one job: what public nodes still answer."""
+VALID_MOST_S: Final = 2 * 3600
+"""Longer than a quote is good for (`node.client.job_quotes`), so no job was opened as long as this before its quote's end."""
 ENDED: Final = (JobState.SETTLED, JobState.REFUNDED)
 
 
@@ -86,13 +88,16 @@ class EvmJobs:
         state, window_end, claimed, result_hash = await self._chain.view("Jobs", "job", job_id, block=block)
         return JobOnChain(JobState(state), window_end, claimed, Hash32(result_hash))
 
-    async def paid(self, job_id: JobId) -> int | None:
-        topics = (contract("Jobs").topic("Settled"), bytes(job_id))
+    async def paid(self, quote: Quote) -> int | None:
+        """The amount is journaled, so a quorum has to tell it; and nobody is searched for further back than the job can be."""
+        topics = (contract("Jobs").topic("Settled"), bytes(quote.job_id(self._domain)))
         last = (await self._chain.head()).number
         while last >= self._chain.deployment.block:
             first = max(last - PAGE + 1, self._chain.deployment.block)
-            for event in await self._chain.logs("Jobs", topics, first, last):
+            for event in await self._chain.agreed_logs("Jobs", topics, first, last):
                 return int(event.args["paid"])
+            if await self._chain.block_time(first) < quote.valid_before - VALID_MOST_S:
+                break
             last = first - 1
         return None
 

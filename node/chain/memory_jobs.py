@@ -50,8 +50,9 @@ class MemoryJobs:
     async def confirmed_time(self) -> int | None:
         return None
 
-    async def paid(self, job_id: JobId) -> int | None:
+    async def paid(self, quote: Quote) -> int | None:
         await self._chain.look()
+        job_id = quote.job_id(self.domain)
         settled = [e for e in self._ledger.canonical_events() if e.name == "JobsSettled" and e.args["jobId"] == job_id]
         return int(settled[-1].args["paid"]) if settled else None
 

@@ -171,18 +171,28 @@ async def _look(jobs: Jobs, state: BatchState) -> BatchSeen:
     if job.state is not JobState.SETTLED:
         paid = 0
     elif state.chain is not JobState.SETTLED:
-        told = await jobs.paid(state.job_id)
-        paid = _expected(state) if told is None else told
+        paid = _believed(state, await jobs.paid(state.quote))
     return BatchSeen(
         state.job_id, int(job.state), job.window_end, job.claimed, job.result_hash, resolve_by, outcome, paid
     )
 
 
-def _expected(state: BatchState) -> int:
-    """What a settlement must have paid, where no node tells us of its event."""
-    if state.accepted is not None:
-        return state.accepted.amount
-    return state.claimed
+def _believed(state: BatchState, told: int | None) -> int:
+    """What a settlement paid, by its event; where none is told, what it must have paid. It goes into the journal for good, so
+    what no settlement can have paid is not believed: raises `ChainError`, and it is asked again."""
+    accepted = 0 if state.accepted is None else state.accepted.amount
+    if told is None:
+        return accepted or state.claimed
+    if told > state.quote.amount:
+        raise ChainError(
+            f"job {state.job_id}: an event says that {told} was paid, the contract had {state.quote.amount}",
+            hint="the JSON-RPC server lies, or is broken; compare several: chain.rpc_urls",
+        )
+    submitted = state.chain in (JobState.SUBMITTED, JobState.DISPUTED)
+    if state.role is Role.CLIENT and submitted and told > max(state.claimed, accepted):
+        # No reason to wait for ever: after a reorganisation a worker that cheats may have claimed another amount.
+        log.warning("job %s: %d was paid, %d was claimed and %d accepted", state.job_id, told, state.claimed, accepted)
+    return told
 
 
 async def send(jobs: Jobs, state: BatchState, step: Step) -> TxResult:

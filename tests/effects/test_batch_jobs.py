@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from node.audit import audit
+from node.chain.memory_jobs import MemoryJobs
 from node.client import job_fetch
 from node.client.client import Client
 from node.client.job_quotes import JobWish
@@ -67,7 +68,7 @@ from protocol.messages import (
 from protocol.pricing import batch_cost
 from protocol.signing import SigningReason
 from protocol.tame import tame
-from protocol.typed_data import Acceptance, Order
+from protocol.typed_data import Acceptance, Order, Quote
 from protocol.workload import NOT_BEGUN, PLACE, BatchSpec, ResultItem, content_hash, encode_spec
 
 DEPOSIT = 10_000_000
@@ -306,6 +307,31 @@ def test_a_cancelled_job_that_cannot_go_on_ends_with_what_there_is() -> None:
         await until(lambda: job.state.ended)
         assert earned(market, worker) == cost_of(market, done, 4 * done, 4 * done)
         assert not market.ledger.world.escrow.slashes
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
+def test_a_payment_that_cannot_have_been_is_not_journaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers alone and lies about the event: the job ends in the journal when one tells what can be."""
+
+    async def test(market: Market) -> None:
+        worker, client = await pair(market)
+        honest = MemoryJobs.paid
+        asked = []
+
+        async def lying(self: MemoryJobs, quote: Quote) -> int:
+            asked.append(quote)
+            return quote.amount + 1
+
+        monkeypatch.setattr(MemoryJobs, "paid", lying)
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        await until(lambda: len(asked) > 4)
+        assert on_chain(market, job).state is JobState.SETTLED
+        assert not job.state.ended and not theirs(worker, job).ended
+        monkeypatch.setattr(MemoryJobs, "paid", honest)
+        await until(lambda: job.state.ended)
+        assert job.state.paid == earned(market, worker)
         await clean(market, worker, client)
 
     run_market(test)

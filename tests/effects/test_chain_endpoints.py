@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from node.chain import client, jobs
 from node.chain import endpoints as module
 from node.chain.agreed import AgreedEth
 from node.chain.artifacts import contract
+from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, NoQuorum, Rules, majority
 from node.chain.eth import Eth
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable, WrongChain
@@ -24,6 +26,7 @@ from node.ports import ChannelOnChain, JobOnChain
 from node.testing.lying_rpc import LyingRpc, served
 from protocol.escrow import JobState
 from protocol.ids import Address, ChannelId, Hash32, keccak256
+from protocol.typed_data import Quote
 
 CHANNELS = Address(b"\x0c" * 20)
 CHANNEL = ChannelId(b"\x05" * 32)
@@ -610,3 +613,111 @@ def test_a_planted_bug_in_the_careful_sight_is_caught(name: str) -> None:
     bugged = planted(careful, old, new)
     with pytest.raises(AssertionError):
         check(bugged)
+
+
+# ------------------------------------------------------------------------------------------------------- what a job paid
+
+QUOTE = Quote(Hash32(bytes(32)), ACCOUNT, ACCOUNT, ACCOUNT, 500, 0, 20_000, 30_000, 900, ACCOUNT, Hash32(bytes(32)))
+JOBS = Address(b"\x0d" * 20)
+DEPLOYED = Deployment(31337, ACCOUNT, ACCOUNT, CHANNELS, ACCOUNT, 1, jobs=JOBS)
+
+
+def settled(block: int, paid: int, *, job: bytes | None = None, address: Address = JOBS, event: str = "Settled") -> Any:
+    """A log of that event, complete."""
+    return {
+        "address": str(address),
+        "topics": [hex_data(contract("Jobs").topic(event)), hex_data(job or QUOTE.job_id(DEPLOYED.jobs_domain))],
+        "data": hex_data(bytes(12) + ACCOUNT + paid.to_bytes(32)),
+        "blockNumber": hex_quantity(block),
+        "blockHash": hex_data(keccak256(block.to_bytes(8))),
+        "logIndex": "0x0",
+    }
+
+
+class Settling(Honest):
+    """A long chain on which a job was settled; the time of its blocks is 12 s apart."""
+
+    def __init__(self, blocks: int, at: int | None) -> None:
+        super().__init__()
+        self.blocks = [keccak256(number.to_bytes(8)) for number in range(blocks)]
+        self.channel *= blocks
+        self.logs = [] if at is None else [settled(at, 77)]
+
+    def header(self, number: int) -> dict[str, str] | None:
+        found = super().header(number)
+        return found and {**found, "timestamp": hex_quantity(12 * number)}
+
+    async def call(self, method: str, *params: Any) -> Any:
+        if method != "eth_getLogs":
+            return await super().call(method, *params)
+        await trio.lowlevel.checkpoint()
+        first, last = (int(params[0][key], 16) for key in ("fromBlock", "toBlock"))
+        return [log for log in self.logs if first <= int(log["blockNumber"], 16) <= last]
+
+    submit = call
+
+
+class Server:
+    """One node of it, with logs of its own."""
+
+    def __init__(self, chain: Settling, name: str, logs: list[Any] | None = None) -> None:
+        self.chain, self.name, self.logs, self.searched = chain, name, logs, 0
+
+    async def call(self, method: str, *params: Any) -> Any:
+        if method == "eth_getLogs":
+            self.searched += 1
+            if self.logs is not None:
+                return self.logs
+        return await self.chain.call(method, *params)
+
+    submit = call
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+def paid_by(
+    chain: Settling, lie: list[Any] | None = None, quote: Quote = QUOTE, nodes: int = 3
+) -> tuple[int | None, list[Server]]:
+    """What the nodes tell together; `lie`: what the first one says there is. And the nodes."""
+    servers = [Server(chain, f"node {n}", None if n else lie) for n in range(nodes)]
+    found: list[Any] = []
+
+    async def main() -> None:
+        evm = client.EvmChain(Endpoints(servers), DEPLOYED, None, poll=1, confirmations=0)  # type: ignore[arg-type]
+        found.append(await evm.jobs.paid(quote))  # type: ignore[union-attr]
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    return found[0], servers
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        [settled(1_990, 499)],
+        [],
+        [settled(1_990, 77, job=b"\x01" * 32)],
+        [settled(1_990, 77, address=CHANNELS)],
+        [settled(1_990, 77, event="Refunded")],
+    ],
+    ids=["another amount", "hidden", "another job's", "another contract's", "another event"],
+)
+def test_what_a_job_paid_is_told_by_a_quorum(lie: list[Any]) -> None:
+    """N3. It goes into the journal for good, so one server's word is not enough; nor are its events of other things."""
+    assert paid_by(Settling(2_000, 1_990), lie)[0] == 77
+    nothing = paid_by(Settling(2_000, None), lie)[0]
+    assert nothing is None
+
+
+@pytest.mark.parametrize("other", [{"job": b"\x01" * 32}, {"address": CHANNELS}, {"event": "Refunded"}])
+def test_an_event_of_something_else_is_no_payment(other: dict[str, Any]) -> None:
+    """A server that filters badly, alone."""
+    assert paid_by(Settling(2_000, None), [settled(1_990, 499, **other)], nodes=1)[0] is None
+
+
+def test_nobody_is_searched_for_further_back_than_the_job_can_be() -> None:
+    """An event that is hidden costs a page or two, and not a walk to the deployment, here of forty."""
+    for valid_before, pages in (12 * 199_900, 1), (12 * 195_500, 2), (12 * 500, 40):
+        found, servers = paid_by(Settling(200_000, None), quote=replace(QUOTE, valid_before=valid_before))
+        assert found is None and max(one.searched for one in servers) == pages, valid_before
+    assert paid_by(Settling(200_000, 499))[0] == 77  # and the oldest that it can be is found
