@@ -116,6 +116,9 @@ class Signer(Identity, Protocol):
     async def sign_all(self, asked: Sequence[tuple[Signable, Domain]]) -> list[bytes]:
         """Several at once, for the price of one wait."""
 
+    async def weigh(self, struct: Signable, domain: Domain) -> None:
+        """Whether the policy would let this be signed now; nothing is. Before something is journaled that would have to be."""
+
     async def sign_transaction(self, transaction: Transaction) -> SignedTransaction: ...
 
 

@@ -62,7 +62,8 @@ from protocol.messages import (
     quote_to_wire,
 )
 from protocol.selection import Policy
-from protocol.typed_data import Domain
+from protocol.signing import QuotedOrder
+from protocol.typed_data import Domain, Order
 from protocol.workload import PLACE, BatchSpec, ResultItem, content_hash, encode_spec, read_result
 
 if TYPE_CHECKING:
@@ -315,9 +316,11 @@ class ClientJobs:
         if not self._chains:
             raise ChainError("no chain here has a Jobs contract", hint="use `gristmill chat`, or another network")
         quoted = await job_quotes.best(self._client, model, spec, raw, wish, policy)
+        quote, domain = quoted.quote, quoted.domain
+        # What the day's limit does not let us order is no job, and keeps no name.
+        await self._client.wallet.payer.weigh(QuotedOrder(quote, Order(quote.job_id(domain))), domain)
         if confirm is not None:
             await confirm(quoted)
-        quote, domain = quoted.quote, quoted.domain
         change = BatchOrdered(
             job_id=quote.job_id(domain),
             chain_id=domain.chain_id,

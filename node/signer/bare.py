@@ -33,6 +33,9 @@ class Bare:
     async def sign_all(self, asked: Sequence[tuple[Signable, Domain]]) -> list[bytes]:
         return [await self.sign(struct, domain) for struct, domain in asked]
 
+    async def weigh(self, struct: Signable, domain: Domain) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def sign_transaction(self, transaction: Transaction) -> SignedTransaction:
         await trio.lowlevel.checkpoint()
         return transaction.signed(self.key.sign(transaction.digest()))

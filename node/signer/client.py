@@ -29,8 +29,9 @@ from node.signer.keys import NO_JOURNAL, Answer, Asked, Follow, Signers, refused
 from node.signer.sources import KeySource
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader, encode_frame
-from protocol.signing import KeyRole, Mark, Policy, SigningReason, SigningRefused
+from protocol.signing import KeyRole, Mark, Policy, Signable, SigningReason, SigningRefused
 from protocol.signing_history import Ahead, KnownChannel, KnownWord
+from protocol.typed_data import Domain
 
 log = logging.getLogger(__name__)
 START_S: Final = 60.0
@@ -83,11 +84,19 @@ class ProcessSigners(Signers):
         return self._failure
 
     async def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+        return await self._ask([wire.to_wire(*one) for one in asked])
+
+    async def weigh(self, role: KeyRole, struct: Signable, domain: Domain) -> None:
+        (answer,) = await self._ask([wire.to_wire(role, struct, domain, dry=True)])
+        if isinstance(answer, SignerRefused):
+            raise answer
+
+    async def _ask(self, asked: Sequence[wire.WireRequest]) -> list[Answer]:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._alive()
         number = self._next
         self._next += 1
-        self._outbox.append((number, tuple(wire.to_wire(*one) for one in asked)))
+        self._outbox.append((number, tuple(asked)))
         self._poke.set()
         answered = self._waiting[number] = trio.Event()
         try:
@@ -327,9 +336,9 @@ async def _reap(child: subprocess.Popen[bytes]) -> None:
 
 
 def _answer(answer: wire.WireAnswer) -> Answer:
-    if answer.signature:
-        return answer.signature
-    return refused(SigningRefused(SigningReason(answer.reason), answer.detail))
+    if answer.reason:
+        return refused(SigningRefused(SigningReason(answer.reason), answer.detail))
+    return answer.signature
 
 
 def _error(failed: wire.Failed) -> NodeError:

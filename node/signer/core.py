@@ -71,6 +71,14 @@ class Core:
             self.table.store(marks.new)
         return [self._sign(request) if no is None else no for request, no in zip(asked, answers, strict=True)]
 
+    def weigh(self, asked: Request) -> SigningRefused | None:
+        """Whether it would be signed now, and why not. Nothing is stored and nothing signed."""
+        try:
+            check(self._rulebook, self.table, asked, int(self._clock()))
+        except SigningRefused as no:
+            return no
+        return None
+
     def _sign(self, request: Request) -> bytes:
         key = self.keys[request.role]
         return key.sign_der(request.digest) if isinstance(request.struct, IdentityMessage) else key.sign(request.digest)

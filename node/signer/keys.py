@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from node.errors import SignerRefused
+from node.errors import SignerFailed, SignerRefused
 from protocol.ids import Address, PeerId, address_of
 from protocol.signing import KeyRole, Mark, Signable, SigningReason, SigningRefused
 from protocol.signing_history import Ahead, KnownChannel, KnownWord
@@ -47,6 +47,9 @@ class SigningKey:
     async def sign_all(self, asked: Sequence[tuple[Signable, Domain]]) -> list[bytes]:
         answers = await self._signers.ask([(self._role, struct, domain) for struct, domain in asked])
         return [_signature(answer) for answer in answers]
+
+    async def weigh(self, struct: Signable, domain: Domain) -> None:
+        await self._signers.weigh(self._role, struct, domain)
 
     async def sign_transaction(self, transaction: Transaction) -> SignedTransaction:
         (answer,) = await self._signers.ask([(self._role, transaction, None)])
@@ -84,6 +87,10 @@ class Signers(ABC):
     @abstractmethod
     async def ask(self, asked: Sequence[Asked]) -> list[Answer]:
         """One answer per request, in order. Raises `SignerFailed`."""
+
+    @abstractmethod
+    async def weigh(self, role: KeyRole, struct: Signable, domain: Domain) -> None:
+        """Whether this would be signed now. Leaves no mark. Raises `SignerRefused` when not, or `SignerFailed`."""
 
     @abstractmethod
     def ask_identity(self, role: KeyRole, data: bytes) -> bytes:
@@ -132,4 +139,6 @@ def refused(no: SigningRefused) -> SignerRefused:
 def _signature(answer: Answer) -> bytes:
     if isinstance(answer, SignerRefused):
         raise answer
+    if not answer:
+        raise SignerFailed("the signer answered without a signature")
     return answer

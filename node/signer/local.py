@@ -19,8 +19,9 @@ from node.signer.table import Table
 from protocol.errors import InvalidValue
 from protocol.identity import IdentityMessage
 from protocol.keys import PrivateKey
-from protocol.signing import KeyRole, Mark, Policy, Request, SigningReason, SigningRefused, request
+from protocol.signing import KeyRole, Mark, Policy, Request, Signable, SigningReason, SigningRefused, request
 from protocol.signing_history import Ahead, KnownChannel, KnownWord
+from protocol.typed_data import Domain
 
 
 class LocalSigners(Signers):
@@ -74,6 +75,14 @@ class LocalSigners(Signers):
     def _handle(self, requests: Sequence[Request]) -> list[Answer]:
         answers = self.core.handle(requests, self._following.head())
         return [refused(one) if isinstance(one, SigningRefused) else one for one in answers]
+
+    async def weigh(self, role: KeyRole, struct: Signable, domain: Domain) -> None:
+        async with self._writing:
+            if self.failure is not None:
+                raise SignerFailed(self.failure)
+            no = self.core.weigh(request(role, struct, domain))
+        if no is not None:
+            raise refused(no)
 
     def ask_identity(self, role: KeyRole, data: bytes) -> bytes:
         try:

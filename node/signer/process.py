@@ -147,7 +147,7 @@ class Server:
             self._line.send(wire.Met(tuple(map(wire.ahead_to_wire, ahead))))
 
     def _answer(self, batches: list[wire.Batch]) -> wire.Answers:
-        asks = [(number, [_read(one) for one in asked]) for batch in batches for number, asked in batch.asks]
+        asks = [(number, [self._read(one) for one in asked]) for batch in batches for number, asked in batch.asks]
         sound = [one for _, asked in asks for one in asked if isinstance(one, Request)]
         witness = Mark(batches[-1].seq, batches[-1].hash)
         done = iter(self._core.handle(sound, witness))
@@ -157,6 +157,14 @@ class Server:
                 for number, asked in asks
             )
         )
+
+    def _read(self, asked: wire.WireRequest) -> Request | Answer:
+        """What is to be signed, or the answer already. What is asked dry is judged by what was stored before its batch."""
+        try:
+            found = wire.from_wire(asked)
+        except InvalidValue as error:
+            return SigningRefused(SigningReason.KIND, str(error))
+        return (self._core.weigh(found) or b"") if asked.dry else found
 
     def _serve_identity(self) -> None:
         data = self._identity.recv(_READ)
@@ -172,13 +180,6 @@ class Server:
                 answer = SigningRefused(SigningReason.KIND, str(error))
             said = b"\0" + str(answer).encode()[:1000] if isinstance(answer, SigningRefused) else b"\1" + answer
             self._identity.sendall(encode_frame(number + said, IDENTITY_LIMIT))
-
-
-def _read(asked: wire.WireRequest) -> Request | SigningRefused:
-    try:
-        return wire.from_wire(asked)
-    except InvalidValue as error:
-        return SigningRefused(SigningReason.KIND, str(error))
 
 
 def _written(answer: Answer) -> wire.WireAnswer:

@@ -91,6 +91,8 @@ class WireRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid
     """0 for what has no domain, and for the market's."""
     contract: Bytes20
     encoded: Annotated[bytes, _Meta(max_length=MAX_REQUEST)]
+    dry: bool = False
+    """Only whether it would be signed."""
 
 
 class Batch(_Message):
@@ -126,7 +128,7 @@ class Met(_Message):
 
 class WireAnswer(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     signature: Annotated[bytes, _Meta(max_length=80)]
-    """Empty for a refusal."""
+    """Empty for a refusal, and for what was asked dry."""
     reason: str = ""
     detail: str = ""
 
@@ -170,14 +172,14 @@ _KIND: Final = {kind: number for number, kind in enumerate(KINDS)}
 _ROLE: Final = {role: number for number, role in enumerate(_ROLES)}
 
 
-def to_wire(role: KeyRole, struct: Signable, domain: Domain | None) -> WireRequest:
+def to_wire(role: KeyRole, struct: Signable, domain: Domain | None, *, dry: bool = False) -> WireRequest:
     """Raises `InvalidValue` for a struct that is never signed."""
     kind = _KIND.get(type(struct))
     if kind is None:
         raise InvalidValue(f"a {type(struct).__name__} is never signed")
     if domain is None:
-        return WireRequest(_ROLE[role], kind, 0, _NO_CONTRACT, struct.encode())
-    return WireRequest(_ROLE[role], kind, domain.chain_id, bytes(domain.verifying_contract), struct.encode())
+        return WireRequest(_ROLE[role], kind, 0, _NO_CONTRACT, struct.encode(), dry)
+    return WireRequest(_ROLE[role], kind, domain.chain_id, bytes(domain.verifying_contract), struct.encode(), dry)
 
 
 def from_wire(asked: WireRequest) -> Request:

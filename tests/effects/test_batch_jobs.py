@@ -530,6 +530,14 @@ def test_what_is_over_the_days_limit_is_told_at_once_and_keeps_no_other_job_from
         market.crash(client)
         market.day_locked = slow.state.quote.amount + 1
         client = await a_client(market, name="a", deposit=0)
+        with pytest.raises(SignerRefused, match="over_day"):
+            await client.post_job("fake", LINES, id="big", max_tokens=8)
+        assert client.jobs.book.named("big") is None  # nothing was journaled, and the name is free
+
+        async def unknown(*_: Any) -> None:
+            """What else was spent of the day meanwhile, it could not know."""
+
+        client.wallet.payer.weigh = unknown  # type: ignore[method-assign]
         with pytest.raises(SignerRefused, match="over_day") as caught, trio.fail_after(5):
             await client.post_job("fake", LINES, id="big", max_tokens=8)
         assert "midnight" in caught.value.hint

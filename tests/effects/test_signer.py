@@ -168,6 +168,26 @@ def test_both_signers_sign_alike_and_remember(tmp_path: Path, opened: Open) -> N
 
 
 @BOTH
+def test_what_is_weighed_leaves_no_mark_and_gives_no_signature(tmp_path: Path, opened: Open) -> None:
+    async def main() -> None:
+        async with opened(table_at(tmp_path)) as signers:
+            payer, session = signers[KeyRole.PAYER], signers[KeyRole.SESSION]
+            await meet(signers)
+            assert await payer.weigh(allocation(1, 500), DOMAIN) is None
+            with pytest.raises(SignerRefused) as caught:  # so it is not allocated
+                await session.weigh(Voucher(channel(1), 100), DOMAIN)
+            assert caught.value.reason is SigningReason.UNKNOWN_CHANNEL
+            await payer.sign(allocation(1, 500), DOMAIN)
+            for total in (100, 50, 100):
+                assert await session.weigh(Voucher(channel(1), total), DOMAIN) is None
+            assert await session.sign(Voucher(channel(1), 10), DOMAIN)
+            with pytest.raises(SignerRefused):
+                await session.weigh(Voucher(channel(1), 501), DOMAIN)
+
+    run(main)
+
+
+@BOTH
 def test_what_waits_together_shares_a_commit(tmp_path: Path, opened: Open) -> None:
     """A hundred channels at once, far fewer commits; and each gets its own answer."""
 
