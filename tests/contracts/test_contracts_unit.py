@@ -110,6 +110,25 @@ def test_a_channel_from_deposit_to_withdrawal(scene: Scene) -> None:
     assert scene.vault.call("liabilities", scene.token) == 860
 
 
+def test_a_close_takes_nothing_back_and_pays_no_more_than_was_signed(scene: Scene) -> None:
+    """I2, I6: below what is claimed, above the voucher, above the allocation, and a second time."""
+
+    def close(final: int, voucher: int) -> None:
+        closing = WORKER.sign(Close(scene.id, final).digest(scene.world.domain))
+        args = (config_tuple(scene.config), final, voucher, scene.voucher(voucher), closing)
+        scene.channels.send(MALLORY.address, "close", *args)
+
+    scene.allocate(300)
+    scene.claim((120, 150, scene.voucher(150)))
+    for final, voucher, name in ((119, 150, "BelowClaimed"), (151, 150, "OverVoucher"), (301, 301, "OverAllocated")):
+        with refused(f"Channels_{name}"):
+            close(final, voucher)
+    close(120, 0)  # what is claimed needs no voucher
+    with refused("Channels_Closed"):
+        close(120, 0)
+    assert (scene.state(), scene.balance(ANN.address)) == ((120, 120, 0, True), 880)
+
+
 def test_money_goes_to_the_payout_address_even_after_the_key_is_retired(scene: Scene) -> None:
     def consent(owner: Address, nonce: int) -> bytes:
         struct = HotKey(owner, WORKER.address, PAYOUT, nonce, 2**40 - 1)

@@ -13,6 +13,7 @@ from node.testing.attacker.reads import Words
 from node.testing.attacker.seen import LIVE, Seen, address, payout_of
 from protocol.escrow import Module, SlashState
 from protocol.ids import Address
+from protocol.typed_data import Close
 
 if TYPE_CHECKING:
     from node.testing.attacker.judge import Judge
@@ -90,6 +91,9 @@ def _channel(judge: Judge, seen: Seen, key: bytes, before: Words, now: Words) ->
         )
     if seen.call == "Channels.finalizeWithdraw":
         require(judge.now >= judge.when("withdraw", key), "I5: a withdrawal ended before its delay")
+    if seen.call == "Channels.close":
+        closing = Close(key, seen.args[1]).digest(judge.world.domain)
+        require(judge.voices.said(config.receiver_authorizer, closing), "I4: closed without the receiver")
     if seen.call in ("Channels.finalizeWithdraw", "Channels.close"):
         paid_now = claimed - before[1]
         rest = before[0] - claimed

@@ -245,7 +245,8 @@ def close(a: Attacker, dice: Dice) -> None:
     channel = a.state.channel(channel_id)
     ceiling = amount_near(a, dice, config)
     voucher_signature = voucher(a, dice, config, ceiling, flaw_of(dice))
-    final = dice.choice((min(ceiling, channel.allocated), channel.allocated + 1, amount_near(a, dice, config)))
+    edges = (min(ceiling, channel.allocated), channel.allocated + 1, max(channel.claimed - 1, 0))
+    final = dice.choice((edges[0], *edges, amount_near(a, dice, config)))
     about = dice.choice(a.good).channel_id(domain) if flaw == "about" else channel_id
     struct = Close(about, final + (flaw == "amount" and final < UINT128_MAX))
     signature = a.voices.sign(struct, config.receiver_authorizer, flaw, domain)
