@@ -36,6 +36,33 @@ def test_no_two_planted_bugs_are_one() -> None:
     assert [bug for bug, times in Counter(mutant[1:] for mutant in mutants()).items() if times > 1] == []
 
 
+def page() -> str:
+    return (CONTRACTS / "INVARIANTS.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_planted_bugs_names_all_of_them_and_no_other() -> None:
+    """`scripts/check-mutants --table` writes it."""
+    rows = re.findall(r"^\| ([^|]+) \|", page().partition("## Planted bugs")[2], re.MULTILINE)
+    assert rows == ["bug", *(name for name, *_ in mutants())]
+
+
+def test_every_test_that_the_page_names_exists() -> None:
+    """`test_the_first_words_...` stands for all tests that begin so."""
+    there = {
+        name
+        for path in (*TESTS.glob("test_*.py"), *(CONTRACTS / "test").glob("*.sol"))
+        for name in re.findall(r"(?:def|function) (\w+)\(", path.read_text())
+    }
+    cited = re.findall(r"`((?:test|testFuzz|invariant)_\w+)(\.\.\.|\[[^`]*)?`", page())
+    assert len(cited) > 50
+    missing = [
+        name + more
+        for name, more in cited
+        if (not any(t.startswith(name) for t in there) if more == "..." else name not in there)
+    ]
+    assert missing == []
+
+
 # --------------------------------------------------------------------------------------------------------------- trees
 
 
