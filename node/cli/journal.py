@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import click
@@ -28,20 +26,10 @@ def command() -> None:
 @click.pass_obj
 def dump(shared: Shared, role: str, file: Path | None, after: int) -> None:
     """Print every record, in order, as NDJSON. The journal is verified first."""
-    from node.store import database, errors
     from node.store.dump import dump as lines
-    from node.store.ledger import Ledger
+    from node.store.dump import read
 
-    path = (file or shared.config.journal(role)).absolute()
-    if not path.exists():
-        raise errors.LedgerMissing(f"there is no journal at {path}")
-    try:
-        with closing(database.connect(path, read_only=True)) as connection:
-            database.check_structure(connection)
-            (tag,) = connection.execute("SELECT chain_tag FROM about").fetchone()
-    except sqlite3.Error as error:
-        raise database.blame(error) from error
-    with Ledger.open(path, chain_tag=tag, read_only=True) as ledger:
+    with read((file or shared.config.journal(role)).absolute()) as ledger:
         for line in lines(ledger, after):
             shared.output.line(line)
 
