@@ -1,4 +1,5 @@
-"""A worker's and a client's journal with a record of every kind that a node of this version writes. Product code: for fixtures.
+"""A worker's, a client's and an owner's journal with a record of every kind that a node of this version writes. Product code: for
+fixtures.
 
 The journals are sound, as far as they go: the rules hold, and signatures are by who should have signed. They are the same in
 every run, but for the tokens of epochs. What is in one and not in the other is what the other side never records.
@@ -23,10 +24,13 @@ from node.signer.bare import Bare
 from node.signer.journal import BEGUN
 from node.store import channels
 from node.store.channels import ChannelBook
+from node.store.evidence import REFUSED
+from node.store.fence import Fence
 from node.store.ledger import ADOPTED, Entry, Ledger
 from node.store.records import Record
 from node.store.records import encode as encoded
-from node.testing.pair import Parties
+from node.store.votes import VOTED
+from node.testing.pair import Parties, key
 from node.testing.pool_node import PoolNode
 from protocol import batch, channel
 from protocol.batch import (
@@ -54,6 +58,7 @@ from protocol.channel import (
 from protocol.escrow import JobState, Outcome
 from protocol.ids import ZERO_HASH, Address, ChannelId, Hash32, JobId, ModelId, keccak256
 from protocol.job import receipt_to_wire
+from protocol.keys import PrivateKey
 from protocol.messages import ReceiptMessage, encode, quote_to_wire
 from protocol.pricing import Price
 from protocol.records import kind_of, to_body
@@ -61,6 +66,7 @@ from protocol.typed_data import Acceptance, Allocation, ChannelConfig, Close, Do
 from protocol.workload import Terms, encode_terms, terms_hash
 
 PARTIES: Final = Parties()
+OWNER: Final = key("owner")
 DOMAIN: Final = PARTIES.domain
 JOBS: Final = Domain(DOMAIN.chain_id, Address(b"\x0a" * 20))
 AT_MS: Final = 1_800_000_000_000
@@ -117,6 +123,15 @@ def _voucher(channel_id: ChannelId, total: int) -> VoucherAdded:
 
 
 def _receipted(channel_id: ChannelId, job_id: JobId, cost: int, number: int) -> JobEnded:
+    return JobEnded(channel_id, job_id, 0, cost, number, _receipt(channel_id, job_id, cost, number))
+
+
+def refused() -> bytes:
+    """A receipt that the worker signed and the client did not take: its number is used."""
+    return _receipt(config(1).channel_id(DOMAIN), JobId(named("job 3")), 651, 1)
+
+
+def _receipt(channel_id: ChannelId, job_id: JobId, cost: int, number: int) -> bytes:
     receipt = Receipt(
         job_id=job_id,
         part=0,
@@ -135,7 +150,7 @@ def _receipted(channel_id: ChannelId, job_id: JobId, cost: int, number: int) -> 
         finish_reason=1,
     )
     signature = PARTIES.worker.sign(receipt.digest(DOMAIN))
-    return JobEnded(channel_id, job_id, 0, cost, number, encode(ReceiptMessage(receipt_to_wire(receipt), signature)))
+    return encode(ReceiptMessage(receipt_to_wire(receipt), signature))
 
 
 # -------------------------------------------------------------------------------------------------------- batch jobs
@@ -246,7 +261,7 @@ class _Picky(PoolNode):
         return super()._take(raw)
 
 
-def transactions(role: Role) -> list[Entry]:
+def transactions(key: PrivateKey) -> list[Entry]:
     """What a real sender writes: a call that lands, one that no node takes, one that is never mined and replaced once."""
     entries: list[Entry] = []
 
@@ -255,7 +270,6 @@ def transactions(role: Role) -> list[Entry]:
 
     async def main() -> None:
         node, to = _Picky(), Address(b"\x22" * 20)
-        key = PARTIES.worker if role is Role.WORKER else PARTIES.payer
         policy = TxPolicy(poll=0.5, bump_after=10.0, give_up_after=15.0)
         sender = TxSender(Eth(node), Bare(key), DOMAIN.chain_id, anchor=b"\x0c" * 32, journal=journal, policy=policy)
 
@@ -299,9 +313,21 @@ def entries(role: Role) -> list[Entry]:
         Entry(BEGUN, b"", {"table": bytes(range(16))}),
         *money[:reopened],
         Entry(ADOPTED, b"", lost),
+        Entry(BEGUN, b"", {"table": bytes(16)}),
         *money[reopened:],
         *jobs,
-        *transactions(role),
+        *transactions(PARTIES.worker if role is Role.WORKER else PARTIES.payer),
+        *([] if role is Role.WORKER else [Entry(REFUSED, bytes(config(1).channel_id(DOMAIN)), {"receipt": refused()})]),
+    ]
+
+
+def owner_entries() -> list[Entry]:
+    """Everything in the journal of an owner who is a juror, in order."""
+    vote = {"vote": int(Outcome.REJECT), "result_hash": bytes(named("own result")), "secret": bytes(named("secret"))}
+    return [
+        Entry(BEGUN, b"", {"table": bytes(range(16))}),
+        *transactions(OWNER),
+        Entry(VOTED, bytes(named("case")), vote),
     ]
 
 
@@ -315,15 +341,25 @@ def records(given: Sequence[Entry]) -> list[Record]:
     return [Record(n, AT_MS, one.kind, one.subject, encoded(one)[2], b"") for n, one in enumerate(given, 1)]
 
 
-def write(path: Path, role: Role) -> None:
+def write(path: Path, role: Role, fence: Fence | None = None) -> None:
     """Make the journal of that role, with a snapshot of the fold at its end."""
-    times = iter(range(AT_MS, AT_MS + 10**6, 7))
-    with Ledger.open(path, chain_tag=bytes(account(role)), clock=lambda: next(times)) as ledger:
+    with _opened(path, account(role), fence) as ledger:
         for entry in entries(role):
             ledger.append_sync([entry])
         book = ChannelBook.restore(ledger, role, [DOMAIN])
         book._since = channels.SNAPSHOT_EVERY  # as if there had been so many
         book._keep()
+
+
+def write_owner(path: Path) -> None:
+    with _opened(path, OWNER.address) as ledger:
+        for entry in owner_entries():
+            ledger.append_sync([entry])
+
+
+def _opened(path: Path, account: Address, fence: Fence | None = None) -> Ledger:
+    times = iter(range(AT_MS, AT_MS + 10**6, 7))
+    return Ledger.open(path, chain_tag=bytes(account), fence=fence, clock=lambda: next(times))
 
 
 def plain(value: Any) -> Any:
