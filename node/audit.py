@@ -1,21 +1,28 @@
 """Refold the journal, check every signature in it, compare it with the chains. A finding is a sentence; none means sound.
 
-Nothing here trusts the running node's memory: the state is folded anew from the records, and the contract on each channel's own
-chain is asked. A channel of a chain that cannot be asked is a finding: what was not compared is not sound.
+Nothing here trusts the running node's memory: the state is folded anew from the records, and the contract on each channel's and
+each job's own chain is asked. What is on a chain that cannot be asked is a finding: what was not compared is not sound. Of each
+chain the vault is asked too: whether it still has what it owes in the tokens that this journal is about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from node.audit_jobs import audit_jobs
+from node.audit_jobs import compare_job, fold_jobs
+from node.audit_txs import TX_KINDS, check_transactions
 from node.chains import Chains
-from node.ports import Chain
+from node.ports import Chain, VaultOnChain
+from node.signer.journal import BEGUN
 from node.store.channels import ChannelBook, fold_record
-from node.store.ledger import Ledger, Record
+from node.store.errors import LedgerDamaged
+from node.store.ledger import ADOPTED, Ledger, Record
+from node.store.votes import VOTED, votes
+from protocol.batch import BatchState
+from protocol.channel import Change as ChannelChange
 from protocol.channel import ChannelState, JobEnded, Role, VoucherAdded
-from protocol.errors import GristmillError, RemoteProtocolError
-from protocol.ids import ChannelId
+from protocol.errors import GristmillError, LocalProtocolError, RemoteProtocolError
+from protocol.ids import ZERO_HASH, Address, ChannelId, JobId
 from protocol.job import receipt_from_wire
 from protocol.keys import recover
 from protocol.messages import JOB_PROTOCOL, ReceiptMessage, decode
@@ -33,21 +40,34 @@ async def audit(ledger: Ledger, role: Role, chains: Chains, only: Chain | None =
     if not findings and ChannelBook.restore(ledger, role, chains.domains).channels != states:
         findings = ["the snapshot that a start begins with is not what the records lead to"]
     findings += check_signatures(records, states)
+    if role is Role.CLIENT:
+        findings += check_payments(records)
+    findings += check_transactions(records)
+    jobs, wrong = fold_jobs(records, role)
+    findings += wrong
     for state in states.values():
-        chain = chains.get(state.domain)
-        if only is not None and state.domain != only.domain:
+        if state.domain is None or (only is not None and state.domain != only.domain):
             continue
-        if chain is not None:
+        chain = chains.get(state.domain)
+        if chain is None:
+            findings.append(f"channel {state.channel_id}: {_elsewhere(state.domain)}")
+        else:
             findings += await _against_chain(state, chain)
-        elif state.domain is not None:
-            findings.append(
-                f"channel {state.channel_id}: on chain {state.domain.chain_id}, contract {state.domain.verifying_contract}, "
-                "which is not configured, so it was not compared"
-            )
-    for one in chains:
-        if one.jobs is not None and only in (None, one):
-            findings += await audit_jobs(ledger, role, one.jobs, (await one.head()).timestamp)
-    return findings
+    for chain in chains if only is None else (only,):
+        findings += await _against_vault(chain, chains.name(chain.domain), tokens_on(chain.chain_id, states, jobs))
+    return findings + await _against_jobs(jobs, chains, only)
+
+
+def audit_owner(ledger: Ledger) -> list[str]:
+    """Findings about an owner's journal. It holds transactions and the votes of a juror; whatever else is in it is misplaced."""
+    records = list(ledger.records())
+    known = (*TX_KINDS, VOTED, BEGUN, ADOPTED)
+    findings = [f"record {r.seq}: {r.kind} is no business of an owner" for r in records if r.kind not in known]
+    try:
+        votes(ledger)
+    except LedgerDamaged as error:
+        findings.append(str(error))
+    return findings + check_transactions(records)
 
 
 def fold(
@@ -69,10 +89,7 @@ def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelS
     findings: list[str] = []
     spent: dict[ChannelId, int] = {}
     numbers: set[tuple[ChannelId, int]] = set()
-    for record in records:
-        if record.kind not in KINDS:
-            continue
-        change = decode_body(record.kind, record.body)
+    for record, change in _changes(records):
         state = states.get(change.channel_id)
         domain = None if state is None else state.domain
         if state is None or domain is None:
@@ -105,6 +122,42 @@ def check_signatures(records: Iterable[Record], states: dict[ChannelId, ChannelS
     return findings
 
 
+def check_payments(records: Iterable[Record]) -> list[str]:
+    """Client: each part of each job was paid on one channel, once.
+
+    A worker has no such rule: job ids are the clients' choice, and whoever asks for one part on two channels has bought it twice.
+    """
+    findings: list[str] = []
+    paid: dict[tuple[JobId, int], ChannelId] = {}
+    for record, change in _changes(records):
+        # Without a job: what a close conceded to the worker's count.
+        if not isinstance(change, JobEnded) or not change.spent or change.job_id == ZERO_HASH:
+            continue
+        key = (change.job_id, change.part)
+        if key in paid:
+            findings.append(
+                f"record {record.seq}: part {change.part} of job {change.job_id} is paid on channel {change.channel_id}, "
+                f"and was paid on channel {paid[key]}"
+            )
+        paid[key] = change.channel_id
+    return findings
+
+
+def tokens_on(
+    chain_id: int, states: Mapping[ChannelId, ChannelState], jobs: Mapping[JobId, BatchState]
+) -> list[Address]:
+    """The tokens of this chain that the journal is about, in order."""
+    paid = {s.config.token for s in states.values() if s.domain is not None and s.domain.chain_id == chain_id}
+    return sorted(paid | {job.quote.token for job in jobs.values() if job.domain.chain_id == chain_id})
+
+
+def check_vault(where: str, token: Address, vault: VaultOnChain) -> list[str]:
+    """The vault has what it owes (I1, and that nobody took it by another way)."""
+    if vault.coins >= vault.liabilities:
+        return []
+    return [f"{where}: the vault has {vault.coins} of token {token} and owes {vault.liabilities}"]
+
+
 def _check_receipt(record: Record, change: JobEnded, state: ChannelState, domain: Domain) -> list[str]:
     try:
         message = decode(JOB_PROTOCOL, change.receipt)
@@ -130,6 +183,45 @@ def _recovered(digest: bytes, signature: bytes) -> bytes | None:
         return recover(digest, signature)
     except RemoteProtocolError:
         return None
+
+
+def _changes(records: Iterable[Record]) -> Iterator[tuple[Record, ChannelChange]]:
+    """What the records say about channels. One that is unreadable is passed over: `fold` has told of it."""
+    for record in records:
+        if record.kind in KINDS:
+            try:
+                yield record, decode_body(record.kind, record.body)
+            except LocalProtocolError:
+                continue
+
+
+def _elsewhere(domain: Domain) -> str:
+    where = f"chain {domain.chain_id}, contract {domain.verifying_contract}"
+    return f"on {where}, which is not configured, so it was not compared"
+
+
+async def _against_jobs(jobs: Mapping[JobId, BatchState], chains: Chains, only: Chain | None) -> list[str]:
+    """Each job with the Jobs contract that its quote is for, also when the configuration has none or another one there."""
+    findings: list[str] = []
+    times: dict[Domain, int] = {}
+    for job in jobs.values():
+        if only is not None and job.domain.chain_id != only.chain_id:
+            continue
+        chain = next((one for one in chains if one.jobs is not None and one.jobs.domain == job.domain), None)
+        if chain is None or chain.jobs is None:
+            findings.append(f"job {job.job_id}: {_elsewhere(job.domain)}")
+            continue
+        if job.domain not in times:
+            times[job.domain] = (await chain.head()).timestamp
+        findings += await compare_job(job, chain.jobs, times[job.domain])
+    return findings
+
+
+async def _against_vault(chain: Chain, name: str, tokens: Iterable[Address]) -> list[str]:
+    findings: list[str] = []
+    for token in tokens:
+        findings += check_vault(f"chain {name!r}", token, await chain.vault(token))
+    return findings
 
 
 async def _against_chain(state: ChannelState, chain: Chain) -> list[str]:

@@ -7,10 +7,10 @@ open when its time is over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from node.ports import Jobs
-from node.store.ledger import Ledger
+from node.store.records import Record
 from protocol.batch import BatchAccepted, BatchResultChecked, BatchState, Change, fold
 from protocol.channel import Role
 from protocol.errors import GristmillError, RemoteProtocolError
@@ -24,11 +24,11 @@ GRACE_S = 300
 """How long after a deadline or a window a job may still wait for its transaction."""
 
 
-async def audit_jobs(ledger: Ledger, role: Role, jobs: Jobs, now: int) -> list[str]:
-    """Findings about the jobs of one Jobs contract; `now`: chain seconds. Raises `ChainError`."""
+def fold_jobs(records: Iterable[Record], role: Role) -> tuple[dict[JobId, BatchState], list[str]]:
+    """Where the records lead, and whose words in them do not hold. A record that breaks a rule leads nowhere: no states then."""
     states: dict[JobId, BatchState] = {}
     changes: list[Change] = []
-    for record in ledger.records(prefix="batch_"):
+    for record in records:
         if record.kind not in BATCH_KINDS:
             continue
         try:
@@ -36,15 +36,11 @@ async def audit_jobs(ledger: Ledger, role: Role, jobs: Jobs, now: int) -> list[s
             fold(role, states, change)
             changes.append(change)
         except GristmillError as error:
-            return [f"record {record.seq} ({record.kind}) breaks a rule: {error}"]
-    findings = check_words(changes, states)
-    for state in states.values():
-        if state.domain == jobs.domain:
-            findings += await _against_chain(state, jobs, now)
-    return findings
+            return {}, [f"record {record.seq} ({record.kind}) breaks a rule: {error}"]
+    return states, check_words(changes, states)
 
 
-def check_words(changes: Iterable[Change], states: dict[JobId, BatchState]) -> list[str]:
+def check_words(changes: Iterable[Change], states: Mapping[JobId, BatchState]) -> list[str]:
     """Quotes by their workers, orders and acceptances by their clients; each acceptance of a result that was checked."""
     findings = []
     checked: set[tuple[JobId, bytes]] = set()
@@ -70,7 +66,8 @@ def check_words(changes: Iterable[Change], states: dict[JobId, BatchState]) -> l
     return findings
 
 
-async def _against_chain(state: BatchState, jobs: Jobs, now: int) -> list[str]:
+async def compare_job(state: BatchState, jobs: Jobs, now: int) -> list[str]:
+    """One job with the contract that it is on; `now`: chain seconds. Raises `ChainError`."""
     name, quote = f"job {state.job_id}", state.quote
     seen = await jobs.job(state.job_id)
     findings = []

@@ -154,6 +154,16 @@ class WorkerOnChain:
 
 
 @dataclass(frozen=True, slots=True)
+class VaultOnChain:
+    """The Vault in one token, at one block. It is solvent while the first is not below the second."""
+
+    coins: int
+    """What the token says that the vault has."""
+    liabilities: int
+    """What the vault says that it owes: free balances and everything locked."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenInfo:
     """How people write amounts of a token. What the token says of itself decides nothing: amounts are counted in the smallest
     unit everywhere."""
@@ -333,6 +343,9 @@ class Chain(Protocol):
         """Name and decimals for display; never raises for what an odd token answers."""
 
     async def vault_balance(self, token: Address, account: Address) -> int: ...
+
+    async def vault(self, token: Address) -> VaultOnChain:
+        """What the vault has and owes, both read at one block: between two, a deposit would look like a hole."""
 
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain: ...
 

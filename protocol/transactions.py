@@ -104,6 +104,26 @@ class Transaction:
         return replace(self, tip=tip, max_fee=max_fee)
 
 
+def signature_of(transaction: Transaction, raw: bytes) -> bytes:
+    """The signature in these bytes, r || s || v: the other way than `Transaction.signed`.
+
+    Raises `InvalidValue` when the bytes are not this transaction with a signature behind it.
+    """
+    ahead = b"".join(rlp(part) for part in transaction._fields())
+    rest = raw[2 + max(0, raw[1] - 0xF7) + len(ahead) :] if len(raw) > 1 else b""
+    numbers: list[int] = []
+    while rest and len(numbers) < 3:
+        start, end = (1, 1 + rest[0] - 0x80) if rest[0] >= 0x80 else (0, 1)
+        numbers.append(int.from_bytes(rest[start:end]))
+        rest = rest[end:]
+    if len(numbers) == 3 and numbers[0] <= 1 and max(numbers) < 1 << 256:
+        parity, r, s = numbers
+        signature = r.to_bytes(32) + s.to_bytes(32) + bytes((27 + parity,))
+        if transaction.signed(signature).raw == raw:  # so nothing that was parsed needs to be trusted
+            return signature
+    raise InvalidValue("these bytes are not that transaction, signed")
+
+
 @dataclass(frozen=True, slots=True)
 class SignedTransaction:
     transaction: Transaction

@@ -128,6 +128,13 @@ class AgreedEth(Eth):
         found = await self.nodes.gather(lambda node: Eth(node).nonce(account, tag), judge, f"nonce of {account}")
         return found[0]
 
+    async def balance(self, account: Address, block: str | bytes = "latest") -> int:
+        if block == "latest":  # for gas and for people: a hint
+            return await super().balance(account)
+        return await self.nodes.agreed(
+            lambda node: Eth(node).balance(account, block), f"balance of {account} at block {shown(block)}"
+        )
+
     async def code(self, account: Address) -> bytes:
         return await self.nodes.agreed(lambda node: Eth(node).code(account), f"code at {account}")
 

@@ -30,7 +30,17 @@ from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
 from node.chain.values import Header, Log
 from node.chain.watcher import Watcher
 from node.errors import ChainError
-from node.ports import ChainEvent, ChannelOnChain, ClaimEntry, Head, Signer, TokenInfo, TxResult, WorkerOnChain
+from node.ports import (
+    ChainEvent,
+    ChannelOnChain,
+    ClaimEntry,
+    Head,
+    Signer,
+    TokenInfo,
+    TxResult,
+    VaultOnChain,
+    WorkerOnChain,
+)
 from protocol.ids import ZERO_ADDRESS, Address, ChannelId
 from protocol.typed_data import ChannelConfig, Domain
 
@@ -261,6 +271,14 @@ class EvmChain:
 
     async def vault_balance(self, token: Address, account: Address) -> int:
         return int(await self._view(self._vault, self.deployment.vault, "balanceOf", token, account))
+
+    async def vault(self, token: Address) -> VaultOnChain:
+        vault, block = self.deployment.vault, (await self._eth.sight()).hash
+        if token == ZERO_ADDRESS:
+            coins = await self._eth.balance(vault, block)
+        else:
+            coins = int(await self._view(contract("TestToken"), token, "balanceOf", vault, block=block))
+        return VaultOnChain(coins, int(await self._view(self._vault, vault, "liabilities", token, block=block)))
 
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
         if not self._confirmations:

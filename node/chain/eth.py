@@ -41,8 +41,9 @@ class Eth:
             found = await self.rpc.call("eth_getBlockByNumber", tag, False)
         return None if found is None else Header.parse(found)
 
-    async def balance(self, account: Address) -> int:
-        return quantity(await self.rpc.call("eth_getBalance", str(account), "latest"), "balance")
+    async def balance(self, account: Address, block: str | bytes = "latest") -> int:
+        at = {"blockHash": hex_data(block)} if isinstance(block, bytes) else block
+        return quantity(await self.rpc.call("eth_getBalance", str(account), at), "balance")
 
     async def nonce(self, account: Address, tag: str = "latest") -> int:
         return quantity(await self.rpc.call("eth_getTransactionCount", str(account), tag), "nonce")

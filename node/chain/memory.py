@@ -18,7 +18,17 @@ import trio
 
 from node.chain.memory_jobs import MemoryJobs, MemorySlashes, signer_of
 from node.errors import ChainError
-from node.ports import REORG_DEPTH, ChainEvent, ChannelOnChain, ClaimEntry, Head, TokenInfo, TxResult, WorkerOnChain
+from node.ports import (
+    REORG_DEPTH,
+    ChainEvent,
+    ChannelOnChain,
+    ClaimEntry,
+    Head,
+    TokenInfo,
+    TxResult,
+    VaultOnChain,
+    WorkerOnChain,
+)
 from protocol import escrow
 from protocol.errors import InvalidValue
 from protocol.escrow import Escrow, EscrowError, Outcome
@@ -277,6 +287,10 @@ class MemoryChain:
 
     async def vault_balance(self, token: Address, account: Address) -> int:
         return (await self.look()).escrow.balance_of(token, account)
+
+    async def vault(self, token: Address) -> VaultOnChain:
+        world = await self.look()
+        return VaultOnChain(world.coins_of(token, self.ledger.vault), world.escrow.liabilities(token))
 
     async def channel(self, channel_id: ChannelId) -> ChannelOnChain:
         found = (await self.look()).escrow.channel(channel_id)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from node.cli import passwords
 from node.cli.main import Group, Shared
 from node.cli.options import password_options
-
-if TYPE_CHECKING:
-    from node.errors import LedgerError
+from node.errors import LedgerError
 
 KEYS = {"worker": "worker", "client": "payer"}
 """Whose key a role's journal belongs to."""
@@ -32,33 +27,18 @@ def command() -> None:
 @click.pass_obj
 def dump(shared: Shared, role: str, file: Path | None, after: int) -> None:
     """Print every record, in order, as NDJSON. The journal is verified first."""
-    from node.store import database, errors
     from node.store.dump import dump as lines
-    from node.store.ledger import Ledger
+    from node.store.dump import read
 
     path = (file or shared.config.journal(role)).absolute()
-    if not path.exists():
-        raise errors.LedgerMissing(f"there is no journal at {path}")
     try:
-        with closing(database.connect(path, read_only=True)) as connection:
-            database.check_structure(connection)
-            owner = connection.execute("SELECT chain_tag FROM about").fetchone()
-        if owner is None:
-            raise errors.LedgerDamaged(0, "it does not say whose it is")
-        with Ledger.open(path, chain_tag=owner[0], read_only=True) as ledger:
+        with read(path) as ledger:
             for line in lines(ledger, after):
                 shared.output.line(line)
-    except sqlite3.Error as error:
-        raise _named(database.blame(error), path) from error
-    except errors.LedgerError as error:
-        raise _named(error, path) from error
-
-
-def _named(error: LedgerError, path: Path) -> LedgerError:
-    """The same error, and which file it is about."""
-    if str(path) not in error.message:
-        error.message = f"{path}: {error.message}"
-    return error
+    except LedgerError as error:  # whichever file it was
+        if str(path) not in error.message:
+            error.message = f"{path}: {error.message}"
+        raise
 
 
 @command.command()

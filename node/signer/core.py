@@ -49,7 +49,8 @@ class Core:
     def handle(self, asked: Sequence[Request], witness: Mark | None = None) -> list[Answer]:
         """One answer per request, in order. `witness`: the last record of the caller's journal, number and hash.
 
-        Raises `SignerFailed` when the marks cannot be stored: nothing is signed then, nor after it, marks or none.
+        Raises `SignerFailed` when the marks cannot be stored, or could not be before: nothing is signed then, not even again
+        what was signed already. After a failed commit a look at the table may show marks that no disk has.
         """
         if self.table.failure is not None:
             raise SignerFailed(self.table.failure)

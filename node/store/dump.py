@@ -6,12 +6,32 @@ or bytes, never as numbers).
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from node.store import database
+from node.store.errors import LedgerDamaged, LedgerMissing
 from node.store.ledger import Ledger, Record
+
+
+def read(path: Path) -> Ledger:
+    """Any journal, to read, as the account's that it says it is: for who has no key of it. Raises `LedgerError`."""
+    if not path.exists():
+        raise LedgerMissing(f"there is no journal at {path}")
+    try:
+        with closing(database.connect(path, read_only=True)) as connection:
+            database.check_structure(connection)
+            owner = connection.execute("SELECT chain_tag FROM about").fetchone()
+    except sqlite3.Error as error:
+        raise database.blame(error) from error
+    if owner is None:
+        raise LedgerDamaged(0, "it does not say whose it is")
+    return Ledger.open(path, chain_tag=owner[0], read_only=True)
 
 
 def dump(ledger: Ledger, after: int = 0) -> Iterator[str]:

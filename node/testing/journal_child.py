@@ -65,6 +65,11 @@ def live(
     say("done")
 
 
+def recorded(root: Path, size: int) -> None:
+    """A life for `node.testing.failing_disk`; `size`: bytes in a record."""
+    live(root / "data" / "journal.sqlite", fence=root / "state" / "fence.json", rounds=3, pad=size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="journal_child", description=__doc__.split("\n")[0])
     parser.add_argument("journal", type=Path)

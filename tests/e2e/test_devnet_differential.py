@@ -103,6 +103,10 @@ class Side:
         for n in range(6):
             state = await chain.channel(self.config(n).channel_id(chain.domain))
             found[f"channel {n}"] = (state.allocated, state.claimed, bool(state.withdraw_at), state.closed)
+        for token in (chain.token, ZERO_ADDRESS):
+            vault = await chain.vault(token)
+            assert vault.coins >= vault.liabilities
+            found[f"vault {token == ZERO_ADDRESS}"] = vault
         for i, key in enumerate(KEYS):
             found[f"payout {i}"] = await chain.payout_of(key.address)
             found[f"coins {i}"] = await chain.token_balance(chain.token, key.address)

@@ -113,7 +113,8 @@ def stake(market: Market, worker: Worker, amount: int = 10_000) -> None:
         state = escrow.register(world.escrow, now, OWNER.address, hot, hot, now + 1, hot)
         state = escrow.deposit(state, ledger.token, amount, OWNER.address)
         state = escrow.stake(state, OWNER.address, ledger.token, amount)
-        return replace(world, escrow=escrow.set_exposure(state, OWNER.address, ledger.token, amount)), []
+        funded = world.pay(ledger.token, ledger.vault, amount)
+        return replace(funded, escrow=escrow.set_exposure(state, OWNER.address, ledger.token, amount)), []
 
     ledger.apply(change)
 

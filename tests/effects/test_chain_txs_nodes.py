@@ -13,6 +13,7 @@ import trio.testing
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
+from node.audit_txs import check_transactions
 from node.chain import txs
 from node.chain.agreed import AgreedEth
 from node.chain.endpoints import Endpoints, Rules
@@ -21,6 +22,8 @@ from node.chain.rpc import RpcError, RpcUnavailable
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, ChainMoved, TxTimeout
 from node.signer.bare import Bare
+from node.store.records import Entry
+from node.testing.every_kind import records
 from node.testing.lying_rpc import Faults, LyingRpc
 from node.testing.planted import notices, sound
 from node.testing.pool_node import PoolNode, Sent, decode
@@ -79,6 +82,11 @@ class World:
         return sum(one.data == data for one in self.chain.landed)
 
 
+def judged(history: list[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """What the audit says of it: nothing, whatever the nodes did (N4)."""
+    return check_transactions(records([Entry(kind, bytes(KEY.address), body) for kind, body in history]))
+
+
 class Died(BaseException):
     """The process, at that point."""
 
@@ -86,7 +94,9 @@ class Died(BaseException):
 def run(main: Callable[[World], Awaitable[None]], count: int = 3, policy: TxPolicy = POLICY) -> None:
     async def timed() -> None:
         with trio.fail_after(10_000):
-            await main(World(count, policy))
+            world = World(count, policy)
+            await main(world)
+            assert judged(world.records) == []
 
     trio.run(timed, clock=trio.testing.MockClock(autojump_threshold=0))
 

@@ -20,6 +20,8 @@ from node.cli import passwords
 from node.config import KEYS, load
 from node.keystore import Keystore, encrypt
 from node.store.ledger import Entry, Ledger
+from node.testing import every_kind
+from protocol.channel import Role
 from protocol.keys import PrivateKey
 
 SECRET = "4c0883a69102937d6231471b5dbb6204fe5129617082792ae468d01a3f362318"
@@ -402,6 +404,21 @@ def test_an_old_copy_is_refused_until_it_is_adopted(run: Run, data: Path, tmp_pa
     assert done == {"adopted": True, "epoch": 3, "records": 1}
     (row,) = run("journal", "dump", "--json").rows
     assert (row["kind"], row["body"]["epoch"]) == ("journal_adopted", 2)
+
+
+def test_the_audit_of_an_owner_needs_neither_its_key_nor_a_chain(run: Run, data: Path) -> None:
+    """The owner's key is meant to be on another machine. By default every journal that is there is looked at, this one too."""
+    missing = run("audit", "--role", "owner", "--json")
+    assert (missing.status, missing.error) == (1, "journal_missing")
+    sent = [entry for entry in every_kind.entries(Role.CLIENT) if entry.kind.startswith("tx_")]
+    with Ledger.open(data / "journal/owner.sqlite", chain_tag=bytes(every_kind.account(Role.CLIENT))) as ledger:
+        ledger.append_sync(sent)
+        assert run("audit", "--role", "owner", "--json").one == {"audit": {"owner": "ok"}}  # beside whoever writes it
+        ledger.append_sync([Entry("tx_signed", sent[0].subject, {**sent[0].body, "data": "05"})])  # type: ignore[dict-item]
+    for arguments in (("--role", "owner"), ()):
+        result = run("audit", *arguments, "--json")
+        (findings,) = result.one["audit"].values()
+        assert result.status == 1 and "a second call" in "".join(findings)
 
 
 def test_journal(run: Run, data: Path, tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+import struct
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from node.store import errors
+from node.store import errors, wal
 from node.store.ledger import Entry, Ledger, Record
 
 TAG = b"\x11" * 20
@@ -72,6 +74,57 @@ def test_the_undamaged_images_open(images: dict[str, tuple[Path, list[Record]]],
     for state, (image, records) in images.items():
         path = damaged(image, tmp_path / state, image.name, lambda data: None)
         assert verdict(path, records, 0) == "same"
+
+
+def begun_again(log: bytes, length: int) -> bytes:
+    """The header with which SQLite begins this log again, so many bytes of it, over what is there."""
+    magic, version, page, sequence, salt = struct.unpack_from(">5I", log)
+    header = struct.pack(">6I", magic, version, page, sequence + 1, (salt + 1) & 0xFFFFFFFF, 0x5EED_5A17)
+    header += struct.pack(">2I", *wal._checksum(">" if magic & 1 else "<", header, 0, 0))
+    return header[:length] + log[length:]
+
+
+@pytest.mark.parametrize("length", [12, 15, 16, 17, 20, 23, 24, 28, 31])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_header_that_a_full_disk_left_half_written(
+    images: dict[str, tuple[Path, list[Record]]], tmp_path: Path, length: int, copied: bool
+) -> None:
+    """A log is begun again when all of it is in the file. With a log that is not, the same header would lose it: refused."""
+    image, records = images["crashed"]
+    path = damaged(image, tmp_path / "copy", image.name, lambda data: None)
+    log = wal.path_of(path)
+    if copied:
+        before = log.read_bytes()
+        with closing(sqlite3.connect(path)) as connection:  # which takes the log away at its end
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        log.write_bytes(before)
+    log.write_bytes(begun_again(log.read_bytes(), length))
+    whole = length < 16  # as it was: the number's low byte is the first that differs
+    assert verdict(path, records, 0) == ("same" if copied or whole else "refused")
+
+
+def test_a_log_with_one_page_that_is_not_in_the_file_is_not_given_up(
+    images: dict[str, tuple[Path, list[Record]]], tmp_path: Path
+) -> None:
+    """Whatever is wrong besides, a half-written header excuses nothing: a page that differs, a frame that does not hold."""
+    image, records = images["crashed"]
+    for harm in ("file", "frame", "first frame", "magic"):
+        path = damaged(image, tmp_path / "copy", image.name, lambda data: None)
+        log = wal.path_of(path)
+        before = bytearray(log.read_bytes())
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        torn = bytearray(begun_again(bytes(before), 16))
+        if harm == "file":
+            data = bytearray(path.read_bytes())
+            data[-100] ^= 1
+            path.write_bytes(data)
+        elif harm != "magic":
+            torn[32 + 24 + 4096 + 100 if harm == "frame" else 32 + 9] ^= 1
+        else:
+            torn[0] ^= 1
+        log.write_bytes(torn)
+        assert verdict(path, records, 0) == "refused", harm
 
 
 @pytest.mark.parametrize(

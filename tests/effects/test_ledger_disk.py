@@ -9,11 +9,9 @@ failed sync has lost is not made good by a later one.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,56 +22,18 @@ import pytest
 from node.store import errors
 from node.store.ledger import Entry, Ledger
 from node.testing import powercut
+from node.testing.failing_disk import FAILURES, ONCE, Lives
 from node.testing.journal_child import TAG
-from node.testing.journal_witness import ENVIRONMENT, ROOT, acknowledged, found, half_written, lost, went_on
+from node.testing.journal_witness import acknowledged, found, half_written, lost, went_on
 
-ONCE, HALF, FOR_GOOD = range(3)
-
-SERVER = """
-import ctypes, json, os, sys
-from pathlib import Path
-from node.testing import journal_child
-
-recorder = ctypes.CDLL(sys.argv[1])
-recorder.powercut_calls.restype = ctypes.c_long
-quiet = os.open("/dev/null", os.O_WRONLY)
-for line in sys.stdin:
-    given = json.loads(line)
-    root = Path(given["root"])
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(quiet, 1)
-        recorder.powercut_begin(os.fsencode(root), os.fsencode(given["trace"]))
-        recorder.powercut_fail(ctypes.c_long(given["nth"]), given["error"], given["how"])
-        journal_child.live(root / "data" / "journal.sqlite", fence=root / "state" / "fence.json", rounds=3, pad=given["pad"])
-        journal_child.say("calls", recorder.powercut_calls())
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
+CHILD = "node.testing.journal_child"
 
 
-class Recorded:
-    """Lives of a journal in forks of one process, each recorded, each with a disk that fails at one call.
-
-    `planted`: a statement that runs first in that process.
-    """
+class Recorded(Lives):
+    """Lives of a journal. `planted`: a statement that runs first in their process."""
 
     def __init__(self, folder: Path, planted: str = "") -> None:
-        self.folder = folder
-        library = powercut.build(folder)
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", f"{planted}\n{SERVER}", str(library)],
-            cwd=ROOT,
-            env={**ENVIRONMENT, "LD_PRELOAD": str(library)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def close(self) -> None:
-        if self._server.poll() is None:
-            self._server.communicate(timeout=60)
+        super().__init__(folder, CHILD, planted)
 
     def template(self, kind: str) -> Path:
         """A folder to begin with."""
@@ -83,7 +43,7 @@ class Recorded:
             made.mkdir(mode=0o700)
             return made
         (self.folder / "empty").mkdir(mode=0o700, exist_ok=True)
-        self.live(self.folder / "empty", 0, errno.EIO, ONCE)
+        self.live(self.folder / "empty", 0, errno.EIO, ONCE, 200)
         shutil.copytree(self.folder / "root", made)
         if kind == "a killed journal":
             with Ledger.open(made / "data" / "journal.sqlite", chain_tag=TAG) as ledger:
@@ -93,22 +53,6 @@ class Recorded:
             shutil.rmtree(made)
             (self.folder / "empty").rename(made)
         return made
-
-    def live(self, begin: Path, nth: int, error: int, how: int, pad: int = 200) -> tuple[list[str], powercut.Disk]:
-        """One life that begins as the folder `begin` is. Returns what it said and its disk; the folder is `root`."""
-        root, trace = self.folder / "root", self.folder / "trace"
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(begin, root)
-        trace.unlink(missing_ok=True)
-        disk = powercut.Disk(root)
-        job = {"root": str(root), "trace": str(trace), "nth": nth, "error": error, "how": how, "pad": pad}
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        assert self._server.stdout.readline() == "0\n", f"call {nth} failed with {errno.errorcode[error]}: a crash"
-        for event in powercut.read(trace):
-            disk.take(event)
-        return disk.said.decode().splitlines(), disk
 
 
 @pytest.fixture
@@ -124,7 +68,6 @@ needs_recorder = [
     pytest.mark.skipif(sys.platform != "linux", reason="the recorder knows Linux's calls only"),
     pytest.mark.skipif(powercut.compiler() is None, reason="no C compiler (cc): the recorder cannot be built"),
 ]
-FAILURES = ((errno.EIO, ONCE), (errno.ENOSPC, ONCE), (errno.ENOSPC, HALF), (errno.ENOSPC, FOR_GOOD))
 
 
 def recorder_test(test: Callable[..., None]) -> Callable[..., None]:
@@ -158,7 +101,7 @@ def a_life(recorded: Recorded, begin: Path, nth: int, number: int, how: int, pad
 @pytest.mark.parametrize("begin", ["nothing", "a closed journal", "a killed journal"])
 def test_each_call_fails(recorded: Recorded, begin: str) -> None:
     template = recorded.template(begin)
-    lines, _ = recorded.live(template, 0, errno.EIO, ONCE)
+    lines, _ = recorded.live(template, 0, errno.EIO, ONCE, 200)
     calls = int(lines[-1].removeprefix("calls "))
     assert calls > 30 and lines[-2] == "done"
     seen = set()

@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.audit_txs import check_transactions
 from node.chain import txs
 from node.chain.eth import Eth
 from node.chain.requesting import Requesting
@@ -18,6 +19,8 @@ from node.chain.rpc import RpcError
 from node.chain.txs import TxPolicy, TxSender
 from node.errors import ChainError, RequestConflict, TxTimeout
 from node.signer.bare import Bare
+from node.store.records import Entry
+from node.testing.every_kind import records
 from node.testing.planted import notices
 from node.testing.pool_node import PoolNode
 from protocol.ids import Address
@@ -59,6 +62,8 @@ def run(main: Callable[[World], Awaitable[None]]) -> None:
             nursery.start_soon(world.mine)
             with trio.fail_after(3600):
                 await main(world)
+            history = [Entry(kind, bytes(KEY.address), body) for kind, body in world.records]
+            assert check_transactions(records(history)) == []  # what the audit says of it
             nursery.cancel_scope.cancel()
 
     trio.run(timed, clock=trio.testing.MockClock(autojump_threshold=0))

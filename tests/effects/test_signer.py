@@ -336,6 +336,11 @@ def test_a_full_disk_ends_signing(tmp_path: Path) -> None:
             signers.core.table._connection.execute("PRAGMA query_only = 0")
             with pytest.raises(SignerFailed):  # not one more, although it could be written again
                 await signers[KeyRole.WORKER].sign(receipt(4, 1), DOMAIN)
+            for known in (receipt(1, 1), Refusal(JobId(ZERO), 1, 1)):  # nor what leaves no mark
+                with pytest.raises(SignerFailed):
+                    await signers[KeyRole.WORKER].sign(known, MARKET_DOMAIN if isinstance(known, Refusal) else DOMAIN)
+            with pytest.raises(SignerFailed):
+                signers[KeyRole.WORKER].sign_identity(b"noise-libp2p-static-key:" + bytes(32))
             assert signers.failure
 
     run(main)
