@@ -29,6 +29,7 @@ from node.store.fence import Fence
 from node.store.ledger import ADOPTED, Entry, Ledger
 from node.store.records import Record
 from node.store.records import encode as encoded
+from node.store.signed import _entry as _entry_of
 from node.store.votes import VOTED
 from node.testing.pair import Parties, key
 from node.testing.pool_node import PoolNode
@@ -62,7 +63,20 @@ from protocol.keys import PrivateKey
 from protocol.messages import ReceiptMessage, encode, quote_to_wire
 from protocol.pricing import Price
 from protocol.records import kind_of, to_body
-from protocol.typed_data import Acceptance, Allocation, ChannelConfig, Close, Domain, Order, Quote, Receipt, Voucher
+from protocol.signing import QuotedOrder, Signable
+from protocol.signing_history import word_of
+from protocol.typed_data import (
+    Acceptance,
+    Allocation,
+    ChannelConfig,
+    Close,
+    Domain,
+    Order,
+    Quote,
+    Receipt,
+    Submission,
+    Voucher,
+)
 from protocol.workload import Terms, encode_terms, terms_hash
 
 PARTIES: Final = Parties()
@@ -247,6 +261,15 @@ def batch_changes(role: Role) -> list[batch.Change]:
     ]
 
 
+def _on_record(role: Role) -> list[Entry]:
+    """What was signed about the first job, after it was signed."""
+    done = BatchJob(1)
+    words: list[Signable] = [Submission(done.job_id, done.result, done.claimed)]
+    if role is Role.CLIENT:
+        words = [QuotedOrder(done.quote, Order(done.job_id)), Acceptance(done.job_id, done.result, done.claimed)]
+    return [_entry_of(word) for one in words if (word := word_of(one, JOBS)) is not None]
+
+
 # ------------------------------------------------------------------------------------------------------ transactions
 
 
@@ -316,6 +339,7 @@ def entries(role: Role) -> list[Entry]:
         Entry(BEGUN, b"", {"table": bytes(16)}),
         *money[reopened:],
         *jobs,
+        *_on_record(role),
         *transactions(PARTIES.worker if role is Role.WORKER else PARTIES.payer),
         *([] if role is Role.WORKER else [Entry(REFUSED, bytes(config(1).channel_id(DOMAIN)), {"receipt": refused()})]),
     ]

@@ -18,7 +18,7 @@ import msgspec
 from node.audit_txs import TX_KINDS
 from node.chain.pending import answered, dropped, landed, unfinished
 from node.signer.core import Core
-from node.signer.journal import BEGUN
+from node.signer.journal import BEGUN, known_words
 from node.signer.table import SCHEMA, Table
 from node.store.batch import BatchBook
 from node.store.channels import ChannelBook
@@ -26,6 +26,7 @@ from node.store.evidence import REFUSED, receipts
 from node.store.fence import Fence
 from node.store.ledger import ADOPTED, Ledger
 from node.store.migrations import SCHEMA_VERSION
+from node.store.signed import SIGNED
 from node.store.votes import VOTED, votes
 from node.testing import every_kind
 from node.testing.every_kind import AT_MS, DOMAIN, JOBS, PARTIES, BatchJob, named, plain
@@ -51,9 +52,9 @@ from protocol.signing_history import KnownChannel
 from protocol.transactions import Transaction
 from protocol.typed_data import Acceptance, Allocation, Close, Order, Receipt, Submission, Voucher
 
-EDITION: Final = 1
+EDITION: Final = 2
 """The newest. Raise it when `scripts/gen-fixtures --check` says that today's version writes something else."""
-ALL_KINDS: Final = frozenset({*KINDS, *BATCH_KINDS, *TX_KINDS, BEGUN, ADOPTED, REFUSED, VOTED})
+ALL_KINDS: Final = frozenset({*KINDS, *BATCH_KINDS, *TX_KINDS, BEGUN, ADOPTED, REFUSED, VOTED, SIGNED})
 """Of records."""
 JOURNALS: Final = ("worker", "client", "owner")
 FILES: Final = (*JOURNALS, "signer", "fence")
@@ -246,6 +247,8 @@ def _money(ledger: Ledger, role: Role) -> dict[str, Any]:
         "adopted": book.adopted,
         "frozen": plain(book.frozen),
         "jobs": plain(dict(jobs.jobs)),
+        "signed": plain(jobs.signed),
+        "words": plain(known_words(ledger)),
         "receipts": [plain(one) for one in receipts(ledger)],
     }
 

@@ -7,6 +7,7 @@ what is in it.
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import sqlite3
@@ -99,6 +100,31 @@ def test_every_kind_that_the_code_knows_is_in_the_newest_edition() -> None:
     counts = told(EDITION)
     assert {kind for name in JOURNALS for kind in counts[name]["kinds"]} == fixtures.ALL_KINDS
     assert {mark[0] for mark in counts["signer"]["marks"]} == {scope.name for scope in Scope}
+
+
+def written_by(path: Path) -> Iterator[str]:
+    """The kinds of the records that a module writes, as far as its text says."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Entry":
+            kind = node.args[0]
+            yield str(kind.value) if isinstance(kind, ast.Constant) else named.get(ast.unparse(kind), ast.unparse(kind))
+
+
+def test_the_list_of_kinds_is_whole() -> None:
+    """By the text of whoever makes an entry; those that are handed a kind are known: a change's own, and a sender's."""
+    node = VECTORS.parents[1] / "node"
+    paths = [path for path in node.rglob("*.py") if "testing" not in path.parts]
+    written = {kind for path in paths for kind in written_by(path)}
+    assert len(written) > 6
+    assert written - fixtures.ALL_KINDS == {"kind_of(c)", "kind"}
 
 
 def bodies(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
