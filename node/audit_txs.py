@@ -1,10 +1,11 @@
 """The audit of transactions: what the journal signed for an account, and what became of it. Pure, no chain is asked.
 
 What must hold: each record is the transaction that it says, signed by the account that it names; an end belongs to a transaction
-that was signed here; one nonce is for one call and lands once (N4); one request id is for one call and happens once (N8).
+that was signed here; one nonce is for one call (N4); one request id is for one call and happens once (N8).
 
-A transaction that was dropped is none: its nonce and its id are free again. Nonces and ids are those of one chain, and of one
-chain among several of the same id (`TxSender`'s anchor). What else is in the journal is passed over.
+A transaction that was dropped is none: its nonce and its id are free again. One that landed may be thrown out by a
+reorganisation, be replaced with higher fees and land again, as another transaction with the same call. Nonces and ids are those
+of one chain, and of one chain among several of the same id (`TxSender`'s anchor). What else is in the journal is passed over.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _History:
         self.signed: dict[str, tuple[PendingTx, _Account]] = {}
         self.open: defaultdict[tuple[_Account, int], dict[str, PendingTx]] = defaultdict(dict)
         """By nonce: what may land, or has."""
-        self.landed: defaultdict[tuple[_Account, int], set[str]] = defaultdict(set)
+        self.landed: defaultdict[tuple[_Account, int], dict[str, PendingTx]] = defaultdict(dict)
         self.asked: defaultdict[tuple[_Account, str], dict[str, PendingTx]] = defaultdict(dict)
         """By request id: what was signed for it and not dropped."""
         self.happened: defaultdict[tuple[_Account, str], dict[str, int]] = defaultdict(dict)
@@ -87,15 +88,15 @@ class _History:
             self.asked[account, tx.request].pop(name, None)
             beside.pop(name, None)
             happened.pop(name, None)
-            landed.discard(name)
+            landed.pop(name, None)
             return []
         findings = []
-        if landed - {name}:
-            findings.append(f"two transactions landed with nonce {nonce} on chain {given.chain_id}")
+        if any(other.call != tx.call for other in landed.values()):
+            findings.append(f"two calls landed with nonce {nonce} on chain {given.chain_id}")
         if any(other != nonce for other in happened.values()):
             findings.append(f"request id {tx.request!r} happened twice")
         happened[name] = nonce
-        landed.add(name)
+        landed[name] = tx
         self.open[account, nonce] = {name: tx}  # whatever else was signed for the nonce can not land any more
         return findings
 

@@ -313,6 +313,7 @@ SOUND: dict[str, list[Entry]] = {
     "none has landed": [A],
     "replaced by the same call with higher fees": [A, DEARER, final(DEARER)],
     "landed twice, after a reorganisation": [A, final(A), final(A, block=7)],
+    "thrown out, replaced with higher fees, and landed again": [A, final(A), DEARER, final(DEARER)],
     "dropped, and its nonce used for another call": [A, dropped(A), B, final(B)],
     "landed, thrown out, dropped, and another one": [A, final(A), dropped(A), B, final(B)],
     "the same nonce on two chains": [A, signed(1, b"\x02", chain=5)],
@@ -329,8 +330,7 @@ BROKEN: dict[str, tuple[list[Entry], str]] = {
     "another call under a nonce that may be out": ([A, B], "nonce 1 on chain 31337 is signed for a second call"),
     "another value is another call": ([A, signed(1, value=1)], "is signed for a second call"),
     "another call under a nonce that was used": ([A, final(A), B], "is signed for a second call"),
-    "two that landed": ([A, dropped(A), B, final(B), final(A)], "two transactions landed with nonce 1"),
-    "two that landed, of one call": ([A, DEARER, final(A), final(DEARER)], "two transactions landed with nonce 1"),
+    "two that landed": ([A, dropped(A), B, final(B), final(A)], "two calls landed with nonce 1"),
     "one id for two calls": ([ASKED, final(ASKED), ASKED_ELSE], "request id 'id' is used for two different calls"),
     "one id for two calls, none of which has landed": ([ASKED, ASKED_ELSE], "is used for two different calls"),
     "one id, twice": (
