@@ -131,7 +131,8 @@ def test_planted_a_writer_that_goes_on_after_a_failure_is_seen(recorded: Recorde
     recorded.close()
     careless = Recorded(
         recorded.folder,
-        planted="from node.store import writer; writer.Writer.failure = property(lambda s: None, lambda s, v: None)",
+        planted="from node.store import writer; writer.Writer.failure = property(lambda s: None, lambda s, v: None)\n"
+        "fail = writer._fail; writer._fail = lambda group, why, cause=None: fail(group, why or 'planted', cause)",
     )
     template = careless.template("a closed journal")
     with pytest.raises(AssertionError):
