@@ -3,16 +3,19 @@ payer shows a worker is only noted when it has locked money."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from node.audit import audit
+from node.chain.memory import Events, World
 from node.client.client import Client
 from node.errors import InsufficientFunds, NodeError, WorkerFault
 from node.network.drive import converse
 from node.testing.market import Market, raw_key, run_market
 from node.worker.worker import Worker
-from protocol.channel import AllocationRaised
+from protocol.channel import AllocationRaised, Role, VoucherAdded
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import ChannelId, Hash32
 from protocol.messages import (
@@ -24,7 +27,7 @@ from protocol.messages import (
     config_to_wire,
 )
 from protocol.signing import Scope
-from protocol.typed_data import Allocation, ChannelConfig
+from protocol.typed_data import Allocation, ChannelConfig, Voucher
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -242,6 +245,31 @@ def test_raises_by_a_unit_do_not_grow_the_journal() -> None:
         await payer.show(10_000 + LEAST)
         assert payer.noted() == 2
         assert payer.worker.book.channels[payer.channel_id].authorized == 10_000 + LEAST
+
+    run_market(test)
+
+
+def test_vouchers_up_to_a_raise_that_was_not_noted_are_sound() -> None:
+    async def test(market: Market) -> None:
+        payer = await payer_of(market)
+        await payer.show(10_000)
+        await payer.lock(10_001)
+        await payer.show(10_001)
+        worker = payer.worker
+        voucher = payer.key.sign(Voucher(payer.channel_id, 10_001).digest(payer.domain))
+        await worker.book.change([VoucherAdded(payer.channel_id, 10_001, voucher)])
+        state = worker.book.channels[payer.channel_id]
+        assert state.cumulative == 10_001 > state.authorized
+        assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
+
+        def shrink(world: World, _: int) -> tuple[World, Events]:
+            channels = dict(world.escrow.channels)
+            channels[payer.channel_id] = replace(channels[payer.channel_id], allocated=10_000)
+            return replace(world, escrow=replace(world.escrow, channels=channels)), []
+
+        market.ledger.apply(shrink)
+        findings = await audit(worker.ledger, Role.WORKER, worker.chains)
+        assert any("vouchers of 10001, 10000 locked on chain" in finding for finding in findings)
 
     run_market(test)
 
