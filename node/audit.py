@@ -212,7 +212,9 @@ async def _against_jobs(jobs: Mapping[JobId, BatchState], chains: Chains, only: 
             findings.append(f"job {job.job_id}: {_elsewhere(job.domain)}")
             continue
         if job.domain not in times:
-            times[job.domain] = (await chain.head()).timestamp
+            # Openings and ends count when they are confirmed, and so does the time by which they are missed.
+            confirmed = await chain.jobs.confirmed_time()
+            times[job.domain] = (await chain.head()).timestamp if confirmed is None else confirmed
         findings += await compare_job(job, chain.jobs, times[job.domain])
     return findings
 

@@ -67,7 +67,7 @@ def check_words(changes: Iterable[Change], states: Mapping[JobId, BatchState]) -
 
 
 async def compare_job(state: BatchState, jobs: Jobs, now: int) -> list[str]:
-    """One job with the contract that it is on; `now`: chain seconds. Raises `ChainError`."""
+    """One job with the contract that it is on; `now`: chain seconds of the last block that counts. Raises `ChainError`."""
     name, quote = f"job {state.job_id}", state.quote
     seen = await jobs.job(state.job_id)
     findings = []

@@ -10,13 +10,16 @@ import pytest
 import trio
 
 from node.audit import audit, audit_owner, check_payments, check_signatures, check_vault, fold, tokens_on
-from node.audit_jobs import fold_jobs
+from node.audit_jobs import GRACE_S, fold_jobs
 from node.audit_txs import check_transactions
 from node.chain.memory import MemoryChain, MemoryLedger
+from node.chain.memory_jobs import MemoryJobs
 from node.chain.pending import PendingTx
 from node.chains import Chains
 from node.client.client import Client
+from node.client.job_quotes import JobWish
 from node.client.jobs import Job
+from node.errors import NodeError
 from node.ports import VaultOnChain
 from node.signer.journal import BEGUN
 from node.store.dump import read
@@ -27,6 +30,7 @@ from node.testing.every_kind import DOMAIN, JOBS, PARTIES
 from node.testing.market import Market, run_market
 from protocol.batch import BatchAccepted, BatchOrdered
 from protocol.channel import ChannelState, JobEnded, JobOpened, Role, VoucherAdded
+from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import ZERO_ADDRESS, Address, JobId
 from protocol.records import kind_of, to_body
 from protocol.transactions import Transaction
@@ -106,6 +110,36 @@ def test_jobs_on_a_deployment_without_jobs_are_told() -> None:
         assert await audit(ledger, Role.CLIENT, Chains({"default": MemoryChain(market.ledger, account)})) == []
         findings = await audit(ledger, Role.CLIENT, Chains({"default": NoJobs(market.ledger, account)}))
         assert len(findings) == 1 and str(job.job_id) in findings[0] and "was not compared" in findings[0]
+
+    run_market(test)
+
+
+def test_what_is_missed_in_time_is_judged_by_the_last_confirmed_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is what is void: a job whose opening may still be confirmed is neither open nor void, and nothing is wrong with it."""
+    times: dict[Address, int] = {}
+
+    async def confirmed_time(jobs: MemoryJobs) -> int:
+        return times.get(jobs._chain.account, 0)
+
+    async def test(market: Market) -> None:
+        worker = await market.worker()
+        client = await market.client()
+        assert worker.batch is not None
+
+        async def deaf(*_: Any) -> Any:
+            raise RemoteProtocolError(WireCode.INTERNAL, "planted")
+
+        monkeypatch.setattr(worker.batch.desk, "_order", deaf)
+        monkeypatch.setattr(MemoryJobs, "confirmed_time", confirmed_time)
+        with pytest.raises(NodeError, match="has not opened"):
+            await client.post_job("fake", ["one"], id="mine", max_tokens=8, wish=JobWish(open_s=0.1))
+        until = client.jobs.get("mine").state.quote.valid_before
+        market.ledger.advance(until + 2 * GRACE_S - market.ledger.head.timestamp)
+        watcher = MemoryChain(market.ledger, PARTIES.worker.address)  # whom the client's own keeper does not ask
+        for time, missed in ((until + GRACE_S - 1, False), (until + GRACE_S, True)):
+            times[watcher.account] = time
+            findings = await audit(client.book.ledger, Role.CLIENT, Chains({"default": watcher}))
+            assert [f"neither opened nor void {time - until} s" in one for one in findings] == [True] * missed
 
     run_market(test)
 
