@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -30,7 +37,13 @@ from protocol.ids import ZERO_ADDRESS, Address
 from protocol.pricing import Price
 from protocol.signing import KeyRole
 
+if TYPE_CHECKING:
+    from node.models.manifest import Manifest
+    from node.models.store import Progress
+
 Say = Callable[[str], None]
+Bar = Callable[[str, int], AbstractContextManager["Progress"]]
+"""Shows what is under way, and how much of so many bytes is done."""
 SWITCH_SECONDS = 0.00005
 
 
@@ -129,7 +142,7 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-def _engine(config: Config) -> AbstractAsyncContextManager[Backend]:
+def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[Backend]:
     """The torch engine on the configured models. Raises `ModelError`."""
     # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -149,14 +162,26 @@ def _engine(config: Config) -> AbstractAsyncContextManager[Backend]:
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
     )
-    return open_backend(store, manifests, settings)
+
+    def watch(manifest: Manifest) -> AbstractContextManager[Progress]:
+        size = sum(entry.size for entry in manifest.files)
+        say(f"{manifest.name}: hashing {-(-size // 1_000_000)} MB")
+        return bar(f"verifying {manifest.name}", size)
+
+    return open_backend(store, manifests, settings, watch)
 
 
 @asynccontextmanager
 async def open_worker(
-    config: Config, key: Key, *, say: Say = lambda _: None, backend: Backend | None = None
+    config: Config,
+    key: Key,
+    *,
+    say: Say = lambda _: None,
+    bar: Bar = lambda _what, _total: nullcontext(lambda _: None),
+    backend: Backend | None = None,
 ) -> AsyncIterator[Running]:
-    """A worker that serves for the length of the block. `say` hears what is going on, in words.
+    """A worker that serves for the length of the block. `say` hears what is going on, in words; `bar` shows how far
+    the models are hashed.
 
     `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
 
@@ -165,7 +190,7 @@ async def open_worker(
     """
     from node.network.host import open_host
 
-    engine = _engine(config) if backend is None else nullcontext(backend)
+    engine = _engine(config, say, bar) if backend is None else nullcontext(backend)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger

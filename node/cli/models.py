@@ -35,7 +35,7 @@ def add(shared: Shared, model: str, name: str | None, license_id: str) -> None:
     folder = Path(model).expanduser()
     if folder.is_dir():
         short = name or re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._")
-        with _progress(f"adding {short}", _size(folder)) as tick:
+        with progress(f"adding {short}", _size(folder)) as tick:
             manifest = store.add_folder(folder, short, license_id=license_id, progress=tick)
     elif "/" in model or model.startswith("."):
         raise ModelError(f"{model} is no folder", hint="gristmill models add FOLDER, or a known name")
@@ -75,7 +75,7 @@ def verify(shared: Shared, models: tuple[str, ...]) -> None:
     """Hash every file of MODELS again; of all models when none is named."""
     store = _store(shared)
     for manifest in [store.resolve(model) for model in models] or store.list():
-        with _progress(f"verifying {manifest.name}", sum(entry.size for entry in manifest.files)) as tick:
+        with progress(f"verifying {manifest.name}", sum(entry.size for entry in manifest.files)) as tick:
             store.verify(manifest.id, progress=tick)
         shared.output.row({**_data(manifest, store), "verified": True}, f"{manifest.name}  {manifest.id}  verified")
 
@@ -107,7 +107,7 @@ def _size(folder: Path) -> int:
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Progress]:
+def progress(what: str, total: int) -> Iterator[Progress]:
     """A bar on stderr, on terminals only."""
     from tqdm import tqdm
 

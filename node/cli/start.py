@@ -18,6 +18,8 @@ from node.cli.output import LogFormat
 from node.signer.sources import KeyFile
 
 if TYPE_CHECKING:
+    import trio
+
     from node.chains import Chains
     from node.store.channels import ChannelBook
     from node.worker.claims import ClaimReport
@@ -55,50 +57,67 @@ def command(shared: Shared, drain_s: float) -> None:
 async def _serve(shared: Shared, key: KeyFile, drain_s: float) -> None:
     import trio
 
+    ready, stop = trio.Event(), trio.Event()
+
+    async def watch() -> None:
+        async for _ in signals:
+            stop.set()
+            if not ready.is_set():  # nothing to drain: hashing and loading models may take minutes
+                nursery.cancel_scope.cancel()
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await _run(shared, key, drain_s, ready, stop)
+            nursery.cancel_scope.cancel()
+    if not ready.is_set():
+        shared.output.row({"event": "stopped", "clean": True}, "stopped before it was ready")
+
+
+async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, stop: trio.Event) -> None:
+    import trio
+
     from node.app import open_worker
+    from node.cli.models import progress
     from node.worker import control
 
     output = shared.output
-    stop = trio.Event()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with open_worker(shared.config, key, say=output.say) as running, trio.open_nursery() as nursery:
-            worker = running.worker
+    async with (
+        open_worker(shared.config, key, say=output.say, bar=progress) as running,
+        trio.open_nursery() as nursery,
+    ):
+        worker = running.worker
 
-            async def status(_: dict[str, Any]) -> Mapping[str, Any]:
-                return await report(worker)
+        async def status(_: dict[str, Any]) -> Mapping[str, Any]:
+            return await report(worker)
 
-            async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
-                return await claim_report(worker.chains, worker.book, await worker.claim())
+        async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
+            return await claim_report(worker.chains, worker.book, await worker.claim())
 
-            async def drain(_: dict[str, Any]) -> Mapping[str, Any]:
-                stop.set()
-                return {"draining": True}
+        async def drain(_: dict[str, Any]) -> Mapping[str, Any]:
+            stop.set()
+            return {"draining": True}
 
-            handlers = {"status": status, "claim": claim, "drain": drain}
-            path = shared.config.data_dir / "control.sock"
-            nursery.start_soon(control.serve, path, handlers)
-            nursery.start_soon(_until_signal, signals, stop)
-            addresses = list(worker.network.addresses)
-            output.row(
-                {
-                    "event": "ready",
-                    "pid": os.getpid(),
-                    "peer_id": worker.key.peer_id,
-                    "account": worker.key.address,
-                    "addresses": addresses,
-                },
-                "\n".join([f"ready   {worker.key.peer_id}", *(f"listens {address}" for address in addresses)]),
-            )
-            await stop.wait()
-            output.say(f"draining: {worker.server.busy} jobs under way")
-            clean = await worker.drain(drain_s)
-            output.row({"event": "stopped", "clean": clean}, "stopped" if clean else "stopped with jobs under way")
-            nursery.cancel_scope.cancel()
-
-
-async def _until_signal(signals: Any, stop: Any) -> None:
-    async for _ in signals:
-        stop.set()
+        handlers = {"status": status, "claim": claim, "drain": drain}
+        path = shared.config.data_dir / "control.sock"
+        nursery.start_soon(control.serve, path, handlers)
+        addresses = list(worker.network.addresses)
+        ready.set()
+        output.row(
+            {
+                "event": "ready",
+                "pid": os.getpid(),
+                "peer_id": worker.key.peer_id,
+                "account": worker.key.address,
+                "addresses": addresses,
+            },
+            "\n".join([f"ready   {worker.key.peer_id}", *(f"listens {address}" for address in addresses)]),
+        )
+        await stop.wait()
+        output.say(f"draining: {worker.server.busy} jobs under way")
+        clean = await worker.drain(drain_s)
+        output.row({"event": "stopped", "clean": clean}, "stopped" if clean else "stopped with jobs under way")
+        nursery.cancel_scope.cancel()
 
 
 async def report(worker: Worker) -> dict[str, Any]:

@@ -85,15 +85,23 @@ class ModelStore:
 
     def verify(self, model: ModelId, progress: Progress | None = None) -> None:
         """Hash every file again. Raises `ModelError` that names the first file that differs."""
+        for entry in self.verify_names(model).files:
+            self.verify_file(model, entry, progress)
+
+    def verify_names(self, model: ModelId) -> Manifest:
+        """That the folder holds the manifest's files and no others; each of them is still to be hashed. Raises `ModelError`."""
         folder = self.path(model)
         manifest = self._read(folder)
         _check_names(folder, {MANIFEST, *(entry.path for entry in manifest.files)})
-        for entry in manifest.files:
-            if _describe(folder / entry.path, progress) != entry:
-                raise ModelError(
-                    f"{entry.path} of {manifest.name} is damaged",
-                    hint=f"gristmill models remove {model}, then add it again",
-                )
+        return manifest
+
+    def verify_file(self, model: ModelId, entry: FileEntry, progress: Progress | None = None) -> None:
+        """Hash one file of the model again. What `progress` raises ends it. Raises `ModelError`."""
+        if _describe(self.path(model) / entry.path, progress) != entry:
+            raise ModelError(
+                f"{entry.path} of {self._read(self.path(model)).name} is damaged",
+                hint=f"gristmill models remove {model}, then add it again",
+            )
 
     def remove(self, model: ModelId) -> None:
         folder = self.path(model)

@@ -7,8 +7,10 @@ shared machine by a factor of twenty.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +18,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.errors import ModelError
-from node.models.manifest import Manifest
-from node.models.store import ModelStore
+from node.models.manifest import FileEntry, Manifest
+from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
 from node.ports import ModelInfo, Prompt, Step
 from node.runtime.engine.sequence import FinishReason as EngineFinish
@@ -30,6 +32,8 @@ from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
 if TYPE_CHECKING:
     from node.runtime.engine.engine import Engine
 
+Watch = Callable[[Manifest], AbstractContextManager[Progress]]
+"""Sees a model being hashed."""
 _FINISH = {EngineFinish.STOP: FinishReason.STOP, EngineFinish.LENGTH: FinishReason.LENGTH}
 
 
@@ -130,14 +134,18 @@ class TorchBackend:
 
 @asynccontextmanager
 async def open_backend(
-    store: ModelStore, models: Sequence[Manifest], settings: EngineSettings
+    store: ModelStore,
+    models: Sequence[Manifest],
+    settings: EngineSettings,
+    watch: Watch = lambda _: nullcontext(lambda _: None),
 ) -> AsyncIterator[TorchBackend]:
     """Load models, one engine thread each. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
     backend = TorchBackend(settings)
     async with AsyncExitStack() as stack:
         for manifest in models:
             folder = store.path(manifest.id)
-            await trio.to_thread.run_sync(store.verify, manifest.id)
+            with watch(manifest) as progress:
+                await _verify(store, manifest.id, progress)
             host = EngineHost(_loader(folder, settings))
             engine = await host.start()
             stack.push_async_callback(host.stop)
@@ -153,6 +161,32 @@ async def open_backend(
             )
             backend._loaded[manifest.id] = _Loaded(info, tokenizer, host, engine)
         yield backend
+
+
+async def _verify(store: ModelStore, model: ModelId, progress: Progress) -> None:
+    """`store.verify` in as many threads as there are processors, since one reads slower than a disk can; cancelled, they end
+    with the block that they are at."""
+    one_at_a_time, limit = threading.Lock(), trio.CapacityLimiter(os.cpu_count() or 1)
+    damaged: list[ModelError] = []
+
+    def tick(count: int) -> None:
+        trio.from_thread.check_cancelled()
+        with one_at_a_time:
+            progress(count)
+
+    async def verify(entry: FileEntry) -> None:
+        try:
+            await trio.to_thread.run_sync(store.verify_file, model, entry, tick, limiter=limit)
+        except ModelError as error:
+            damaged.append(error)
+            nursery.cancel_scope.cancel()
+
+    manifest = await trio.to_thread.run_sync(store.verify_names, model)
+    async with trio.open_nursery() as nursery:
+        for entry in manifest.files:
+            nursery.start_soon(verify, entry)
+    if damaged:
+        raise damaged[0]
 
 
 def _numerics_class(engine: Engine) -> str:

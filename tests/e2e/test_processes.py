@@ -124,6 +124,20 @@ def refusal(world: World, *more: str, folder: Path | None = None) -> dict[str, A
     return {**rows[-1]["error"], "status": process.returncode}
 
 
+def test_a_worker_that_is_told_to_stop_before_it_is_ready_stops(world: World) -> None:
+    """Hashing a model may take minutes."""
+    process = world.start()
+    assert process.stderr is not None and process.stdout is not None
+    try:
+        assert any(b": hashing " in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        rows = [json.loads(line) for line in process.stdout]
+        assert rows == [{"event": "stopped", "clean": True}]
+        assert process.wait(60) == 0
+    finally:
+        stop(process)
+
+
 def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> None:
     """C7: the chat is no transaction."""
     process = world.start()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import trio
 from node.errors import ModelError
 from node.models.manifest import FileEntry, Manifest
 from node.models.safetensors_file import read_header
-from node.models.store import ModelStore
+from node.models.store import ModelStore, Progress
 from node.runtime.backend import EngineSettings, open_backend
 from protocol.ids import ModelId
 
@@ -84,6 +86,71 @@ def test_a_model_that_is_not_what_its_id_commits_to_is_not_loaded(store: ModelSt
 
     with pytest.raises(ModelError, match="of mini is damaged"):
         trio.run(main)
+
+
+def test_who_waits_for_a_model_to_be_hashed_sees_how_far_it_is(store: ModelStore, folder: Path) -> None:
+    manifest = store.add_folder(folder, "mini")
+    seen: list[int] = []
+
+    @contextmanager
+    def watch(model: Manifest) -> Iterator[Progress]:
+        assert model == manifest
+        yield seen.append
+
+    async def main() -> None:
+        async with open_backend(store, [manifest], EngineSettings(), watch):
+            pass
+
+    with pytest.raises(ModelError, match="cannot be loaded"):  # it has no layers
+        trio.run(main)
+    assert sum(seen) == sum(entry.size for entry in manifest.files)
+
+
+def test_a_start_that_is_cancelled_hashes_no_further(store: ModelStore, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(
+        tensor_file({"w": {"dtype": "F32", "shape": [2 << 20], "data_offsets": [0, 8 << 20]}}, bytes(8 << 20))
+    )
+    manifest = store.add_folder(folder, "mini")
+    seen: list[int] = []
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+
+            @contextmanager
+            def watch(_: Manifest) -> Iterator[Progress]:
+                def progress(count: int) -> None:
+                    seen.append(count)
+                    if len(seen) == 1:
+                        trio.from_thread.run_sync(scope.cancel)
+
+                yield progress
+
+            async with open_backend(store, [manifest], EngineSettings(), watch):
+                pass
+        assert scope.cancelled_caught
+
+    trio.run(main)
+    assert 1 <= len(seen) <= len(manifest.files)
+
+
+def test_files_are_hashed_side_by_side(store: ModelStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = store.add_folder(folder, "mini")
+    met, honest = threading.Barrier(len(manifest.files)), store.verify_file
+    monkeypatch.setattr(os, "cpu_count", lambda: len(manifest.files))
+
+    def verify_file(*args: Any) -> None:
+        met.wait(10)
+        honest(*args)
+
+    monkeypatch.setattr(store, "verify_file", verify_file)
+
+    async def main() -> None:
+        async with open_backend(store, [manifest], EngineSettings()):
+            pass
+
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        trio.run(main)
+    assert not met.broken
 
 
 def test_verify_sees_one_flipped_bit(store: ModelStore, folder: Path) -> None:
