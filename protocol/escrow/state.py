@@ -270,9 +270,9 @@ class Escrow:
     """Who may cancel a booked slash."""
     capabilities: Mapping[Address, Capability] = field(default_factory=dict)
     convicted: frozenset[Address] = frozenset()
+    """Hot keys that can never work again."""
     proven: frozenset[tuple[Address, Address]] = frozenset()
     """(hot key, token) whose equivocation was proved."""
-    """Hot keys that can never work again."""
     stakes: Mapping[tuple[Address, Address], Stake] = field(default_factory=dict)
     """(owner, token) -> stake"""
     earnings: Mapping[tuple[Address, Address, int], int] = field(default_factory=dict)
