@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_ORDERS: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+_ORDERS: Final = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\r(?!\n)"
+)
 """All control characters but tabs and line ends, and the marks that turn the direction of text."""
 
 

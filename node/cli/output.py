@@ -50,6 +50,8 @@ class Output:
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
         """True: stdout is for machines."""
+        self._half = ""
+        """The first half of a line end: the other one may come with the next piece of the stream."""
 
     def result(self, data: Mapping[str, Any], text: str | None = None, *, styled: bool = False) -> None:
         """The command's result: `data` as JSON, or `text` for people (by default `key: value` lines). `styled`: the text has
@@ -71,7 +73,9 @@ class Output:
     def write(self, text: str) -> None:
         """A piece of a text stream, without a line end. Only for people: with `--json` send rows."""
         if not self.json:
-            sys.stdout.write(_for(sys.stdout, text))
+            text = self._half + text
+            self._half = "\r" if text.endswith("\r") else ""
+            sys.stdout.write(_for(sys.stdout, text.removesuffix("\r")))
             sys.stdout.flush()
 
     def say(self, text: str) -> None:

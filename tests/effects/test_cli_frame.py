@@ -117,6 +117,15 @@ def test_nothing_that_others_wrote_gives_orders_to_a_terminal(monkeypatch: pytes
     assert "settled: 0 paid" in shown and not set(shown) & set("\x1b\x07\x9b")
 
 
+def test_a_line_end_in_two_pieces_of_a_stream_is_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    output = Output()
+    for piece in ("one\r", "\ntwo\r", "", "\n", "paid 5\r", "paid 9\n"):
+        output.write(piece)
+    assert screen.getvalue() == "one\r\ntwo\r\npaid 5\ufffdpaid 9\n"
+
+
 def test_a_file_gets_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     Output().write(EVIL)
     Output().row({}, EVIL)
