@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from node.audit import audit
+from node.chain.memory import Events, World
 from node.chain.memory_jobs import MemoryJobs
 from node.client import job_fetch
 from node.client.client import Client
@@ -897,9 +898,12 @@ class Asker:
     def deposit(self, amount: int) -> None:
         ledger, payer = self.market.ledger, self.payer.address
         if amount:
-            ledger.apply(
-                lambda world, _: (replace(world, escrow=escrow.deposit(world.escrow, ledger.token, amount, payer)), [])
-            )
+
+            def paid(world: World, _: int) -> tuple[World, Events]:
+                world = world.pay(ledger.token, ledger.vault, amount)
+                return replace(world, escrow=escrow.deposit(world.escrow, ledger.token, amount, payer)), []
+
+            ledger.apply(paid)
 
     async def ask(self, question: msgspec.Struct) -> Any:
         peer = await self.network.connect(self.worker.network.addresses[0])
