@@ -3,8 +3,8 @@
 Rules
 - Kept in the journal's file but not chained: a result is its client's data and must go some day; the receipt in the journal
   is forever. `keeping(...)` puts both into one transaction.
-- Bounded by bytes. Room is made by dropping what has expired, then what is acknowledged, oldest first; what still waits for its
-  client is never dropped before its time, so a full store refuses new results.
+- Bounded by bytes. Room is made by dropping what has expired, then what is acknowledged or released, oldest first; what still
+  waits for its client is never dropped before its time, so a full store refuses new results.
 - One job id, one result: the same one again is fine and may be kept longer for it, another one is a conflict.
 - All times are Unix milliseconds given by the caller.
 """
@@ -71,11 +71,12 @@ class Results:
         return None if row is None else bytes(row[0])
 
     async def extend(self, job_id: bytes, expires_ms: int) -> bool:
-        """Keep it so long, if it is not kept longer. False when the job is unknown."""
+        """Keep it so long, if it is not kept longer, and for no less whoever let go of it. False when the job is unknown."""
 
         def work(connection: sqlite3.Connection) -> bool:
             changed = connection.execute(
-                "UPDATE results SET expires_ms = MAX(expires_ms, ?) WHERE job_id = ?", (expires_ms, job_id)
+                "UPDATE results SET expires_ms = MAX(expires_ms, ?), acknowledged_ms = NULL WHERE job_id = ?",
+                (expires_ms, job_id),
             )
             return changed.rowcount > 0
 
@@ -89,13 +90,22 @@ class Results:
 
         return work
 
-    async def acknowledge(self, job_id: bytes, *, now_ms: int) -> bool:
-        """The client has it: it may go when room is needed. False when the job is unknown. The first time counts."""
+    def releasing(self, job_id: bytes, *, now_ms: int) -> Work[None]:
+        """Work that lets it go when room is needed; until then it stays to its time."""
 
-        def work(connection: sqlite3.Connection) -> bool:
+        def work(connection: sqlite3.Connection) -> None:
             connection.execute(
                 "UPDATE results SET acknowledged_ms = ? WHERE job_id = ? AND acknowledged_ms IS NULL", (now_ms, job_id)
             )
+
+        return work
+
+    async def acknowledge(self, job_id: bytes, *, now_ms: int) -> bool:
+        """The client has it: it may go when room is needed. False when the job is unknown. The first time counts."""
+        release = self.releasing(job_id, now_ms=now_ms)
+
+        def work(connection: sqlite3.Connection) -> bool:
+            release(connection)
             return connection.execute("SELECT 1 FROM results WHERE job_id = ?", (job_id,)).fetchone() is not None
 
         return await self._ledger.write(work)

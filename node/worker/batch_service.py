@@ -16,6 +16,7 @@ from node.store.batch_keeper import BatchKeeper, ChainClock, JobsChain
 from node.store.ledger import Ledger
 from node.store.results import Results
 from node.store.signed import OnRecord
+from node.store.writer import Work
 from node.worker.batch import BatchDesk, BatchRules, Sign
 from node.worker.batch_quotes import BatchAsset, QuoteDesk, QuoteRules, spec_key
 from node.worker.batch_run import BatchRunner, RunSettings
@@ -68,7 +69,14 @@ class BatchService:
             for domain, chain in chains.items()
             if chain.jobs is not None
         }
-        self.book = BatchBook.restore(ledger, Role.WORKER, lambda state: results.forgetting([spec_key(state.job_id)]))
+
+        def leaves(state: BatchState) -> Work[None]:
+            """The specification of a void job stays while there is room: should a reorganisation deeper than we wait for
+            have it opened after all, it has to be run."""
+            key = spec_key(state.job_id)
+            return results.releasing(key, now_ms=now_ms()) if state.void else results.forgetting([key])
+
+        self.book = BatchBook.restore(ledger, Role.WORKER, leaves)
         self.quotes = QuoteDesk(
             worker=worker,
             rules=settings.quotes,

@@ -78,6 +78,22 @@ def test_room_is_made_from_expired_then_oldest_acknowledged_and_never_from_what_
     trio.run(main)
 
 
+def test_what_was_released_goes_when_room_is_needed_unless_it_is_wanted_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        with open_ledger(tmp_path) as ledger:
+            results = Results(ledger, max_bytes=100)
+            for n in (1, 2):
+                await results.put(job(n), bytes(50), NOW + 1000, now_ms=NOW)
+                await ledger.append([], also=results.releasing(job(n), now_ms=NOW))
+            assert results.used_bytes() == 100 and results.held_bytes(NOW) == 0
+            assert await results.extend(job(1), NOW + 500)
+            assert results.held_bytes(NOW) == 50
+            await results.put(job(3), bytes(50), NOW + 1000, now_ms=NOW)
+            assert [n for n in range(1, 4) if results.get(job(n))] == [1, 3]
+
+    trio.run(main)
+
+
 def test_receipt_and_result_are_durable_together_or_not_at_all(tmp_path: Path) -> None:
     async def main() -> None:
         with open_ledger(tmp_path) as ledger:
