@@ -36,6 +36,10 @@ from protocol.workload import Terms, decode_terms, terms_hash
 _ENDED: Final = (JobState.SETTLED, JobState.REFUNDED)
 _SUBMITTED_ONCE: Final = (JobState.SUBMITTED, JobState.DISPUTED)
 
+QUOTE_LIFE: Final = 3600
+"""Seconds that a quote stands at most: a client takes none that stands longer, by its guess at chain time. Whoever takes from
+this that a job was not opened before some moment allows for a wrong guess, by as much as a mistake would cost there."""
+
 # ----------------------------------------------------------------------------------------------------------- changes
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.batch import BatchState
+from protocol.batch import QUOTE_LIFE, BatchState
 from protocol.escrow import JobState, Outcome, Slash, SlashState
 from protocol.escrow.disputes import RESOLVE_WINDOW
 from protocol.escrow.state import PPM
 from protocol.escrow.workers import REPORTER_PPM, SLASH_DELAY, VICTIM_PPM
 from protocol.ids import ZERO_ADDRESS, Address
 
-QUOTE_LIFE: Final = 24 * 3600
-"""Seconds that no quote stands for: a job was not opened earlier than this before `valid_before`."""
+EARLIEST: Final = QUOTE_LIFE + 23 * 3600
+"""Seconds before `valid_before`, earlier than which a job was not opened. Far more than a clock is wrong by: a slash that is
+passed over is money lost, and a day of them is read with few questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def booked_since(state: BatchState) -> int:
     """Chain seconds before which a slash of such a job was not booked."""
     if state.resolve_by:
         return state.resolve_by - RESOLVE_WINDOW
-    return max(0, state.quote.valid_before - QUOTE_LIFE)
+    return max(0, state.quote.valid_before - EARLIEST)
 
 
 def is_before(slash: Slash, since: int) -> bool:

@@ -12,6 +12,7 @@ import trio
 from node.errors import InsufficientFunds, NodeError, NoWorker, Refused, VerificationFailed, WorkerFault
 from node.network.drive import converse
 from node.store.batch_keeper import JobsChain
+from protocol.batch import QUOTE_LIFE
 from protocol.errors import RefusalReason, RemoteProtocolError
 from protocol.escrow import most_beside_bond
 from protocol.ids import ZERO_ADDRESS, Address, PeerId
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 QUOTE_S: Final = 120.0
 """A worker tokenises megabytes before it answers, one asker after the other."""
-VALID_MOST_S: Final = 3600
 Count = Callable[[ModelOffer, Sequence[ChatMessage], int], tuple[int, bool]]
 """Prompt tokens of messages, and whether that is exact or an upper bound."""
 
@@ -174,7 +174,7 @@ async def ask(
         require_signer(quote.digest(domain), reply.signature, asked.worker, "quote")
     except RemoteProtocolError as error:
         raise VerificationFailed(f"{offer.peer_id}: {error.detail}") from error
-    if not now < quote.valid_before <= now + VALID_MOST_S:
+    if not now < quote.valid_before <= now + QUOTE_LIFE:
         raise VerificationFailed(f"{offer.peer_id}: its quote stands until {quote.valid_before}, now is {now}")
     await trio.to_thread.run_sync(_check_counts, candidate, spec, terms, client.counted)
     return Quoted(
