@@ -11,8 +11,8 @@ and come from any of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -44,6 +44,7 @@ from node.ports import (
 from protocol.ids import ZERO_ADDRESS, Address, ChannelId
 from protocol.typed_data import ChannelConfig, Domain
 
+T = TypeVar("T")
 _CONTRACTS: Final[Mapping[str, tuple[str, ...]]] = {
     "Vault": (),
     "Workers": ("Vault",),
@@ -54,6 +55,8 @@ _CONTRACTS: Final[Mapping[str, tuple[str, ...]]] = {
     "Attestations": (),
 }
 """What a deployment has, in the order in which faults are told, and what each stands on; who stands on the Vault is a module."""
+PAGE: Final = 5_000
+"""Blocks that are searched at once for events: what public nodes still answer."""
 _HINT = "check the deployment file: it must name Gristmill's contracts on this chain"
 
 
@@ -436,6 +439,34 @@ class EvmChain:
 
         found = await self.nodes.agreed(ask, f"events of {name} in blocks {first} to {last}")
         return [event for log in found if (event := decode_log(contract(name), log)) is not None]
+
+    async def search_back(
+        self,
+        name: str,
+        topics: Sequence[bytes],
+        take: Callable[[ChainEvent], T | None],
+        *,
+        first: int = 0,
+        last: int | None = None,
+        since: int = 0,
+        agreed: bool = False,
+    ) -> T | None:
+        """The first that `take` makes of such an event, the newest event first; None when it makes nothing of any.
+
+        From block `last`, or the head, down to block `first` or the page with the chain second `since`, and never below the
+        deployment. `agreed`: as `agreed_logs`.
+        """
+        logs = self.agreed_logs if agreed else self.logs
+        first, last = max(first, self.deployment.block), (await self.head()).number if last is None else last
+        while last >= first:
+            start = max(last - PAGE + 1, first)
+            for event in reversed(await logs(name, topics, start, last)):
+                if (found := take(event)) is not None:
+                    return found
+            if since and await self.block_time(start) < since:
+                break
+            last = start - 1
+        return None
 
     def events(self, start: int | None = None) -> AsyncIterator[ChainEvent]:
         return self.watcher(start)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from node.chain.artifacts import contract
 from node.chain.headers import header_rlp
-from node.chain.jobs import PAGE, quote_tuple
+from node.chain.jobs import quote_tuple
 from node.errors import ChainError, ConfigError
 from node.ports import ChainEvent, TxResult
 from protocol.errors import InvalidValue
@@ -94,46 +94,43 @@ class EvmCommittee:
 
     async def begun(self, within_s: int) -> list[JobId]:
         """Cases that began in the last so many seconds, oldest first, as far as a node tells of them."""
-        head = await self._chain.head()
         found: list[JobId] = []
-        last = head.number
-        while last >= self._chain.deployment.block:
-            first = max(last - PAGE + 1, self._chain.deployment.block)
-            events = await self._chain.logs("Committee", (contract("Committee").topic("Begun"),), first, last)
-            found = [JobId(one.args["jobId"]) for one in events] + found
-            if await self._chain.block_time(first) < head.timestamp - within_s:
-                break
-            last = first - 1
-        return found
+        since = (await self._chain.head()).timestamp - within_s
+        topics = (contract("Committee").topic("Begun"),)
+        await self._chain.search_back(
+            "Committee", topics, lambda event: found.append(JobId(event.args["jobId"])), since=since
+        )
+        return found[::-1]
 
     async def silent(self, sight: Sight) -> list[tuple[Address, int]]:
         """(juror, ticket) of every seat that has committed and not revealed, once that is too late."""
         if not sight.case.snapshot or sight.now < sight.case.reveal_ends:
             return []
-        events = await self._events("Committee", "Committed", sight.job_id, sight.case.snapshot, sight.block)
-        seats = [(Address(one.args["juror"]), int(one.args["ticket"])) for one in events]
-        return [one for one in seats if (await self.seat(sight.job_id, *one)).state is SeatState.COMMITTED]
+        seats: list[tuple[Address, int]] = []
+        await self._chain.search_back(
+            "Committee",
+            (contract("Committee").topic("Committed"), bytes(sight.job_id)),
+            lambda event: seats.append((Address(event.args["juror"]), int(event.args["ticket"]))),
+            first=sight.case.snapshot,
+            last=sight.block,
+        )
+        return [one for one in seats[::-1] if (await self.seat(sight.job_id, *one)).state is SeatState.COMMITTED]
 
     async def quote(self, sight: Sight) -> Quote:
         """The job's terms, by the event of its opening. A node can not make them up: their digest is the job's id.
 
         Raises `ChainError` when no node tells.
         """
-        job_id, last = sight.job_id, sight.case.snapshot
-        while last >= self._chain.deployment.block:
-            first = max(last - PAGE + 1, self._chain.deployment.block)
-            for event in await self._events("Jobs", "Opened", job_id, first, last):
-                quote = _quote(event.args["quote"])
-                if quote is not None and quote.job_id(self._jobs.domain) == job_id:
-                    return quote
-            last = first - 1
-        raise ChainError(f"no node tells of the opening of job {job_id}", hint="ask a node that keeps old logs")
+        job_id = sight.job_id
 
-    async def _events(self, name: str, event: str, job_id: JobId, first: int, last: int) -> list[ChainEvent]:
-        found: list[ChainEvent] = []
-        topics = (contract(name).topic(event), bytes(job_id))
-        for start in range(first, last + 1, PAGE):
-            found += await self._chain.logs(name, topics, start, min(last, start + PAGE - 1))
+        def read(event: ChainEvent) -> Quote | None:
+            quote = _quote(event.args["quote"])
+            return quote if quote is not None and quote.job_id(self._jobs.domain) == job_id else None
+
+        topics = (contract("Jobs").topic("Opened"), bytes(job_id))
+        found = await self._chain.search_back("Jobs", topics, read, last=sight.case.snapshot)
+        if found is None:
+            raise ChainError(f"no node tells of the opening of job {job_id}", hint="ask a node that keeps old logs")
         return found
 
     async def header(self, number: int) -> bytes:

@@ -8,6 +8,7 @@ from node.chain.artifacts import contract
 from node.chain.stakes import Stakes
 from node.errors import ChainError
 from node.ports import DisputeOnChain, JobOnChain, TxResult
+from protocol.batch import QUOTE_LIFE
 from protocol.escrow import JobState, Outcome
 from protocol.ids import ZERO_ADDRESS, Address, Hash32, JobId
 from protocol.typed_data import Domain, Quote
@@ -15,10 +16,9 @@ from protocol.typed_data import Domain, Quote
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
 
-PAGE: Final = 5_000
-"""Blocks that are searched at once for the event of one job: what public nodes still answer."""
-VALID_MOST_S: Final = 2 * 3600
-"""Longer than a quote is good for (`node.client.job_quotes`), so no job was opened as long as this before its quote's end."""
+EARLIEST: Final = QUOTE_LIFE + 3600
+"""Seconds before its quote's end, earlier than which a job was not opened. An hour for a wrong clock, no more: each hour is pages
+of logs that every node is asked for in vain when there is no event, and without one the amount is only not told."""
 ENDED: Final = (JobState.SETTLED, JobState.REFUNDED)
 
 
@@ -91,15 +91,9 @@ class EvmJobs:
     async def paid(self, quote: Quote) -> int | None:
         """The amount is journaled, so a quorum has to tell it; and nobody is searched for further back than the job can be."""
         topics = (contract("Jobs").topic("Settled"), bytes(quote.job_id(self._domain)))
-        last = (await self._chain.head()).number
-        while last >= self._chain.deployment.block:
-            first = max(last - PAGE + 1, self._chain.deployment.block)
-            for event in await self._chain.agreed_logs("Jobs", topics, first, last):
-                return int(event.args["paid"])
-            if await self._chain.block_time(first) < quote.valid_before - VALID_MOST_S:
-                break
-            last = first - 1
-        return None
+        return await self._chain.search_back(
+            "Jobs", topics, lambda event: int(event.args["paid"]), since=quote.valid_before - EARLIEST, agreed=True
+        )
 
     async def dispute(self, quote: Quote) -> DisputeOnChain:
         job_id = quote.job_id(self._domain)

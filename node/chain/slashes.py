@@ -14,7 +14,7 @@ import trio
 
 from node.chain.artifacts import contract
 from node.errors import ChainError
-from node.ports import Slashes, TxResult
+from node.ports import ChainEvent, Slashes, TxResult
 from protocol.equivocation import Contradiction
 from protocol.escrow import Slash, SlashState
 from protocol.ids import Address, ChannelId, Hash32, keccak256
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 PAGE: Final = 16
 """Slashes that are asked for at once."""
-BLOCKS: Final = 5_000
-"""Searched at once for an event: what public nodes still answer."""
 PROVE: Final = "prove_equivocation"
 """Purpose of the transaction, in the journal."""
 GUARDIAN: Final = keccak256(b"GUARDIAN")
@@ -71,15 +69,13 @@ class EvmSlashes:
     async def config_of(self, channel_id: ChannelId) -> ChannelConfig | None:
         """Of a channel that was ever allocated, as far as a node tells of it; its id is the hash of it, so nobody can lie."""
         topics = (contract("Channels").topic("Allocated"), bytes(channel_id))
-        last = (await self._chain.head()).number
-        while last >= self._chain.deployment.block:
-            first = max(last - BLOCKS + 1, self._chain.deployment.block)
-            for event in await self._chain.logs("Channels", topics, first, last):
-                config = event.args["config"]
-                if isinstance(config, ChannelConfig) and config.channel_id(self._chain.domain) == channel_id:
-                    return config
-            last = first - 1
-        return None
+
+        def read(event: ChainEvent) -> ChannelConfig | None:
+            config = event.args["config"]
+            ours = isinstance(config, ChannelConfig) and config.channel_id(self._chain.domain) == channel_id
+            return config if ours else None
+
+        return await self._chain.search_back("Channels", topics, read)
 
     async def is_guardian(self, account: Address) -> bool:
         return bool(await self._chain.view("Vault", "hasRole", GUARDIAN, account))
