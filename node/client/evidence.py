@@ -2,7 +2,7 @@
 
 Rules
 - Every receipt of this process is known by channel, number and digest, the refused ones too. When a number does not rise above
-  all that the channel has seen, the journal is asked for its older ones, once per channel.
+  all that the channel has paid for, or the channel has refused one, the journal is asked for its older ones, once per channel.
 - Jobs run side by side, so a number that does not rise is no fault by itself.
 - Who contradicts itself is told of and avoided. Both receipts are in the journal: `gristmill slash prove` convicts by them.
 """
@@ -13,7 +13,7 @@ import logging
 
 import trio
 
-from node.store.evidence import keep_refused, receipts
+from node.store.evidence import channels_that_refused, keep_refused, receipts
 from node.store.ledger import Ledger
 from protocol.channel import ChannelState
 from protocol.errors import GristmillError
@@ -31,13 +31,16 @@ class Evidence:
         self._ledger = ledger
         self._known: dict[tuple[ChannelId, int], bytes] = {}
         self._read: set[ChannelId] = set()
+        self._refusing: set[ChannelId] | None = None
+        """Channels with refused receipts in the journal: those do not raise the channel's number. None before it was asked."""
+        self._reading = trio.Lock()
         self.told: list[str] = []
         """What was found, in words."""
 
     async def accepted(self, state: ChannelState, receipt: Receipt) -> bool:
         """A verified receipt, before its end is journaled. Whether it contradicts another one."""
         contradicts = self._note(state, receipt)
-        if not contradicts and receipt.sequence <= state.sequence:
+        if not contradicts and (receipt.sequence <= state.sequence or await self._has_refused(state.channel_id)):
             await self._recall(state)
             contradicts = self._note(state, receipt)
         return contradicts
@@ -71,11 +74,23 @@ class Evidence:
             log.warning("%s", text)
         return True
 
+    async def _has_refused(self, channel_id: ChannelId) -> bool:
+        async with self._reading:
+            if self._refusing is None:
+                self._refusing = await trio.to_thread.run_sync(channels_that_refused, self._ledger)
+        return channel_id in self._refusing
+
     async def _recall(self, state: ChannelState) -> None:
-        """What the journal has of this channel. Older ones win: what contradicts them is the news."""
-        if state.channel_id in self._read:
-            return
-        self._read.add(state.channel_id)
-        found = await trio.to_thread.run_sync(lambda: list(receipts(self._ledger, state.channel_id)))
-        for one in found:
-            self._known[state.channel_id, one.receipt.sequence] = one.receipt.digest(state.home)
+        """What the journal has of this channel. Older ones win: what contradicts them is the news, even when it is kept already.
+
+        Under a lock: a second part beside the first one is not judged before the older ones are known.
+        """
+        async with self._reading:
+            if state.channel_id in self._read:
+                return
+            found = await trio.to_thread.run_sync(lambda: list(receipts(self._ledger, state.channel_id)))
+            older: dict[tuple[ChannelId, int], bytes] = {}
+            for one in found:
+                older.setdefault((state.channel_id, one.receipt.sequence), one.receipt.digest(state.home))
+            self._known |= older
+            self._read.add(state.channel_id)

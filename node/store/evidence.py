@@ -7,6 +7,7 @@ beside them, because its number may come again under another one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import merge
 from typing import Final
 
 import msgspec
@@ -32,18 +33,22 @@ async def keep_refused(ledger: Ledger, message: ReceiptMessage) -> None:
 
 def receipts(ledger: Ledger, channel_id: ChannelId | None = None) -> Iterator[SignedReceipt]:
     """All that this journal holds, or those of one channel, oldest first. Reads the whole journal."""
-    for kind in (_ENDED, REFUSED):
-        for record in ledger.records(prefix=kind):
-            if channel_id is not None and record.subject != channel_id:
-                continue
-            if kind == REFUSED:
-                raw = msgspec.msgpack.decode(record.body)["receipt"]
-            else:
-                ended = decode_body(record.kind, record.body)
-                raw = ended.receipt if isinstance(ended, JobEnded) else b""
-            found = _read(raw) if raw else None
-            if found is not None:
-                yield found
+    subject = None if channel_id is None else bytes(channel_id)
+    kinds = [ledger.records(prefix=kind, subject=subject) for kind in (_ENDED, REFUSED)]
+    for record in merge(*kinds, key=lambda record: record.seq):
+        if record.kind == REFUSED:
+            raw = msgspec.msgpack.decode(record.body)["receipt"]
+        else:
+            ended = decode_body(record.kind, record.body)
+            raw = ended.receipt if isinstance(ended, JobEnded) else b""
+        found = _read(raw) if raw else None
+        if found is not None:
+            yield found
+
+
+def channels_that_refused(ledger: Ledger) -> set[ChannelId]:
+    """Those of which a refused receipt is kept."""
+    return {ChannelId(record.subject) for record in ledger.records(prefix=REFUSED)}
 
 
 def contradictions(ledger: Ledger) -> list[Contradiction]:

@@ -150,8 +150,9 @@ def _refusal_of_a_stranger(worker: Worker) -> Tamper:
     return _only(Accept, change)
 
 
-def reuse_number(worker: Worker) -> None:
-    """From now on every receipt of this worker has number 1: each is true, and any two of a channel convict it."""
+def reuse_number(worker: Worker, *, dearer: int = 0) -> None:
+    """From now on every receipt of this worker has number 1: each is true, and any two of a channel convict it. `dearer`: than
+    it is, so that it is refused."""
 
     def tamper(_: Worker) -> Tamper:
         def change(message: JobConversation) -> Sequence[JobConversation]:
@@ -159,7 +160,7 @@ def reuse_number(worker: Worker) -> None:
                 return (msgspec.structs.replace(message, sequence=1),)
             return signed(message) if isinstance(message, ReceiptMessage) else (message,)
 
-        signed = _in_receipt(sequence=1)(worker)
+        signed = _in_receipt(sequence=1, cost=lambda raw: amount_to_wire(amount_from_wire(raw) + dearer))(worker)
         return change
 
     honest = worker.server.handle

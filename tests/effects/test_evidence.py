@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from node.chain.memory import MemoryChain
 from node.cli.chat import receipt_data
@@ -25,6 +26,7 @@ from protocol.channel import ChannelState
 from protocol.equivocation import Contradiction, SignedReceipt
 from protocol.escrow import EscrowError
 from protocol.ids import Hash32
+from protocol.typed_data import Receipt
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -112,6 +114,59 @@ def test_a_refused_receipt_is_kept_and_convicts_with_the_one_that_comes_later() 
         assert len(client.evidence.told) == 1
         (found,) = contradictions(client.book.ledger)
         assert found.first.receipt.cost != found.second.receipt.cost and convicts(market, client, found)
+
+    run_market(test)
+
+
+def test_a_refused_one_is_noticed_by_a_client_that_was_started_anew() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client(name="c")
+        reuse_number(worker)
+        await chat(client)  # number 1, paid for
+        market.crash(client)
+        back = await market.client(name="c", deposit=0)
+        reuse_number(worker, dearer=1)  # refused, and in the journal before anything is compared
+        with pytest.raises(VerificationFailed):
+            await chat(back)
+        assert len(back.evidence.told) == 1 and avoided(back, worker)
+        (found,) = contradictions(back.book.ledger)
+        assert convicts(market, back, found)
+
+    run_market(test)
+
+
+def test_a_number_that_was_refused_before_the_start_is_known() -> None:
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(), await market.client(name="c")
+        corrupt(worker, "wrong cost")
+        with pytest.raises(VerificationFailed):
+            await chat(client)
+        market.crash(client)
+        back = await market.client(name="c", deposit=0)
+        back.history.clear()
+        reuse_number(worker)  # number 1 rises above all that was paid for
+        await chat(back)
+        assert len(back.evidence.told) == 1
+
+    run_market(test)
+
+
+def test_parts_side_by_side_are_all_held_against_the_journal() -> None:
+    async def test(market: Market) -> None:
+        _, client = await market.worker(), await market.client(name="c")
+        for _ in range(3):
+            await chat(client)
+        market.crash(client)
+        back = await market.client(name="c", deposit=0)
+        said: list[bool] = []
+
+        async def compare(receipt: Receipt) -> None:
+            said.append(await back.evidence.accepted(channel(back), receipt))
+
+        async with trio.open_nursery() as nursery:
+            for one in receipts(back.book.ledger, channel(back).channel_id):
+                nursery.start_soon(compare, replace(one.receipt, cost=one.receipt.cost + 1))
+        assert said == [True] * 3 and len(back.evidence.told) == 3
 
     run_market(test)
 
