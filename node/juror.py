@@ -13,7 +13,7 @@ from node.chain.committee import FORFEIT_TIME, EvmCommittee
 from node.errors import ChainError, ConfigError, SignerError
 from node.ports import TxResult
 from node.store import votes as journal
-from node.store.ledger import Ledger
+from node.store.ledger import Ledger, wall_clock_ms
 from protocol.escrow import Outcome, SeatState
 from protocol.ids import Address, Hash32, JobId
 from protocol.jury import Due, Sight, Vote, behind, committed, due
@@ -21,6 +21,8 @@ from protocol.jury import Due, Sight, Vote, behind, committed, due
 ROUNDS: Final = 4
 """Steps that follow on each other in one look: seal, commit; reveal, resolve, claim."""
 SLACK_S: Final = 3600
+LOOK_BACK_MS: Final = 90 * 24 * 3600 * 1000
+"""How long after its vote a case is looked at by itself: by then it has ended, and who looks now and then was paid."""
 Announce = Callable[[Sight, Due], Awaitable[None]]
 """Told before each transaction."""
 
@@ -40,12 +42,18 @@ class JurorAtWork:
     """The juror `account`, with the journal that holds its votes."""
 
     def __init__(
-        self, committee: EvmCommittee, ledger: Ledger, account: Address, random32: Callable[[], bytes]
+        self,
+        committee: EvmCommittee,
+        ledger: Ledger,
+        account: Address,
+        random32: Callable[[], bytes],
+        now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._committee = committee
         self._ledger = ledger
         self._account = account
         self._random32 = random32
+        self._now_ms = now_ms
         self._votes = journal.votes(ledger)
 
     def votes(self, job_id: JobId) -> list[Vote]:
@@ -81,15 +89,17 @@ class JurorAtWork:
         self._votes.setdefault(job_id, []).append(vote)
         return vote
 
-    async def cases(self, *, forfeit: bool = False) -> list[JobId]:
-        """Those that something may be due in: all that were ever voted on here, and all that began lately."""
+    async def cases(self, *, forfeit: bool = False, everything: bool = False) -> list[JobId]:
+        """Those that something may be due in: what was voted on here and what began lately. `everything`: also what was voted on
+        longer ago than `LOOK_BACK_MS`, where a fee may be left, for fees do not lapse."""
         terms = await self._committee.terms()
         within = terms.commit_window + terms.reveal_window + SLACK_S + (FORFEIT_TIME if forfeit else 0)
-        return list(dict.fromkeys([*self._votes, *await self._committee.begun(within)]))
+        voted = journal.voted_since(self._ledger, 0 if everything else self._now_ms() - LOOK_BACK_MS)
+        return list(dict.fromkeys([*voted, *await self._committee.begun(within)]))
 
     async def tend(self, job_id: JobId, announce: Announce, *, forfeit: Callable[[str], None] | None = None) -> Tended:
         """Do what is due in one case. What fails is told in the answer, and the rest is done all the same. `forfeit`: burn what
-        silent seats have lost as well, and say so there before.
+        silent seats of others have lost as well, and say so there before.
 
         Raises `ChainError` when the case can not be looked at, `LedgerError`.
         """
@@ -124,6 +134,8 @@ class JurorAtWork:
 
     async def _forfeit(self, tended: Tended, say: Callable[[str], None]) -> None:
         for juror, ticket in await self._committee.silent(tended.sight):
+            if juror == self._account:  # a tenth of our own bond: nobody but others gains by that
+                continue
             try:
                 say(f"case {tended.sight.job_id}: ticket {ticket} of {juror} was silent: a tenth of its bond is burnt")
                 (await self._committee.forfeit(tended.sight.job_id, juror, ticket)).sound()

@@ -113,17 +113,24 @@ def vote(shared: Shared, job: Hash32, verdict: str, result: Hash32 | None, chain
 
 
 @command.command()
-@click.option("--forfeit", is_flag=True, help="Also burn a tenth of the bond of silent seats of others; costs gas.")
+@click.option(
+    "--forfeit",
+    is_flag=True,
+    help="Also burn a tenth of a ticket's bond for every silent seat of others, never for our own; costs gas, pays nothing.",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Also cases voted on more than 90 days ago, if a fee is left there."
+)
 @chain_option
 @password_options
 @click.pass_obj
-def tend(shared: Shared, forfeit: bool, chain: str | None) -> None:
-    """Do what is due in all cases: seal, commit, reveal, end the dispute, claim the fee. Safe to repeat; run it daily, and in
-    every reveal window.
+def tend(shared: Shared, forfeit: bool, everything: bool, chain: str | None) -> None:
+    """Do what is due in the cases of the last 90 days: seal, commit, reveal, end the dispute, claim the fee. Safe to repeat; run
+    it daily, and in every reveal window.
     """
     import trio
 
-    if not trio.run(_tend, shared, passwords.source(shared, "owner"), chain, forfeit):
+    if not trio.run(_tend, shared, passwords.source(shared, "owner"), chain, forfeit, everything):
         raise click.exceptions.Exit(1)
 
 
@@ -222,11 +229,11 @@ async def _vote(
         return _report(shared, work, await work.tend(job_id, await _announcer(shared, chain, committee)))
 
 
-async def _tend(shared: Shared, owner: KeyFile, name: str | None, forfeit: bool) -> bool:
+async def _tend(shared: Shared, owner: KeyFile, name: str | None, forfeit: bool, everything: bool) -> bool:
     async with _work(shared, owner, name) as (chain, committee, work):
         announce, all_well = await _announcer(shared, chain, committee), True
         say = shared.output.say if forfeit else None
-        for job_id in await work.cases(forfeit=forfeit):
+        for job_id in await work.cases(forfeit=forfeit, everything=everything):
             all_well &= _report(shared, work, await work.tend(job_id, announce, forfeit=say))
         return all_well
 

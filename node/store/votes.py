@@ -40,6 +40,11 @@ def votes(ledger: Ledger) -> dict[JobId, list[Vote]]:
     return found
 
 
+def voted_since(ledger: Ledger, at_ms: int) -> list[JobId]:
+    """Cases in which a vote was journaled at this Unix millisecond or later, oldest first."""
+    return list(dict.fromkeys(JobId(one.subject) for one in ledger.records(prefix=VOTED) if one.at_ms >= at_ms))
+
+
 async def keep(ledger: Ledger, vote: Vote) -> None:
     """Returns when it is durable. Raises `LedgerError`."""
     body = {"vote": int(vote.outcome), "result_hash": bytes(vote.result_hash), "secret": vote.secret}
