@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 PAGE: Final = 16
 """Slashes that are asked for at once."""
 PROVE: Final = "prove_equivocation"
-"""Purpose of the transaction, in the journal."""
+MOVE: Final = "move_slash"
+"""Purposes of transactions, in the journal."""
 GUARDIAN: Final = keccak256(b"GUARDIAN")
 
 
@@ -52,7 +53,7 @@ class EvmSlashes:
 
     async def move(self, slash_id: int) -> TxResult:
         # It follows from a look: one that a reorganisation threw out is brought back by itself, not sent twice.
-        return await self._chain.change("move_slash", "Workers", "moveSlash", slash_id, derived=True)
+        return await self._chain.change(MOVE, "Workers", "moveSlash", slash_id, derived=True)
 
     async def cancel(self, slash_id: int) -> TxResult:
         """Only for a guardian of the vault, and before it moves."""

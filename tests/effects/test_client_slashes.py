@@ -11,11 +11,15 @@ import pytest
 import trio
 
 from node.chain.memory import MemoryChain, MemoryLedger
-from node.chain.slashes import newest, page_below, read
+from node.chain.memory_jobs import MemorySlashes
+from node.chain.slashes import MOVE, newest, page_below, read
+from node.client import slashes as of_client
 from node.client.client import Client
 from node.client.job_quotes import JobWish
 from node.client.settings import ClientSettings
+from node.client.slashes import ClientSlashes
 from node.errors import ChainError
+from node.store.ledger import Entry
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, key, run_market
 from protocol import escrow, slashing
@@ -157,21 +161,78 @@ def test_what_somebody_moved_or_a_guardian_cancelled_is_left_alone() -> None:
 
 def test_a_crowd_of_strangers_slashes_hides_none_and_is_not_paid_for() -> None:
     async def test(market: Market) -> None:
-        hot = key("w").address
-
-        def crowd(state: escrow.Escrow, now: int) -> escrow.Escrow:
-            for n in range(40):
-                cause = Hash32(n.to_bytes(32))
-                state = book_slash(state, now, hot, market.ledger.token, 5, STRANGER, STRANGER, cause)
-            return state
-
         client = await broken_word(market)
-        on_world(market, crowd)
+        crowd(market, 40)
         market.ledger.advance(SLASH_DELAY)
         await until(lambda: moves(market))
         await trio.sleep(0.3)
         assert moves(market) == 1 and free(market, client.wallet.payer.address) == DEPOSIT + 300
         assert [slash.state for slash in slashes(market)] == [SlashState.MOVED] + [SlashState.BOOKED] * 40
+
+    run_market(test)
+
+
+def crowd(market: Market, count: int) -> None:
+    """Slashes of a stranger by a stranger, newer than all others."""
+    hot = key("w").address
+
+    def book(state: escrow.Escrow, now: int) -> escrow.Escrow:
+        for n in range(count):
+            state = book_slash(state, now, hot, market.ledger.token, 5, STRANGER, STRANGER, Hash32(n.to_bytes(32)))
+        return state
+
+    on_world(market, book)
+
+
+def test_what_too_many_newer_ones_hide_is_told_of_and_reached_by_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_client, "WALK_MOST", 32)
+
+    async def test(market: Market) -> None:
+        client = await broken_word(market, look_s=3600)
+        crowd(market, 80)
+        market.ledger.advance(SLASH_DELAY)
+        for below in (49, 17):
+            (text,) = await client.jobs.tend()
+            assert f": {below} and older ones" in text and "slash move --last 81" in text and moves(market) == 0
+        assert await client.jobs.tend() == [] and moves(market) == 1
+        assert free(market, client.wallet.payer.address) == DEPOSIT + 300
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_nothing_is_read_any_more_for_a_job_whose_slash_has_moved(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(market: Market) -> None:
+        client = await broken_word(market, look_s=3600)
+        market.ledger.advance(SLASH_DELAY)
+        assert await client.jobs.tend() == [] and moves(market) == 1
+        assert await client.jobs.tend() == []
+        if again:  # the transaction is in the journal: by it the slash is looked at, and nothing else
+            data = "00000000" + (1).to_bytes(32).hex()
+            sent = {"purpose": MOVE, "chain_id": client.wallet.chain.chain_id, "data": data}
+            await client.book.ledger.append([Entry("tx_signed", b"", sent)])
+            client.jobs.slashes = ClientSlashes(book=client.jobs.book, chains=client.jobs._vaults, least=1, look_s=3600)
+        crowd(market, 40)
+        asked: list[int] = []
+        honest = MemorySlashes.get
+
+        async def get(self: MemorySlashes, slash_id: int) -> escrow.Slash:
+            asked.append(slash_id)
+            return await honest(self, slash_id)
+
+        monkeypatch.setattr(MemorySlashes, "get", get)
+        assert await client.jobs.tend() == []
+        assert asked == ([1] if again else [])
+
+    run_market(test)
+
+
+def test_a_client_that_moves_nothing_by_itself_does_not_read_its_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_client, "_sent", lambda ledger: pytest.fail("it was read"))
+
+    async def test(market: Market) -> None:
+        client = await market.client(settings=ClientSettings(slash_min=0))
+        assert await client.jobs.tend() == []
 
     run_market(test)
 
