@@ -19,14 +19,14 @@ from protocol.ids import Address
 
 if TYPE_CHECKING:
     from node.chain.client import EvmChain
-    from node.ports import TokenInfo
+    from node.ports import TokenInfo, TxResult
     from protocol.escrow import Slash
 
 ID = click.IntRange(1, 2**63 - 1)
 KEYS = click.Choice(["payer", "owner"])
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 LAST = click.option(
-    "--last", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Look at so many, newest first."
+    "--last", type=click.IntRange(1), default=1000, show_default=True, help="Look at so many, newest first."
 )
 
 
@@ -65,11 +65,13 @@ def list_(shared: Shared, accounts: tuple[Address, ...], everybody: bool, last: 
 def move(shared: Shared, number: int | None, key: str, last: int, chain: str | None) -> None:
     """Pay out slash ID; without ID all that are due and of which the key gets a share.
 
-    Each share lands in its account's vault balance, whoever sends the transaction. What has moved is not moved again.
+    Each share lands in its account's vault balance, whoever sends the transaction. What has moved is not moved again. What is
+    refused is told, and the others are moved all the same.
     """
     import trio
 
-    trio.run(_move, shared, number, key, last, chain)
+    if not trio.run(_move, shared, number, key, last, chain):
+        raise click.exceptions.Exit(1)
 
 
 @command.command()
@@ -129,13 +131,17 @@ async def _list(shared: Shared, ours: set[Address], everybody: bool, last: int, 
                 shared.output.row(slash_data(slash_id, slash, info), slash_text(slash_id, slash, info, now, ours))
 
 
-async def _move(shared: Shared, number: int | None, key: str, last: int, name: str | None) -> None:
+async def _move(shared: Shared, number: int | None, key: str, last: int, name: str | None) -> bool:
+    """Whether all went well. Raises what is wrong with the one that was asked for."""
     from node.cli.start import transaction
+    from node.errors import ChainError, SignerError
     from protocol.escrow import SlashState
     from protocol.slashing import is_due, share_for
 
     async with as_key(shared, key, name) as chain:
-        head, done = (await chain.head()).timestamp, []
+        head = (await chain.head()).timestamp
+        done: list[TxResult] = []
+        problems: list[str] = []
         if number is None:
             found = [
                 one for one in await _newest(chain, last) if is_due(one[1], head) and share_for(one[1], chain.account)
@@ -145,20 +151,35 @@ async def _move(shared: Shared, number: int | None, key: str, last: int, name: s
         for slash_id, slash in found:
             if slash.state is SlashState.MOVED:
                 continue
-            info = await chain.token_info(slash.token)
-            _check_due(slash_id, slash, head)
-            shared.output.say(f"moving slash {slash_id}: {_who_gets(slash, info, {chain.account})}")
-            result = await chain.slashes.move(slash_id)
-            if result.ok or (await chain.slashes.get(slash_id)).state is not SlashState.MOVED:  # somebody was first
-                done.append(result.sound())
+            try:
+                done += await _move_one(shared, chain, slash_id, slash, head)
+            except (ChainError, SignerError) as error:
+                if number is not None:
+                    raise
+                problems.append(f"slash {slash_id}: {error}")
+                shared.output.say(problems[-1])
         rows = [(n, await chain.slashes.get(n)) for n, _ in found]
         shown = [(n, slash, await chain.token_info(slash.token)) for n, slash in rows]
         data = {
             "slashes": [slash_data(*one) for one in shown],
+            "problems": problems,
             "transactions": [transaction(result) for result in done],
         }
         text = "\n".join(slash_text(*one, head, {chain.account}) for one in shown)
         shared.output.result(data, text or "nothing that is due has a share for this key")
+        return not problems
+
+
+async def _move_one(shared: Shared, chain: EvmChain, slash_id: int, slash: Slash, head: int) -> list[TxResult]:
+    from protocol.escrow import SlashState
+
+    info = await chain.token_info(slash.token)
+    _check_due(slash_id, slash, head)
+    shared.output.say(f"moving slash {slash_id}: {_who_gets(slash, info, {chain.account})}")
+    result = await chain.slashes.move(slash_id)
+    if not result.ok and (await chain.slashes.get(slash_id)).state is SlashState.MOVED:  # somebody was first
+        return []
+    return [result.sound()]
 
 
 async def _cancel(shared: Shared, number: int, key: str, name: str | None, request: str) -> None:
