@@ -40,6 +40,7 @@ from node.chain.pending import (
     no_journal,
     unfinished,
 )
+from node.chain.refused import Refused
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
 from node.chain.values import Receipt
 from node.errors import ChainError, ChainMoved, RequestConflict, SignerRefused, TxTimeout
@@ -129,9 +130,7 @@ class TxSender:
         """By request id: what has been done already."""
         self._underway: dict[str, tuple[Call, trio.Event]] = {}
         """By request id: what is being done now."""
-        self._refused: dict[int, list[PendingTx]] = {}
-        """By nonce: what our caller was told will not happen. A server that refused it may have kept it, so when the nonce is
-        used, we look whether it was by one of these."""
+        self._refused = Refused()
         self._doubts: dict[int, float] = {}
         """By nonce: since when every look has said that the transaction can not land any more."""
 
@@ -173,11 +172,14 @@ class TxSender:
             if theirs != call:
                 break
             await over.wait()
-        under_way = [one.attempts[0] for one in self._stalled.values()]
-        under_way += [attempt for refused in self._refused.values() for attempt in refused]
-        others = {attempt.call for attempt in under_way if attempt.request == request} - {call}
-        if others or request in self._underway:
+        stalled = [one.attempts[0] for one in self._stalled.values()]
+        if request in self._underway or {tx.call for tx in stalled if tx.request == request} - {call}:
             raise RequestConflict(f"{purpose}: request {request!r} is under way with another call")
+        if self._refused.calls(request) - {call}:
+            raise RequestConflict(
+                f"{purpose}: request {request!r} was used for another call, which was refused and may be out all the same",
+                hint="a new request needs a new id",
+            )
 
     def has_answered(self, request: str) -> bool:
         """Whether a transaction that was asked for under this id has its end."""
@@ -201,8 +203,7 @@ class TxSender:
             self._keep(tx)
             self._ended[tx.signed.transaction.nonce] = b""
         self._answered |= answered(history, self._chain_id, self._anchor)
-        for tx in dropped(history, self._chain_id, self._anchor, RECENT):
-            self._refused.setdefault(tx.signed.transaction.nonce, []).append(tx)
+        self._refused.add(*dropped(history, self._chain_id, self._anchor, RECENT))
         by_nonce: dict[int, list[PendingTx]] = {}
         for tx in unfinished(history, self._chain_id):
             by_nonce.setdefault(tx.signed.transaction.nonce, []).append(tx)
@@ -226,7 +227,9 @@ class TxSender:
                 except (TxTimeout, _Dropped):
                     continue
                 results.append(result)
-            results += [result for result, _ in await self._own_up()]
+            await self._take_back()
+            for stalled in [one for one in self._stalled.values() if await self._landed(one.attempts)]:
+                results.append((await self._wait(stalled.attempts))[0])
         return results
 
     async def fee(self) -> int:
@@ -256,12 +259,11 @@ class TxSender:
         self, purpose: str, to: Address | None, data: bytes, value: int, derived: bool, request: str
     ) -> tuple[TxResult, Receipt | None]:
         async with self._lock:
+            await self._take_back()
             stalled = bool(self._stalled)
             repeated = await self._take_up((to, data, value), request)
             if repeated is not None:
                 return repeated
-            if (kept := await self._was_kept((to, data, value), request)) is not None:
-                return kept
             nonce, orphans = await self._next_nonce()
             if orphans:
                 await self._bring_back(orphans)
@@ -278,8 +280,9 @@ class TxSender:
                     attempt = await self._sign_and_send(purpose, (to, data, value), gas, nonce, request)
                     break
                 except _NonceTaken:
-                    if (kept := await self._was_kept((to, data, value), request)) is not None:
-                        return kept
+                    await self._take_back()
+                    if (repeated := await self._take_up((to, data, value), request)) is not None:
+                        return repeated
                     nonce, _ = await self._next_nonce()
             else:
                 raise ChainError(
@@ -293,39 +296,29 @@ class TxSender:
 
         Raises `TxTimeout` when one is still without a receipt after another `bump_after` seconds.
         """
+        if self._stalled:
+            await (
+                self._next_nonce()
+            )  # first what they stand on: an earlier one that a reorganisation threw out and nodes forgot
         for nonce in sorted(self._stalled):
             stalled = self._stalled[nonce]
-            sent = stalled.attempts[0]
             try:
                 ended = await self._wait(stalled.attempts, self._policy.bump_after, push_now=True)
             except _Dropped:
                 continue
+            sent = next(attempt for attempt in stalled.attempts if attempt.signed.hash == ended[0].hash)
             # Under an id it is the id that says whether the caller means the same; a process that died can not come back for it.
             same = sent.request == request and (stalled.answers_equal_calls or bool(request))
             if same and sent.call == call:
                 return ended
         return None
 
-    async def _own_up(self) -> list[tuple[TxResult, PendingTx]]:
-        """What we said will not happen and what has: the ends of those."""
-        if not self._refused:
-            return []
-        count, ended = await self._eth.nonce(self.account), []
-        for nonce in [known for known in sorted(self._refused) if known < count]:
-            attempts = self._refused[nonce]
-            if await self._landed(attempts):
-                result, _ = await self._wait(attempts)
-                ended.append((result, next(a for a in attempts if a.signed.hash == result.hash)))
-            del self._refused[nonce]
-        return ended
-
-    async def _was_kept(self, call: Call, request: str) -> tuple[TxResult, None] | None:
-        """The end of this very call, when it was refused before and a server kept it."""
-        for result, attempt in await self._own_up():
-            log.warning("%s was refused by every server and has landed all the same", attempt.purpose)
-            if attempt.request == request and attempt.call == call:
-                return result, None
-        return None
+    async def _take_back(self) -> None:
+        """What was refused and is out all the same is one of the stalled from here on."""
+        back = await self._refused.back(self._eth, self.account, self._policy.bump_after, self._stalled.keys())
+        for nonce, attempts in back.items():
+            log.warning("%s was refused and is out all the same", attempts[0].purpose)
+            self._stalled[nonce] = _Stalled(attempts, answers_equal_calls=True)
 
     async def _sign_and_send(self, purpose: str, call: Call, gas: int, nonce: int, request: str) -> PendingTx:
         to, data, value = call
@@ -564,6 +557,7 @@ class TxSender:
         if self._ended.get(tx.nonce) != receipt.block_hash:  # else it is journaled already
             await self._journal("tx_final", bytes(self.account), body)
         self._doubts.pop(tx.nonce, None)
+        self._refused.forget(tx.nonce)
         self._eth.expect(receipt.block_number + self._policy.confirmations)
         self._keep(winner)
         self._ended[tx.nonce] = receipt.block_hash
@@ -588,7 +582,5 @@ class TxSender:
         nonce = attempt.signed.transaction.nonce
         body = {"nonce": nonce, "hash": attempt.signed.hash.hex(), "reason": why}
         self._forget(nonce)  # its caller is told that it will not happen: it is never sent again
-        self._refused.setdefault(nonce, []).append(attempt)
-        for old in [known for known in self._refused if known <= nonce - RECENT]:
-            del self._refused[old]
+        self._refused.add(attempt)
         await self._journal("tx_dropped", bytes(self.account), body)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, event, example, given, settings
 from hypothesis import strategies as st
 
 from node.audit_txs import check_transactions
@@ -464,6 +464,20 @@ async def drive(w: World, steps: list[tuple[Any, ...]]) -> None:
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
 )
 @given(st.lists(STEPS, max_size=25))
+@example(  # the one before a stalled transaction is thrown out and forgotten: it goes out again first, or both wait for ever
+    [
+        *(
+            ("owe", 1),
+            ("mine", 2),
+            ("owe", 30),
+            ("wait", 33),
+            ("reorg", 9, False),
+            ("reorg", 9, True),
+            ("reorg", 9, True),
+        ),
+        *(("wait", 27), ("freeze", 1), ("reorg", 5, True), ("reorg", 4, False), ("freeze", 2)),
+    ]
+)
 def test_whatever_happens_each_claim_lands_once(steps: list[tuple[Any, ...]]) -> None:
     """N4 and N5 against everything at once."""
     run(lambda w: drive(w, steps))
