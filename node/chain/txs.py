@@ -297,9 +297,8 @@ class TxSender:
         Raises `TxTimeout` when one is still without a receipt after another `bump_after` seconds.
         """
         if self._stalled:
-            await (
-                self._next_nonce()
-            )  # first what they stand on: an earlier one that a reorganisation threw out and nodes forgot
+            # First what they stand on: an earlier one that a reorganisation threw out and nodes forgot.
+            await self._next_nonce()
         for nonce in sorted(self._stalled):
             stalled = self._stalled[nonce]
             try:
