@@ -588,7 +588,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "open without the worker",
         "Jobs.sol",
         "        _requireSigner(jobId, quote.worker, jobId, workerSignature);\n",
-        "",
+        "        if (workerSignature.length == 0) _requireSigner(jobId, quote.worker, jobId, workerSignature);\n",
     ),
     (
         "a quote opens twice",
@@ -714,13 +714,13 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "a lost dispute costs nothing",
         "Jobs.sol",
         "        if (penalize) _slash(jobId, quote, quote.penalty, quote.client);\n",
-        "",
+        "        if (penalize && toWorker > 0) _slash(jobId, quote, quote.penalty, quote.client);\n",
     ),
     (
         "the rest stays in the contract",
         "Jobs.sol",
         "        if (rest > 0) vault.release(quote.token, quote.client, rest);\n",
-        "",
+        "        if (rest > quote.amount) vault.release(quote.token, quote.client, rest);\n",
     ),
     (
         "an end forgets that it was",
