@@ -157,22 +157,15 @@ def _committee(chain: EvmChain) -> EvmCommittee:
 
 
 async def _enroll(shared: Shared, owner: KeyFile, tickets: int, name: str | None, request: str) -> None:
-    from node.cli.staking import days
-    from node.errors import InsufficientFunds
+    from node.cli.staking import days, to_deposit
 
     async with _work(shared, owner, name) as (chain, committee, _):
         terms = await committee.terms()
         info, once, done = await chain.token_info(terms.token), chain.once(request), list[Any]()
         bond = tickets * terms.seat_bond
-        free = await chain.vault_balance(terms.token, chain.account)
-        missing = 0 if once.has_answered(request, "enroll") else max(0, bond - free)
-        held = await chain.token_balance(terms.token, chain.account)
-        if missing > held:
-            raise InsufficientFunds(
-                f"{tickets} tickets need {info.show(missing)} more than the vault's {info.show(free)}; "
-                f"the account {chain.account} holds {info.show(held)}",
-                hint="send tokens to the owner's account first",
-            )
+        missing = 0
+        if not once.has_answered(request, "enroll"):
+            missing = await to_deposit(chain, info, bond, f"the bond of {tickets} tickets")
         shared.output.say(
             f"buying {tickets} tickets for {chain.account}: {info.show(bond)} of its vault balance become bond"
             + (f", {info.show(missing)} deposited first" if missing else "")

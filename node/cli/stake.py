@@ -11,7 +11,7 @@ from node.cli.assets import chain_option
 from node.cli.main import Command, Shared
 from node.cli.options import password_options, request_option
 from node.cli.params import AMOUNT
-from node.cli.staking import owner_chain, stake_data, stake_text
+from node.cli.staking import owner_chain, stake_data, stake_text, to_deposit
 from node.signer.sources import KeyFile
 
 
@@ -45,22 +45,15 @@ async def _stake(
 ) -> tuple[dict[str, Any], str]:
     from node.chain.stakes import Stakes
     from node.cli.start import transaction
-    from node.errors import InsufficientFunds
 
     async with owner_chain(shared, owner, name) as chain:
         info = await chain.token_info(chain.token)
         once = chain.once(request)
         stakes, done = Stakes(once), []
         if amount is not None:
-            free = await chain.vault_balance(chain.token, chain.account)
-            missing = 0 if once.has_answered(request, "stake") else max(0, amount - free)
-            held = await chain.token_balance(chain.token, chain.account)
-            if missing > held:
-                raise InsufficientFunds(
-                    f"staking {info.show(amount)} needs {info.show(missing)} more than the vault's {info.show(free)}; "
-                    f"the account {chain.account} holds {info.show(held)}",
-                    hint="send tokens to the owner's account first",
-                )
+            missing = 0
+            if not once.has_answered(request, "stake"):
+                missing = await to_deposit(chain, info, amount, f"staking {info.show(amount)}")
             shared.output.say(
                 f"staking {info.show(amount)} of {chain.account}"
                 + (f", {info.show(missing)} of it deposited first" if missing else "")

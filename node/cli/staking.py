@@ -48,6 +48,23 @@ async def owner_books(shared: Shared, owner: KeyFile, name: str | None) -> Async
         yield books, chain
 
 
+async def to_deposit(chain: EvmChain, info: TokenInfo, amount: int, what: str) -> int:
+    """How much of `amount` is missing in the account's vault balance, so that it is deposited first. Raises `InsufficientFunds`
+    when the account does not hold that much. `what`: the words for what needs it."""
+    from node.errors import InsufficientFunds
+
+    free = await chain.vault_balance(info.address, chain.account)
+    missing = max(0, amount - free)
+    held = await chain.token_balance(info.address, chain.account)
+    if missing > held:
+        raise InsufficientFunds(
+            f"{what} needs {info.show(missing)} more than the vault's {info.show(free)}; "
+            f"the account {chain.account} holds {info.show(held)}",
+            hint="send tokens to the owner's account first",
+        )
+    return missing
+
+
 def stake_data(stake: Stake, info: TokenInfo) -> dict[str, Any]:
     return {
         "token": str(info.address),
