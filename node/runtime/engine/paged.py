@@ -7,6 +7,8 @@ A `Plan` says what one forward pass computes: first *rows*, one new token of one
 groups of similar length; then *chunks*, several new tokens of one sequence. With `exact`, every token is a group of its
 own and is computed over exactly what it sees, so that no shape depends on another sequence, or on how a prompt was cut.
 
+Attention reads whole blocks and masks what is not seen.
+
 Sources: Kwon et al. 2023, PagedAttention (blocks); Dao et al. 2022 (the fused kernel behind torch's
 `scaled_dot_product_attention`, used where it is faster than two matrix products: float32 prompts, and GPUs).
 """
@@ -52,8 +54,9 @@ class _Group:
     def __init__(self, begin: int, tables: list[Sequence[int]], lengths: list[int], device: torch.device) -> None:
         self.begin, self.end = begin, begin + len(tables)
         self.lengths = lengths
-        self.tokens = lengths[0]
-        width = blocks_for(self.tokens)
+        width = blocks_for(lengths[0])
+        self.tokens = width * BLOCK_TOKENS
+        """Whole blocks: dense matrices are multiplied without a copy."""
         self.even = min(lengths) == self.tokens
         flat = [block for table in tables for block in (*table[:width], *([table[0]] * (width - len(table))))]
         self.blocks = torch.tensor(flat, device=device)
@@ -83,8 +86,8 @@ class _Chunk:
 
     def __init__(self, begin: int, span: Span, device: torch.device) -> None:
         self.begin, self.end = begin, begin + span.count
-        self.start, self.tokens = span.start, span.start + span.count
-        self.blocks = torch.tensor(span.table[: blocks_for(self.tokens)], device=device)
+        self.start, self.width = span.start, blocks_for(span.start + span.count)
+        self.blocks = torch.tensor(span.table[: self.width], device=device)
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, times: int) -> Tensor:
@@ -92,8 +95,8 @@ class _Chunk:
         key = (window, dtype, times)
         if key not in self._masks:
             device = self.blocks.device
-            at = torch.arange(self.tokens, device=device)
-            me = torch.arange(self.start, self.tokens, device=device)[:, None]
+            at = torch.arange(self.width * BLOCK_TOKENS, device=device)
+            me = torch.arange(self.start, self.start + self.end - self.begin, device=device)[:, None]
             hidden = at > me
             if window is not None:
                 hidden |= at <= me - window
@@ -112,13 +115,19 @@ class Plan:
         self.exact = exact
         positions: list[int] = []
         slots: list[int] = []
+        begun: list[int] = []
         for span in spans:
+            end = span.start + span.count
+            if end % BLOCK_TOKENS and span.start <= end - end % BLOCK_TOKENS:
+                begun.append(span.table[end // BLOCK_TOKENS])
             for position in range(span.start, span.start + span.count):
                 positions.append(position)
                 slots.append(span.table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
         self.tokens = len(positions)
         self.positions = torch.tensor(positions, device=device)
         self.slots = torch.tensor(slots, device=device)
+        self.begun = torch.tensor(begun, device=device, dtype=torch.int64)
+        """Blocks that this pass begins and does not fill."""
         self.groups: list[_Group] = []
         self.chunks: list[_Chunk] = []
         self.device = device
@@ -167,6 +176,8 @@ class PagedCache:
 
         q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]. Returns [tokens, heads * head_dim].
         """
+        if layer == 0 and len(plan.begun):  # what an earlier holder left behind must not be a NaN: 0 * NaN is one
+            self.data.index_fill_(3, plan.begun, 0)
         self._by_slot[layer, 0].index_copy_(1, plan.slots, k.transpose(0, 1))
         self._by_slot[layer, 1].index_copy_(1, plan.slots, v.transpose(0, 1))
         parts = [self._rows(group, plan.exact, layer, how, q[group.begin : group.end]) for group in plan.groups]
@@ -180,8 +191,8 @@ class PagedCache:
     def _rows(self, group: _Group, exact: bool, layer: int, how: Attention, q: Tensor) -> Tensor:
         rows, heads, dim = q.shape
         kv_heads = self._shape[0]
-        keys = self._dense(layer, 0, group.blocks, rows)[:, : group.tokens]
-        values = self._dense(layer, 1, group.blocks, rows)[:, : group.tokens]
+        keys = self._dense(layer, 0, group.blocks, rows)
+        values = self._dense(layer, 1, group.blocks, rows)
         # The queries that share a key head become the rows of one small matrix.
         q = q.view(rows, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads * rows, -1, dim)
         out = _products(q, keys, values, group.mask(how.window, q.dtype, kv_heads), how)
@@ -190,8 +201,8 @@ class PagedCache:
     def _chunk(self, chunk: _Chunk, layer: int, how: Attention, q: Tensor) -> Tensor:
         count, heads, dim = q.shape
         kv_heads = self._shape[0]
-        keys = self._dense(layer, 0, chunk.blocks, 1)[:, : chunk.tokens]
-        values = self._dense(layer, 1, chunk.blocks, 1)[:, : chunk.tokens]
+        keys = self._dense(layer, 0, chunk.blocks, 1)
+        values = self._dense(layer, 1, chunk.blocks, 1)
         if self._fused and not how.softcap:
             mask = chunk.mask(how.window, q.dtype, 1)
             q = q.transpose(0, 1)[None]

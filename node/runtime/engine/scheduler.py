@@ -25,8 +25,10 @@ from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import Span
 from node.runtime.engine.sequence import Sequence
 
-STRETCH = 1.2
+STRETCH = 1.5
 """A prompt beside running streams may make their step longer by this share of it."""
+WAIT_WEIGHT = 4
+"""One who waits for a first token counts as much as so many who wait for their next one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -91,7 +93,7 @@ class Scheduler:
         """Unpaid ones without memory, oldest first."""
         self.preemptions = 0
         self.beside = prefill_chunk
-        """Prompt tokens that a step may compute beside running answers; the engine adjusts it to what it measures."""
+        """Prompt tokens that a step may compute beside as many running answers; the engine adjusts it to what it measures."""
         self._budget = max(token_budget, 1)
         self._chunk = prefill_chunk
 
@@ -145,7 +147,9 @@ class Scheduler:
             for item in work:
                 self.running[item.running.sequence.id] = self.running.pop(item.running.sequence.id)
         work = [item for item in work if item.running.sequence.id in self.running]  # growing may have set others back
-        budget = min(budget, self.beside) if work else budget
+        prompts = len(ready) - len(answering) + len(self.waiting)
+        if work:  # many who wait for their first token may hold up few who wait for their next one
+            budget = min(budget, int(self.beside * max(1.0, WAIT_WEIGHT * prompts / len(work))))
         for one in ready:
             if budget and one.computed < len(one.tokens) - 1 and one.sequence.id in self.running:
                 budget -= self._prompt(one, budget, work)
