@@ -92,7 +92,9 @@ class Engine:
         self.dtype = dtype
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
-        self.block_bytes = 2 * config.layers * config.kv_heads * config.head_dim * BLOCK_TOKENS * self._model.dtype.itemsize
+        self.block_bytes = (
+            2 * config.layers * config.kv_heads * config.head_dim * BLOCK_TOKENS * self._model.dtype.itemsize
+        )
         """Bytes of one KV block, all layers together."""
         self._pool = BlockPool(cache_bytes // self.block_bytes, prefix_cache=prefix_cache)
         try:

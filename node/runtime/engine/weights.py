@@ -39,12 +39,15 @@ def _tensors(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], names: Names, device: torch.device
 ) -> dict[str, Tensor]:
     wanted = {name: names(name) for name in shapes}
+    places = {place.name for place in wanted.values()}
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in {place.name for place in wanted.values()} & set(file.keys()):
-                    stored[name] = file.get_tensor(name)
+                for name in set(file.keys()):
+                    # Some files leave out the name of the whole model before the parts' names.
+                    for full in {name, f"transformer.{name}"} & places:
+                        stored[full] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UnsupportedModel(f"{path.name} cannot be read: {error}") from None
     found: dict[str, Tensor] = {}

@@ -236,7 +236,9 @@ class _Layer:
             """Several that read the same input are one product."""
             keys = [f"{index}.{name}" for name in names]
             biases = [weights[f"{key}.bias"] for key in keys if f"{key}.bias" in weights]
-            weight = torch.cat([weights[f"{key}.weight"] for key in keys]) if len(keys) > 1 else weights[f"{keys[0]}.weight"]
+            weight = (
+                torch.cat([weights[f"{key}.weight"] for key in keys]) if len(keys) > 1 else weights[f"{keys[0]}.weight"]
+            )
             return _tiled(make_linear(weight, fmt, torch.cat(biases) if biases else None), tile)
 
         def norm(name: str, rms: bool = False) -> _Norm:
