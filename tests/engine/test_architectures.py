@@ -88,7 +88,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape)
-            norm = weight.dim() == 1 and "norm" in name or "ln_" in name and name.endswith("weight")
+            norm = (weight.dim() == 1 and "norm" in name) or ("ln_" in name and name.endswith("weight"))
             weight.copy_(1 + 0.1 * noise if norm else 0.3 * noise if weight.dim() == 1 else 0.15 * noise)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
