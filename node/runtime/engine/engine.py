@@ -198,8 +198,10 @@ class Engine:
         planned = time.perf_counter()
         logits = self._forward(work)
         computed = time.perf_counter()
+        prompts = sum(item.span.count for item in work if item.prompt)
         outputs = self._draw(work, logits)
-        self._account(work, planned - begun, computed - planned, time.perf_counter() - computed)
+        self._stats.schedule_seconds, self._stats.sample_seconds = planned - begun, time.perf_counter() - computed
+        self._account(work, prompts, computed - planned)
         return outputs
 
     def _guess(self, hold: Container[Hashable]) -> None:
@@ -239,6 +241,7 @@ class Engine:
                 one.lookup.learn(len(one.draft), len(made) - 1)
             self._stats.guessed_tokens += len(one.draft)
             self._stats.accepted_tokens += max(len(made) - 1, 0)
+            self._stats.generation_tokens += len(made)
             self._scheduler.advance(item, [output.token_id for output in made if output.token_id >= 0])
             if made and made[-1].finish_reason is not None:
                 self._scheduler.remove(one.sequence.id)
@@ -274,20 +277,17 @@ class Engine:
             return largest
         return sampler.pick(row, how, sequence.prompt_ids, generated)
 
-    def _account(self, work: list[Work], schedule: float, forward: float, sample: float) -> None:
+    def _account(self, work: list[Work], prompts: int, forward: float) -> None:
         stats = self._stats
         stats.steps += 1
-        stats.schedule_seconds, stats.forward_seconds, stats.sample_seconds = schedule, forward, sample
+        stats.forward_seconds = forward
         stats.step_tokens = sum(item.span.count for item in work)
-        answers = sum(1 + len(item.running.draft) for item in work if item.span.count == 1)
-        prompts = sum(item.span.count for item in work if item.span.count > 1)
         stats.prompt_tokens += prompts
-        stats.generation_tokens += sum(1 for item in work if item.rows)
         # What a prompt's token costs beside running answers decides how many of them a step may hold.
         if not prompts:
             self._answer_seconds = _blend(self._answer_seconds, forward)
         elif prompts >= BLOCK_TOKENS:
-            alone = self._answer_seconds if answers else 0.0
+            alone = self._answer_seconds if stats.step_tokens > prompts else 0.0
             self._token_seconds = _blend(self._token_seconds, max(forward - alone, forward / 8) / prompts)
         if self._token_seconds and self._answer_seconds:
             tokens = STRETCH * self._answer_seconds / self._token_seconds

@@ -58,7 +58,11 @@ class _Group:
         self.tokens = width * BLOCK_TOKENS
         """Whole blocks: dense matrices are multiplied without a copy."""
         self.even = min(lengths) == self.tokens
-        flat = [block for table in tables for block in (*table[:width], *([table[0]] * (width - len(table))))]
+        flat: list[int] = []
+        for table, length in zip(tables, lengths, strict=True):
+            own = blocks_for(length)
+            flat += table[:own]
+            flat += [table[0]] * (width - own)  # what is masked must be numbers, and blocks not begun may hold anything
         self.blocks = torch.tensor(flat, device=device)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 

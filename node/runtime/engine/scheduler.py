@@ -74,6 +74,8 @@ class Work:
 
     running: Running
     span: Span
+    prompt: bool = False
+    """More than the last token of an answer and guesses after it."""
 
     @property
     def rows(self) -> int:
@@ -177,7 +179,7 @@ class Scheduler:
         count = min(len(one.tokens) - one.computed, budget, self._chunk)
         if not self._grow(one, one.computed + count):
             return 0
-        work.append(Work(one, Span(one.table, one.computed, count)))
+        work.append(Work(one, Span(one.table, one.computed, count), prompt=True))
         return count
 
     def _skip(self, one: Running) -> None:
