@@ -76,13 +76,13 @@ def test_a_small_budget_serves_everyone_in_turn(tiny: Path) -> None:
 
 def test_a_known_prefix_is_not_computed_again(tiny: Path) -> None:
     engine = Engine(tiny)
-    first = run(engine, job("a", SHARED + (5,)))
+    first = run(engine, job("a", (*SHARED, 5)))
     computed = engine.stats.prompt_tokens
-    again = run(engine, job("b", SHARED + (6,)))
+    again = run(engine, job("b", (*SHARED, 6)))
     assert computed == 81 and engine.stats.prompt_tokens == 81, "but for its last token"
     assert engine.stats.prefix_hits == 80
     cold = Engine(tiny, prefix_cache=False)
-    assert run(cold, job("a", SHARED + (5,))) == first and run(cold, job("b", SHARED + (6,))) == again
+    assert run(cold, job("a", (*SHARED, 5))) == first and run(cold, job("b", (*SHARED, 6))) == again
     assert cold.stats.prefix_hits == 0
 
 

@@ -222,11 +222,15 @@ class Engine:
             tokens += one.tokens[span.start : end]
             tokens += one.draft[: max(end - len(one.tokens), 0)]
             rows += range(len(tokens) - item.rows, len(tokens))
-        plan = Plan([item.span for item in work], self._device, exact=self._exact)
+        plan = self._plan([item.span for item in work])
         hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache)
         if len(rows) < len(tokens):
             hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
         return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
+
+    def _plan(self, spans: list[Span]) -> Plan:
+        config = self._model.config
+        return Plan(spans, self._device, exact=self._exact, width=config.heads * config.head_dim)
 
     def _draw(self, work: list[Work], logits: Tensor) -> list[StepOutput]:
         largest = iter(logits.max(-1).indices.tolist() if len(logits) else ())
@@ -314,7 +318,7 @@ class Engine:
         try:
             for begin in range(0, len(tokens), self._chunk):
                 chunk = tokens[begin : begin + self._chunk]
-                plan = Plan([Span(table, begin, len(chunk))], self._device, exact=self._exact)
+                plan = self._plan([Span(table, begin, len(chunk))])
                 hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache)
                 hidden = hidden[max(start - begin, 0) :]
                 if len(hidden):
