@@ -59,16 +59,12 @@ def compute_dtype(fmt: str, device: torch.device | str) -> torch.dtype:
     return torch.float16 if fmt == "float16" else torch.bfloat16
 
 
-def head_format(fmt: str) -> str:
-    """The format of the output head of a model whose layers are in `fmt`: four bits are too few for it (see the tests'
-    perplexity), and eight are as fast."""
-    _check_format(fmt)
-    return "int8" if fmt == "int4" else fmt
-
-
-def make_linear(weight: Tensor, fmt: str, bias: Tensor | None = None, *, few_rows: bool = False) -> Linear:
+def make_linear(
+    weight: Tensor, fmt: str, bias: Tensor | None = None, *, head: bool = False, few_rows: bool = False
+) -> Linear:
     """The layer of a weight [out, in] and bias [out], of any floating-point dtype, on the device where they are.
 
+    `head`: it is the output head, which bears quantization worst: int4 keeps it in int8, and its activations in 15 bits.
     `few_rows` (bfloat16 on a CPU only, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows, about twice
     as fast there; it holds the same weights and takes as many bytes again. Raises `UnsupportedModel` for what is no weight.
     """
@@ -79,8 +75,8 @@ def make_linear(weight: Tensor, fmt: str, bias: Tensor | None = None, *, few_row
     device = weight.device.type
     dtype = compute_dtype(fmt, device)
     bias = None if bias is None else bias.to(dtype)
-    if fmt == "int8":
-        return quantize.int8_linear(weight, bias, dtype)
+    if fmt == "int8" or (fmt == "int4" and head):
+        return quantize.int8_linear(weight, bias, dtype, fine=head)
     if fmt == "int4":
         return quantize.int4_linear(weight, bias, dtype)
     if device != "cpu":

@@ -27,10 +27,15 @@ UNPACK_ROWS: Final = 48
 """From so many rows on it is faster to unpack an int4 weight to bfloat16 first (measured: even at 40)."""
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """`weight` [out, in] in int8, to compute in `dtype`. Raises `UnsupportedModel` when it is not finite."""
-    if weight.device.type == "cpu" and works(Int8Linear, "cpu", dtype):
-        return Int8Linear(weight, bias)
+def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fine: bool = False) -> Linear:
+    """`weight` [out, in] in int8, to compute in `dtype`. Raises `UnsupportedModel` when it is not finite.
+
+    `fine`: activations in 15 bits where they are quantized at all; layers that narrow (`in` > `out`) have them anyway.
+    """
+    if weight.device.type == "cpu":
+        kind = Int8FineLinear if weight.shape[1] > weight.shape[0] or fine else Int8Linear
+        if works(kind, "cpu", dtype):
+            return kind(weight, bias)
     if weight.device.type == "cuda" and works(Int8PackLinear, "cuda", dtype):
         return Int8PackLinear(weight, bias)
     return Int8PlainLinear(weight, bias)
@@ -74,7 +79,12 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear:
-    """int8 on a CPU: FBGEMM, float32 or bfloat16 in and out."""
+    """int8 on a CPU: FBGEMM, float32 or bfloat16 in and out.
+
+    Activations are quantized row by row, over the range from least to largest: a few numbers far from all others, on one
+    side, are the rule in language models, and a symmetric range would waste half its steps (measured: 5 % of perplexity
+    against 1 %). One row alone is left to the kernel that does this itself.
+    """
 
     tolerance = 3e-2
 
@@ -87,19 +97,55 @@ class Int8Linear:
             zeros = torch.zeros(self.out_features, dtype=torch.int64)
             packable = torch._make_per_channel_quantized_tensor(numbers, scales.double(), zeros, 0)
             self._packed = ops.linear_prepack(packable, None)
+        self._alone = ops.linear_dynamic.default
         self._linear = ops.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        self._sums = numbers.sum(1) * scales
         self._bias = bias
         # FBGEMM keeps a scale, a zero point and a sum for each output.
-        self.nbytes = fbgemm_padded(self.out_features, self.in_features, 32) + 12 * self.out_features + nbytes_of(bias)
+        padded = fbgemm_padded(self.out_features, self.in_features, 32)
+        self.nbytes = padded + 12 * self.out_features + self._sums.nbytes + nbytes_of(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.float()
-        # A row of zeros is 0/0 here and 0 * 0 below; the kernel turns what is not a number into some integer.
-        largest = rows.abs().amax(1, True)
-        out = self._linear(rows / largest, 1 / 127, 128, self._packed).mul_(largest)
+        out = self._product(x.float())
         if self._bias is not None:
             out += self._bias
         return out.to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:
+            return self._alone(x, self._packed, False)
+        low = x.amin(1, True)
+        span = x.amax(1, True) - low
+        # A row of equal numbers is 0/0 here and 0 * span below; the kernel takes what is not a number for some integer.
+        out = self._linear((x - low).div_(span), 1 / 255, 0, self._packed)
+        return out.mul_(span).addcmul_(low, self._sums)
+
+
+class Int8FineLinear(Int8Linear):
+    """The same with activations in 15 bits: what rounding to 8 left over is a second row, in the same product.
+
+    For what reads the widest or the last activations, which 8 bits hurt most; reading the weights once, it costs little
+    until a batch makes arithmetic the limit. Columns of the weight are brought closer to one size before they are rounded,
+    and the activations are multiplied to match.
+    """
+
+    tolerance = 2e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        sizes = weight.float().abs().amax(0).sqrt_()
+        self._sizes = torch.where(sizes > 0, sizes, 1.0)
+        super().__init__(weight.float() / self._sizes, bias)
+        self.nbytes += self._sizes.nbytes
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        x = x * self._sizes
+        steps = x.abs().amax(1, True).div_(127).clamp_min_(1e-30)
+        scaled = x / steps
+        coarse = scaled.round()
+        fine = scaled.sub_(coarse).mul_(254)
+        out = self._linear(torch.cat((coarse, fine)), 1.0, 128, self._packed)
+        return torch.add(out[:rows], out[rows:], alpha=1 / 254).mul_(steps)
 
 
 class Int8PlainLinear:
