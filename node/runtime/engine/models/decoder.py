@@ -186,7 +186,7 @@ class Decoder:
         self.norm = _Norm(config, "norm", weights, self.dtype)
         self._tile = tile
         head = weights["embed" if config.tied else "head.weight"]
-        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias")), tile)
+        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True), tile)
         self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile) for n in range(config.layers)]
         ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
         self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
