@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,16 +32,20 @@ CASES: dict[str, dict[str, float]] = {
     "temperature 1, min_p 0.05": {"temperature": 1.0, "min_p": 0.05},
     "temperature 2, top_p 0.99": {"temperature": 2.0, "top_p": 0.99},
 }
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name"],
+}
 
 
 def _model() -> Any:
-    """Folder of the real model in a store of the usual place, or None; GRISTMILL_TEST_MODELS names another store."""
+    """Folder of the real model in the configured store, or None."""
     from node.config import load
     from node.errors import NodeError
     from node.models.store import ModelStore
 
-    store = ModelStore(Path(os.environ.get("GRISTMILL_TEST_MODELS") or load().models_dir))
+    store = ModelStore(load().models_dir)
     try:
         return store.path(store.resolve("smollm2-135m-instruct").id)
     except NodeError:
