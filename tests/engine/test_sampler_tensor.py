@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from node.runtime.engine import philox, sampler  # noqa: E402
+from node.runtime.engine import dense, filters, philox, sampler  # noqa: E402
 from node.runtime.engine.history import History  # noqa: E402
 from node.runtime.engine.sampler import Draw, Scratch, pick_rows  # noqa: E402
 from node.testing.sampler_vectors import allowed_of, logits_of, params_of, prompt_of  # noqa: E402
@@ -68,8 +68,17 @@ def test_draw_vectors(case: dict[str, Any]) -> None:
     assert sampler.pick(logits, params_of(case), prompt_of(case), case["generated"], mask) == case["token"]
 
 
-def test_all_vectors_of_one_size_in_one_batch() -> None:
+def on_a_gpu(logits: Any, draws: list[Draw], scratch: Scratch | None = None) -> list[sampler.Picked]:
+    """`pick_rows` by the code for GPUs, which runs anywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_choose", sampler._choose_many)
+        return pick_rows(logits, draws, scratch)
+
+
+@pytest.mark.parametrize("pick", [pick_rows, on_a_gpu])
+def test_all_vectors_of_one_size_in_one_batch(pick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows do not see each other, whatever their parameters, and the logits stay as they were."""
+    monkeypatch.setattr(dense, "CHUNK", 3 * 257)  # so that a batch is several chunks
     for size in (16, 257, 4099):
         cases = [case for case in VECTORS["draws"] if case["logits"]["vocab"] == size]
         logits = torch.tensor([logits_of(case) for case in cases])
@@ -78,7 +87,7 @@ def test_all_vectors_of_one_size_in_one_batch() -> None:
             Draw(params_of(case), prompt_of(case), case["generated"], mask_of(allowed_of(case), size)) for case in cases
         ]
         for _ in range(2):  # the second time with used scratch memory
-            picked = pick_rows(logits, draws, scratch)
+            picked = pick(logits, draws, scratch)
             assert [one.token for one in picked] == [case["token"] for case in cases]
         assert torch.equal(logits, before)
 
@@ -107,10 +116,10 @@ def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list
 
 
 def survivors_of(scores: Any, params: SamplingParams) -> list[int]:
-    """`sampler.survivors`, and every id where no filter is on."""
-    padded = torch.full((-(-len(scores) // sampler.GROUP) * sampler.GROUP,), -math.inf, dtype=torch.float64)
+    """`filters.survivors`, and every id where no filter is on."""
+    padded = torch.full((-(-len(scores) // filters.GROUP) * filters.GROUP,), -math.inf, dtype=torch.float64)
     padded[: len(scores)] = torch.as_tensor(scores, dtype=torch.float64)
-    kept = sampler.survivors(padded, padded.view(-1, sampler.GROUP).amax(1), float(padded.max()), params)
+    kept = filters.survivors(padded, padded.view(-1, filters.GROUP).amax(1), float(padded.max()), params)
     return list(range(len(scores))) if kept is None else [i for i in kept.tolist() if i < len(scores)]
 
 
@@ -125,6 +134,8 @@ def test_same_token_as_the_reference(case: Case) -> None:
     wanted = reference.sample(logits, params, prompt, generated, allowed)
     row, mask = torch.tensor(logits, dtype=torch.float64), mask_of(allowed, len(logits))
     assert sampler.pick(row, params, prompt, generated, mask) == wanted
+    draws = [Draw(params, prompt, generated, mask)] * 2
+    assert [one.token for one in on_a_gpu(torch.stack((row, row)), draws)] == [wanted] * 2
     adjusted = row if mask is None else row.masked_fill(~mask, -math.inf)
     History(params, prompt, generated, CPU).adjust_(adjusted)
     assert adjusted.tolist() == reference.adjust(logits, params, prompt, generated, allowed)
@@ -197,13 +208,17 @@ def test_draws_over_a_whole_vocabulary(temperature: float, filters: dict[str, An
         assert sampler.pick(torch.tensor(logits, dtype=torch.float64), params, range(position), []) == wanted
 
 
-def test_a_winner_far_below_the_usual_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a bound that no winner reaches at first, the search goes down until it finds the same token."""
-    logits = torch.tensor(FLAT)
-    params = SamplingParams(temperature=1.0, seed=77)
-    wanted = [sampler.pick(logits, params, range(n), []) for n in range(20)]
-    monkeypatch.setattr(sampler, "_BELOW", -30.0)
-    assert [sampler.pick(logits, params, range(n), []) for n in range(20)] == wanted
+@pytest.mark.parametrize("below", [-30.0, -3.0, -1.0, 0.0, 0.5, 2.0, 9.0])
+def test_the_winner_is_found_wherever_it_is_looked_for_first(below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too high, and candidates come up that lose to others further down; too low, and there are many."""
+    monkeypatch.setattr(sampler, "_BELOW", below)
+    for position in range(150):
+        logits = torch.tensor([0.0, -0.3, -2.0, *[-6.0 - i % 7 for i in range(400)]])
+        params = SamplingParams(temperature=1.0, seed=77)
+        noise = philox.Complements(101, CPU)
+        noise.draw(77, position)
+        wanted = int((logits.double() + noise.gumbel_of(torch.arange(403))).argmax())
+        assert sampler.pick(logits, params, range(position), []) == wanted
 
 
 @pytest.mark.parametrize("vocab", [1, 63, 64, 65, 128, 200])

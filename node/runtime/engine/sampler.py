@@ -4,10 +4,10 @@ It must pick the same token as the reference. What is not float64 or int64 here 
 win, by margins far above its rounding:
 
 - Greedy without adjustments is the first largest of the raw logits, whatever their width: widening keeps order and ties.
-- Filters (rules 7 to 9) keep a prefix of the ranking, so only the ranking around its end is ever sorted. Everything else
-  falls into buckets of equal score range whose integer sums are exact (`_cut`).
+- Filters (rules 7 to 9) rank only what stands around the end of the prefix that they keep (`filters`).
 - A draw over many tokens computes noise as integers, and logarithms only for tokens whose noise could suffice: the winner of
   a Gumbel draw is about ln(sum exp s) + one standard Gumbel, which is almost never more than 2 below its centre.
+- On a GPU all rows go through the plain form of the rules together (`dense`).
 
 Sources: as in the definition; "the winner is lse + Gumbel": Maddison et al. 2014.
 """
@@ -22,20 +22,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from node.runtime.engine import dense
+from node.runtime.engine.filters import FEW, GROUP, survivors
 from node.runtime.engine.history import History
 from node.runtime.engine.philox import LANES, MASK, Complements, gumbel_of
 from node.runtime.engine.sequence import Sampling
 
-WEIGHT_UNIT: Final = 1 << 40
-GROUP: Final = 64
-"""Tokens whose largest score is looked at first. Scratch rows are padded to a multiple of it."""
-_HEAD: Final = 256
-"""Groups at most from whose maxima a threshold for the best tokens is read."""
-_FEW: Final = 2048
-"""So many candidates get their noise one by one; of more, all noise of the vocabulary is cheaper."""
-_BUCKETS: Final = 4096
-_PER_NAT: Final = 64
-"""Buckets per unit of score."""
 _BELOW: Final = 2.0
 """How far under ln(sum exp s) the winner is looked for at first: it lies lower once in 1,600 draws."""
 
@@ -56,7 +48,7 @@ class Draw:
     logprobs: int = 0
     """0: none; n: the chosen token's, and the n largest."""
     history: History | None = None
-    """Of prompt + generated, kept up by the caller; None makes it anew, which costs time in proportion to the tokens."""
+    """Of prompt + generated, kept up by the caller; None makes it anew, in time proportional to the tokens."""
 
 
 @dataclass(slots=True)
@@ -98,31 +90,39 @@ class _Few:
     scores: Tensor
 
 
+def home(device: torch.device) -> torch.device:
+    """Where rows of logits on this device are sampled, and where their `History` and `Scratch` belong: beside the model on CUDA
+    and ROCm, elsewhere on the CPU, because not every accelerator has float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 @torch.inference_mode()
 def pick_rows(logits: Tensor, draws: Sequence[Draw], scratch: Scratch | None = None) -> list[Picked]:
     """The token that follows each sequence. `logits`: [rows, vocab] of any float type, row i for draws[i]; not changed."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
     if logits.shape[0] != len(draws):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(draws)} draws")
     if not draws:
         return []
-    scratch = scratch or Scratch.of(logits)
+    logits = logits.to(home(logits.device))
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
     best, largest = _first_largest(logits)
     tops, firsts = largest.tolist(), best.tolist()
-    picked: list[Picked] = []
-    few: list[_Few] = []
+    tokens = [-1] * len(draws)
+    open_rows: list[tuple[int, History]] = []
     for row, draw in enumerate(draws):
-        token = -1
-        if -math.inf < tops[row] < math.inf:  # the largest is NaN when any is
-            found = _pick_row(logits[row], draw, firsts[row], scratch)
-            if isinstance(found, int):
-                token = found
-            else:
-                few.append(_Few(row, *found))
-        picked.append(Picked(token, unusable=token < 0))
-    for row, token in _draw_few(few, draws):
-        picked[row] = Picked(token)
+        if not -math.inf < tops[row] < math.inf:  # the largest is NaN when any is
+            continue
+        history = draw.history or History(draw.sampling, draw.prompt, draw.generated, logits.device)
+        if draw.sampling.greedy and not history.adjusts and _allows(draw.mask, firsts[row]):
+            tokens[row] = firsts[row]  # the best of all is the best of those allowed
+        else:
+            open_rows.append((row, history))
+    if open_rows:
+        choose = _choose_many if logits.device.type == "cuda" else _choose
+        for row, token in choose(logits, draws, open_rows, scratch):
+            tokens[row] = token
+    picked = [Picked(token, unusable=token < 0) for token in tokens]
     _add_logprobs(logits, draws, picked)
     return picked
 
@@ -141,13 +141,44 @@ def pick(
     return picked.token
 
 
-def _pick_row(logits: Tensor, draw: Draw, first: int, scratch: Scratch) -> int | tuple[Tensor, Tensor]:
-    """The token; -1 when the constraint leaves nothing; or, for `_draw_few`, ids and scores of those to draw from."""
-    sampling, mask = draw.sampling, draw.mask
-    history = draw.history or History(sampling, draw.prompt, draw.generated, logits.device)
-    if sampling.greedy and not history.adjusts and (mask is None or (first < len(mask) and bool(mask[first]))):
-        return first  # the best of all is the best of those allowed
-    scores = _adjusted(logits, history, mask, scratch)
+def _allows(mask: Tensor | None, token: int) -> bool:
+    return mask is None or (token < len(mask) and bool(mask[token]))
+
+
+def _choose_many(
+    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, History]], _: Scratch | None
+) -> list[tuple[int, int]]:
+    """(row, token) on a GPU; -1 where the constraint leaves nothing."""
+    numbers = [row for row, _ in rows]
+    adjusted = logits[numbers].double()
+    for (row, history), own in zip(rows, adjusted, strict=True):
+        _adjust(own, draws[row].mask, history)
+    positions = [len(draws[row].prompt) + len(draws[row].generated) for row in numbers]
+    found = dense.pick(adjusted, [draws[row].sampling for row in numbers], positions)
+    return list(zip(numbers, found.tolist(), strict=True))
+
+
+def _choose(
+    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, History]], scratch: Scratch | None
+) -> list[tuple[int, int]]:
+    """(row, token) on a CPU, row by row, so that what a row needs stays in the cache."""
+    scratch = scratch or Scratch.of(logits)
+    found: list[tuple[int, int]] = []
+    few: list[_Few] = []
+    for row, history in rows:
+        one = _choose_one(logits[row], draws[row], history, scratch)
+        if isinstance(one, int):
+            found.append((row, one))
+        else:
+            few.append(_Few(row, *one))
+    return found + _draw_few(few, draws)
+
+
+def _choose_one(logits: Tensor, draw: Draw, history: History, scratch: Scratch) -> int | tuple[Tensor, Tensor]:
+    """The token; or, for `_draw_few`, ids and scores of those to draw from."""
+    sampling, scores = draw.sampling, scratch.scores
+    scores[: scratch.vocab] = logits
+    _adjust(scores[: scratch.vocab], draw.mask, history)
     groups = scores.view(-1, GROUP).amax(1)
     top = float(groups.max())
     if top == -math.inf:
@@ -158,23 +189,19 @@ def _pick_row(logits: Tensor, draw: Draw, first: int, scratch: Scratch) -> int |
     groups.div_(sampling.temperature)
     top /= sampling.temperature
     ids = survivors(scores, groups, top, sampling)
-    if ids is None or len(ids) > _FEW:
+    if ids is None or len(ids) > FEW:
         position = len(draw.prompt) + len(draw.generated)
         return _draw_many(scores, ids, top, sampling.seed, position, scratch)
     return ids, scores[ids]
 
 
-def _adjusted(logits: Tensor, history: History, mask: Tensor | None, scratch: Scratch) -> Tensor:
-    """Rules 0 to 4: float64 in the scratch row."""
-    scores = scratch.scores
-    row = scores[: scratch.vocab]
-    row.copy_(logits)
+def _adjust(row: Tensor, mask: Tensor | None, history: History) -> None:
+    """Rules 0 to 4 on float64 [vocab], in place."""
     if mask is not None:
-        allowed = mask.to(scores.device, non_blocking=True)
-        row[: len(allowed)].masked_fill_(~allowed[: len(row)], -math.inf)
+        allowed = mask[: len(row)].to(row.device, non_blocking=True)
+        row[: len(allowed)].masked_fill_(~allowed, -math.inf)
         row[len(allowed) :] = -math.inf
     history.adjust_(row)
-    return scores
 
 
 def _first_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,77 +224,6 @@ def _first_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
     rest, tail = rows[:, whole:].max(1)[0], rows[:, whole:].argmax(1) + whole
     later = (rest > values) | (rest.isnan() & ~values.isnan())
     return torch.where(later, tail, found), torch.where(later, rest, values)
-
-
-# ------------------------------------------------------------------------------------------------------- rules 7 to 9
-
-
-def survivors(scores: Tensor, groups: Tensor, top: float, sampling: Sampling) -> Tensor | None:
-    """Ids that may be drawn, ascending; None when no filter is on, or none that excludes anything.
-
-    `scores`: float64, a multiple of GROUP long; `groups`: the largest of each GROUP of them; `top`: of all. Tokens of score
-    -inf may be left out: they cannot win.
-    """
-    ids: Tensor | None = None
-    if 0 < sampling.top_k < len(scores):
-        if sampling.top_k <= min(_HEAD, len(groups)):
-            ids = _at_least(scores, groups, groups.topk(sampling.top_k).values[-1])
-            ids = ids[_cut(scores[ids], torch.ones_like(ids), top, torch.tensor(sampling.top_k, device=ids.device))]
-        else:
-            ones = torch.ones(len(scores), dtype=torch.int64, device=scores.device)
-            ids = _cut(scores, ones, top, torch.tensor(sampling.top_k, device=scores.device))
-    if sampling.top_p < 1:
-        weights = _weights(scores if ids is None else scores[ids], top)
-        threshold = (weights.sum().double() * sampling.top_p).ceil().long()
-        if ids is not None:
-            ids = ids[_cut(scores[ids], weights, top, threshold)]
-        else:
-            head = _at_least(scores, groups, groups.topk(min(_HEAD, len(groups))).values[-1])
-            inside = weights[head]
-            if bool(inside.sum() >= threshold):  # the nucleus lies within the head
-                ids = head[_cut(scores[head], inside, top, threshold)]
-            else:
-                ids = _cut(scores, weights, top, threshold)
-    if sampling.min_p > 0:
-        floor = math.ceil(sampling.min_p * float(WEIGHT_UNIT))
-        if ids is None:
-            lowest = top + math.log(floor / WEIGHT_UNIT) - 1e-6
-            ids = _at_least(scores, groups, torch.tensor(lowest, dtype=scores.dtype, device=scores.device))
-        ids = ids[_weights(scores[ids], top) >= floor]
-    return ids
-
-
-def _weights(scores: Tensor, top: float) -> Tensor:
-    """q of rules 8 and 9."""
-    return (scores - top).exp_().mul_(WEIGHT_UNIT).to(torch.int64)  # towards zero, so down
-
-
-def _at_least(scores: Tensor, groups: Tensor, threshold: Tensor) -> Tensor:
-    """Ids whose score is not below the threshold, ascending. Of `groups` at least those of the ids are looked into."""
-    chosen = (groups >= threshold).nonzero()[:, 0]
-    where = (scores.view(-1, GROUP)[chosen] >= threshold).nonzero()
-    return chosen[where[:, 0]] * GROUP + where[:, 1]
-
-
-def _cut(scores: Tensor, measure: Tensor, top: float, threshold: Tensor) -> Tensor:
-    """Indices, ascending, of those before which the ranking holds less than `threshold` of `measure` (int64, exact).
-
-    With counts it is rule 7, with weights rule 8.
-    """
-    if len(scores) <= _FEW:
-        order = scores.sort(descending=True, stable=True).indices
-        ranked = measure[order]
-        return order[ranked.cumsum(0) - ranked < threshold].sort().values
-    bucket = (top - scores).mul_(_PER_NAT).clamp_(max=_BUCKETS - 1).to(torch.int64)
-    sums = torch.zeros(_BUCKETS, dtype=torch.int64, device=scores.device).scatter_add_(0, bucket, measure)
-    before = sums.cumsum(0) - sums
-    edge = (before < threshold).sum() - 1
-    at_edge = (bucket == edge).nonzero()[:, 0]
-    order = at_edge[scores[at_edge].sort(descending=True, stable=True).indices]
-    ranked = measure[order]
-    inside = bucket < edge
-    inside[order[before[edge] + ranked.cumsum(0) - ranked < threshold]] = True
-    return inside.nonzero()[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ rule 10
