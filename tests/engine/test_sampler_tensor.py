@@ -152,12 +152,14 @@ def test_a_history_that_is_extended_equals_one_made_anew(case: Case, tokens: lis
     logits, params, prompt, _, _ = case
     tokens = [token % len(logits) for token in tokens]
     grown = History(params, prompt, tokens[:at], CPU)
+    ahead = grown.ahead(tokens[at:])
     for token in tokens[at:]:
         grown.extend(token)
-    one, other = (torch.tensor(logits, dtype=torch.float64) for _ in range(2))
+    one, other, guessed = (torch.tensor(logits, dtype=torch.float64) for _ in range(3))
     grown.adjust_(one)
+    ahead.adjust_(guessed)
     History(params, prompt, tokens, CPU).adjust_(other)
-    assert one.tolist() == other.tolist() == reference.adjust(logits, params, prompt, tokens)
+    assert one.tolist() == other.tolist() == guessed.tolist() == reference.adjust(logits, params, prompt, tokens)
 
 
 def test_the_token_that_reaches_top_p_exactly_is_the_last() -> None:

@@ -75,6 +75,17 @@ class History:
         self._state[1:, slot] += 1
         self._state[2, slot] = 1
 
+    def ahead(self, tokens: Sequence[int]) -> History:
+        """As it would be after these tokens; this one stays as it is."""
+        if not tokens or not self._watches:
+            return self
+        copy = object.__new__(History)
+        copy.__dict__.update(self.__dict__)
+        copy._slots, copy._ids, copy._state = dict(self._slots), self._ids.clone(), self._state.clone()
+        for token in tokens:
+            copy.extend(token)
+        return copy
+
     def adjust_(self, row: Tensor) -> None:
         """Rules 1 to 4 on float64 logits [vocab], in place."""
         if not self._used:

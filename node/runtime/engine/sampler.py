@@ -287,7 +287,7 @@ def _add_logprobs(logits: Tensor, draws: Sequence[Draw], picked: list[Picked]) -
     chosen = logits[rows]
     totals = chosen.logsumexp(1, keepdim=True)
     own = (chosen.gather(1, torch.tensor([[picked[row].token] for row in rows], device=logits.device)) - totals)[:, 0]
-    most = min(max(draws[row].logprobs for row in rows), logits.shape[1])
+    most = min(max(int(draws[row].logprobs) for row in rows), logits.shape[1])
     values, ids = chosen.topk(most, 1)
     ranked = (values - totals).tolist(), ids.tolist()
     for at, (row, logprob) in enumerate(zip(rows, own.tolist(), strict=True)):
