@@ -77,6 +77,7 @@ class Grammars:
         self._eos_ids = frozenset(eos_ids)
         self._seconds = seconds
         self._lock = threading.Lock()
+        self._compiling = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._child: Child | None = None
         self._compiled: OrderedDict[ResponseFormat, LLMatcher] = OrderedDict()
@@ -87,15 +88,11 @@ class Grammars:
         Raises `PromptInvalid` for a grammar that is no good, takes too long or too much, or that the delivered tokens break;
         `ModelError` when this model cannot be bound at all. The first call takes about a second, one with a known grammar none.
         """
-        with self._lock:
-            matcher = self._compiled.get(wanted)
-            if matcher is None:
-                matcher = self._compile(wanted)
-                self._compiled[wanted] = matcher
-                if len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(wanted)
-            constraint = GrammarConstraint(matcher.deep_copy(), self._eos_ids)
+        matcher = self._known(wanted)
+        if matcher is None:
+            with self._compiling:  # one at a time; who asks for a known grammar does not wait for it
+                matcher = self._known(wanted) or self._remember(wanted, self._compile(wanted))
+        constraint = GrammarConstraint(matcher, self._eos_ids)
         for token in delivered:
             constraint.accept(token)
             if constraint.failure or constraint.ended:
@@ -104,8 +101,24 @@ class Grammars:
 
     def close(self) -> None:
         """End the child. The object can be used again."""
-        with self._lock:
+        with self._compiling:
             self._end_child()
+
+    def _known(self, wanted: ResponseFormat) -> LLMatcher | None:
+        """A copy that nothing was fed to, when this grammar has been compiled."""
+        with self._lock:
+            matcher = self._compiled.get(wanted)
+            if matcher is None:
+                return None
+            self._compiled.move_to_end(wanted)
+            return matcher.deep_copy()
+
+    def _remember(self, wanted: ResponseFormat, matcher: LLMatcher) -> LLMatcher:
+        with self._lock:
+            self._compiled[wanted] = matcher
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+            return matcher.deep_copy()
 
     def _compile(self, wanted: ResponseFormat) -> LLMatcher:
         name = _NAMES[wanted.kind]

@@ -16,6 +16,7 @@ pytest.importorskip("llguidance")
 
 from node.errors import ModelError, PromptInvalid  # noqa: E402
 from node.models.tokenizer import Tokenizer  # noqa: E402
+from node.runtime import grammar  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
 from node.runtime.engine.sampler import Draw, Scratch, pick_rows  # noqa: E402
 from node.runtime.engine.sequence import FinishReason, Sequence  # noqa: E402
@@ -133,6 +134,23 @@ def test_a_replayed_answer_goes_on_as_the_unbroken_one(grammars: Grammars) -> No
         grammars.start(schema(PERSON), [*tokens[:3], tokens[0], tokens[0]])
     with pytest.raises(PromptInvalid, match="do not fit"):
         grammars.start(schema(PERSON), tokens)  # it has ended
+
+
+def test_known_grammars_do_not_wait_and_few_are_kept(
+    smollm: Path, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars.start(SUM)
+    with grammars._compiling:  # somebody else's grammar is being compiled
+        assert grammars.start(SUM).mask().any()
+    monkeypatch.setattr(grammar, "KEPT", 3)
+    mine = Grammars(smollm, [EOS], seconds=20.0)
+    try:
+        for n in range(5):
+            mine.start(ResponseFormat("regex", f"a{{{n}}}b"))
+            mine.start(SUM)
+        assert len(mine._compiled) == 3 and SUM in mine._compiled  # the one that is asked for most stays
+    finally:
+        mine.close()
 
 
 def test_answers_of_one_grammar_do_not_see_each_other(grammars: Grammars) -> None:
