@@ -35,6 +35,8 @@ TEXT_LIMIT: Final = 512 * 1024
 """Characters in one request, all messages together (a frame is 1 MiB)."""
 OFFER_LIMIT: Final = 32 * 1024
 """Bytes of one offer document."""
+GRAMMAR_LIMIT: Final = 16 * 1024
+"""Characters of a grammar that binds an answer."""
 TOKENS_PER_CHUNK: Final = 4096
 TOKENS_LIMIT: Final = 131_072
 """Tokens one part may generate, or resume from."""
@@ -92,6 +94,14 @@ class ChatMessage(_Value, frozen=True):
     content: Annotated[str, _Meta(max_length=TEXT_LIMIT)]
 
 
+class ResponseFormat(_Value, frozen=True):
+    """A grammar that the answer's text must follow: rule 0 of `protocol.sampling`."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: Annotated[str, _Meta(min_length=1, max_length=GRAMMAR_LIMIT)]
+    """The JSON schema, the regular expression or the grammar."""
+
+
 class Params(_Value, frozen=True):
     """What decides the tokens besides prompt and model. `protocol.sampling` says in which order."""
 
@@ -112,6 +122,8 @@ class Params(_Value, frozen=True):
     stop: Annotated[tuple[Annotated[str, _Meta(min_length=1, max_length=64)], ...], _Meta(max_length=16)] = ()
     seed: Annotated[int, _Meta(ge=0, le=2**63 - 1)] = 0
     """Fixed by the client's signature, so that every draw can be replayed."""
+    response_format: ResponseFormat | msgspec.UnsetType = msgspec.UNSET
+    """Left out when the text is free, so that what was signed before there were grammars keeps its hash."""
 
 
 class ChannelConfigWire(_Value, frozen=True):

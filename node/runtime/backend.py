@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
+from msgspec import UnsetType
 
-from node.errors import ModelError
+from node.errors import ModelError, PromptInvalid
 from node.models.manifest import FileEntry, Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
-from node.ports import ModelInfo, Prompt, Step
+from node.ports import SAMPLING_PARAMS, ModelInfo, Prompt, Step
 from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.host import EngineHost
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
-from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
+from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat, sampling_params
 
 if TYPE_CHECKING:
     from node.runtime.engine.engine import Engine
+    from node.runtime.grammar import GrammarConstraint, Grammars
 
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 """Sees a model being hashed."""
@@ -50,6 +52,7 @@ class EngineSettings:
 class _Loaded:
     info: ModelInfo
     tokenizer: Tokenizer
+    grammars: Grammars
     host: EngineHost
     engine: Engine
     """Belongs to the host's thread; from here only what may be read at any time."""
@@ -81,6 +84,10 @@ class TorchBackend:
         ids = tokenizer.chat([{"role": m.role, "content": m.content} for m in messages])
         return Prompt(model=model, token_ids=tuple(ids))
 
+    def check_format(self, model: ModelId, wanted: ResponseFormat, resume: Sequence[int] = ()) -> None:
+        """Raises `PromptInvalid`."""
+        self._get(model).grammars.start(wanted, resume)
+
     def fits(self, prompt: Prompt, max_tokens: int) -> bool:
         return self._get(prompt.model).engine.fits(len(prompt.token_ids), max_tokens)
 
@@ -90,12 +97,17 @@ class TorchBackend:
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion. Raises `ModelError`; closing the generator aborts within a step."""
         loaded = self._get(prompt.model)
+        constraint: GrammarConstraint | None = None
+        if not isinstance(params.response_format, UnsetType):
+            start = loaded.grammars.start
+            constraint = await trio.to_thread.run_sync(start, params.response_format, tuple(resume))
         sequence = EngineSequence(
             id=next(self._ids),
             prompt_ids=prompt.token_ids,
             sampling=sampling_params(params),
             max_tokens=params.max_tokens,
             generated_ids=tuple(resume),
+            constraint=constraint,
         )
         detokenizer = loaded.tokenizer.detokenizer(resume)
         stops = StopStrings(params.stop)
@@ -109,6 +121,8 @@ class TorchBackend:
                         output
                     ) in outputs:  # one by one: what is delivered and billed must not depend on how steps were batched
                         if output.finish_reason is EngineFinish.ERROR:
+                            if constraint is not None and constraint.failure:
+                                raise PromptInvalid(f"the client's grammar passed a limit: {constraint.failure}"[:300])
                             raise ModelError("the model computed no usable logits")
                         ids.append(output.token_id)
                         text += stops.push(detokenizer.push((output.token_id,)))
@@ -152,14 +166,17 @@ async def open_backend(
             tokenizer = Tokenizer(folder)
             stack.callback(tokenizer.close)
             tokenizer.warm()
+            grammars = _grammars(folder, engine)
+            stack.callback(grammars.close)
             info = ModelInfo(
                 id=manifest.id,
                 name=manifest.name,
                 context_length=engine.context_length,
                 dtype=settings.dtype,
                 numerics_class=_numerics_class(engine),
+                params=(*SAMPLING_PARAMS, "response_format"),
             )
-            backend._loaded[manifest.id] = _Loaded(info, tokenizer, host, engine)
+            backend._loaded[manifest.id] = _Loaded(info, tokenizer, grammars, host, engine)
         yield backend
 
 
@@ -187,6 +204,12 @@ async def _verify(store: ModelStore, model: ModelId, progress: Progress) -> None
             nursery.start_soon(verify, entry)
     if damaged:
         raise damaged[0]
+
+
+def _grammars(folder: Path, engine: Engine) -> Grammars:
+    from node.runtime.grammar import Grammars
+
+    return Grammars(folder, engine.eos_ids)
 
 
 def _numerics_class(engine: Engine) -> str:

@@ -14,19 +14,6 @@ from protocol.messages import OfferMessage
 from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, offer_frame, open_offer
 from protocol.typed_data import MARKET_DOMAIN
 
-HONOURED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "stop",
-)
-"""Parameters that our engine honours, all of `protocol.sampling`."""
-
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -134,7 +121,7 @@ class OfferDesk:
             max_tokens=min(self._terms.max_tokens, info.context_length),
             dtype=info.dtype,
             numerics_class=info.numerics_class,
-            params=HONOURED,
+            params=info.params,
             tokens_per_second=speed.tokens_per_second,
             ttft_ms=speed.ttft_ms,
         )

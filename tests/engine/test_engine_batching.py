@@ -296,14 +296,17 @@ def test_the_block_size_is_sixteen() -> None:
 def rows_of(engine: Engine, *jobs: Sequence) -> dict[Any, list[torch.Tensor]]:
     """The logits behind every token."""
     rows: dict[Any, list[torch.Tensor]] = {one.id: [] for one in jobs}
-    inner = engine._follow
+    inner = engine._draw
 
-    def follow(one: Any, logits: torch.Tensor, largest: Any) -> Any:
-        outputs = inner(one, logits, largest)
-        rows[one.sequence.id] += [row.clone() for row in logits[: len(outputs)]]
+    def draw(work: Any, logits: torch.Tensor) -> Any:
+        given = [(item.running.sequence.id, item.rows) for item in work]
+        outputs = inner(work, logits)
+        for name, count in given:
+            own, logits = logits[:count], logits[count:]
+            rows[name] += [row.clone() for row in own[: sum(output.id == name for output in outputs)]]
         return outputs
 
-    engine._follow = follow  # type: ignore[method-assign]
+    engine._draw = draw  # type: ignore[method-assign]
     run(engine, *jobs)
     return rows
 
