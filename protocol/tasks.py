@@ -1,11 +1,11 @@
 """What can be asked for besides a chat, and in which units it is counted and paid.
 
-One table, `UNITS`, says for each task what a unit of input and of output is. Both sides derive everything else from the request by
-the functions here, so a price means the same on both: a worker cannot count more audio than there are bytes, nor more of a picture
-than its header says.
+One table, `UNITS`, says for each task what a unit of input and of output is. Both sides derive everything else from the request
+by the functions here, so a price means the same on both: a worker cannot count more audio than there are bytes, nor more of a
+picture than its header says.
 
-Media that do not fit into the ask, or that are not there yet, follow it piece by piece (`protocol.messages.Input`). The ask declares
-how much may come, because that much money is set aside for it.
+Media that do not fit into the ask, or that are not there yet, follow it piece by piece (`protocol.messages.Input`). The ask
+declares how much may come, because that much money is set aside for it.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class Units:
     """Whether a limit on the price of tokens means something for its input."""
     context: str
     """What a model's `context_length` bounds."""
+    streamed: bool = False
+    """Whether input may be billed as it comes."""
 
 
 UNITS: Final = MappingProxyType(
@@ -79,7 +81,7 @@ UNITS: Final = MappingProxyType(
         Task.CHAT: Units("prompt token", "generated token", True, "tokens of prompt and answer together"),
         Task.EMBED: Units("token", "vector", True, "tokens of one text"),
         Task.RERANK: Units("token", "score", True, "tokens of the query and one document together"),
-        Task.TRANSCRIBE: Units("10 ms of audio, begun", "generated token", False, "units of audio in one job"),
+        Task.TRANSCRIBE: Units("10 ms of audio, begun", "generated token", False, "units of audio in one job", True),
         Task.OCR: Units("tile of 256 x 256 pixels, begun", "recognised character", False, "tiles of one image"),
     }
 )
@@ -156,6 +158,16 @@ class OcrRequest(_Request, frozen=True, tag="ocr"):
 TaskRequest = ChatRequest | EmbedRequest | RerankRequest | TranscribeRequest | OcrRequest
 
 
+def media_of(request: TaskRequest) -> bytes:
+    """Audio or image bytes, as far as they came with the ask."""
+    match request:
+        case TranscribeRequest(audio=audio):
+            return audio.data
+        case OcrRequest(image=image):
+            return image.data
+    return b""
+
+
 def task_of(request: TaskRequest) -> Task:
     """Of any request: its tag on the wire."""
     return Task(str(request.__struct_config__.tag))
@@ -188,6 +200,10 @@ class Shape:
         return audio_units(self.given + taken) if self.task is Task.TRANSCRIBE else self.units or 0
 
 
+CHAT_SHAPE: Final = Shape()
+"""Text in, text out, counted by a tokenizer."""
+
+
 def shape_of(request: TaskRequest, dimensions: int = 0) -> Shape:
     """`dimensions`: numbers in one vector of the model. Raises `InvalidValue` for what its type does not rule out."""
     match request:
@@ -210,7 +226,7 @@ def shape_of(request: TaskRequest, dimensions: int = 0) -> Shape:
             units = image_units(*image_size(image))
             return Shape(Task.OCR, units, units, given=len(image.data), size=image.size)
         case ChatRequest():
-            return Shape()
+            return CHAT_SHAPE
 
 
 def _bounded(texts: tuple[str, ...]) -> None:
@@ -251,6 +267,10 @@ def _png(data: bytes) -> tuple[int, int]:
     return width, height
 
 
+_SKIPPED: Final = frozenset({0xC4, 0xCC, *range(0xDB, 0xDF), *range(0xE0, 0xF0), 0xFE})
+"""JPEG segments that may stand before the frame header: tables, application data, comments."""
+
+
 def _jpeg(data: bytes) -> tuple[int, int]:
     """The frame header, SOF0 to SOF2, is looked for from segment to segment (ITU-T T.81, B.2.2)."""
     if data[:2] != b"\xff\xd8":
@@ -263,7 +283,7 @@ def _jpeg(data: bytes) -> tuple[int, int]:
         elif 0xC0 <= kind <= 0xC2:
             height, width = struct.unpack(">HH", data[at + 5 : at + 9])
             return width, height
-        elif kind in (0xD9, 0xDA) or 0xD0 <= kind <= 0xD7 or kind <= 0x01 or 0xC3 == kind or length < 2:
+        elif kind not in _SKIPPED or length < 2:
             break
         else:
             at += 2 + length

@@ -44,6 +44,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.offers import VerifiedOffer
+from protocol.tasks import ChatRequest
 from protocol.typed_data import MARKET_DOMAIN, Domain, Refusal, Voucher
 
 STRANGER = PrivateKey(bytes(31) + b"\x07")
@@ -289,7 +290,7 @@ class Hand:
             model_id=self.offer.document.models[0].model_id,
             offer_hash=bytes(self.offer.hash),
             deadline=self.client.now_ms() + 60_000,
-            messages=(ChatMessage(role="user", content="hello there"),),
+            request=ChatRequest(messages=(ChatMessage(role="user", content="hello there"),)),
             params=Params(max_tokens=40),
             signature=bytes(65),
             cumulative=voucher.cumulative,

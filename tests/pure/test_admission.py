@@ -22,6 +22,7 @@ from protocol.keys import PrivateKey
 from protocol.messages import AskMessage, ChatMessage, Params, amount_to_wire
 from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, open_offer, sign_offer
 from protocol.pricing import Price, cost
+from protocol.tasks import ChatRequest
 from protocol.typed_data import ChannelConfig, Domain, Voucher
 
 NOW = 1_800_000_000_000
@@ -101,7 +102,7 @@ class World:
             "model_id": bytes(MODEL),
             "offer_hash": bytes(self.offer.hash),
             "deadline": NOW + 60_000,
-            "messages": (ChatMessage(role="user", content="hello"),),
+            "request": ChatRequest((ChatMessage(role="user", content="hello"),)),
             "params": Params(max_tokens=40),
             "cumulative": amount_to_wire(self.cumulative),
             "voucher_signature": self.voucher_signer.sign(voucher.digest(DOMAIN)),
