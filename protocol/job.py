@@ -157,6 +157,11 @@ class Terms:
         return cost(self.price, self.input_limit, self.output_limit)
 
     @property
+    def asked_units(self) -> int:
+        """Input units of what comes with the ask: those of media, or else as `input_limit`."""
+        return self.input_limit if self.shape.units is None else self.shape.units
+
+    @property
     def output_limit(self) -> int:
         """The most output units: tokens, or rows of numbers."""
         return self.shape.rows or self.params.max_tokens

@@ -173,6 +173,29 @@ def task_of(request: TaskRequest) -> Task:
     return Task(str(request.__struct_config__.tag))
 
 
+_DOT: Final = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000200000002001000000005b0147590000000f4944415478da63f80f040c8397"
+    "0000dae97f8126f2fa630000000049454e44ae426082"
+)
+"""A white PNG of 32 x 32 pixels."""
+
+
+def sample_request(task: Task) -> TaskRequest:
+    """A small request that every model of the task must be able to serve: for self-tests and for asking what a job would cost."""
+    match task:
+        case Task.CHAT:
+            return ChatRequest((ChatMessage("user", "Say hello."),))
+        case Task.EMBED:
+            return EmbedRequest(("Say hello.", "Hello!"))
+        case Task.RERANK:
+            return RerankRequest("Who says hello?", ("Nobody.", "Ann says hello."))
+        case Task.TRANSCRIBE:
+            second = bytes(2 * SAMPLE_RATE)
+            return TranscribeRequest(Audio(second, len(second)))
+        case Task.OCR:
+            return OcrRequest(Image(_DOT, len(_DOT), "image/png"))
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What both sides know of a request before anything is computed."""

@@ -105,7 +105,7 @@ class Part:
         """
         client, terms = self.client, self.terms
         opened = client.book.begin([JobOpened(self.channel_id, *self.key, 0, terms.limit)])
-        input_cost = terms.spent(terms.input_limit, 0)
+        input_cost = terms.spent(terms.asked_units, 0)
 
         def target(state: ChannelState) -> int:
             return first_voucher(state, client.meter.running(self.channel_id), input_cost, terms.tick)
@@ -317,6 +317,7 @@ class Part:
             unsold = isinstance(error, RemoteProtocolError) and error.code is WireCode.BACKEND
             spent = 0 if unsold and not self.machine.output_tokens else self.machine.spent
             await self._journal_end(spent)
+            self.chat.cost = spent
             if self.machine.shown is not None:
                 await self.client.evidence.refused(self.client.book.channels[self.channel_id], self.machine.shown)
             self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))

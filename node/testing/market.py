@@ -134,8 +134,8 @@ class Market:
         on: Chain | None = None,
         tasks: TaskBackend | None = None,
     ) -> Worker:
-        """A worker that serves, on these chains, and does `tasks` beyond chat if given. The same `name` reopens the same key and journal. `on`: a chain of the caller's
-        instead, opened for `key(name)`, with coins on it."""
+        """A worker that serves, on these chains. The same `name` reopens the same key and journal. `on`: a chain of the caller's
+        instead, opened for `key(name)`, with coins on it. `tasks`: what it does beyond chat."""
         name = name or f"worker {next(self._names)}"
         hot = key(name)
         ledgers = self.ledgers(() if on else chains)

@@ -130,8 +130,7 @@ class ServedPart:
         changes: list[Change] = [JobOpened(self.channel_id, *self.key, sequence, self.terms.limit)]
         if self.checked.cumulative > state.cumulative:
             changes.append(VoucherAdded(self.channel_id, self.checked.cumulative, self.ask.voucher_signature))
-        given = self.terms.shape.units
-        units = self.terms.input_limit if given is None else given
+        units = self.terms.asked_units
         server.meter.set(self.channel_id, self.key, self.terms.spent(units, 0))
         await book.change(changes)
         self.accept = self.machine.agree(
