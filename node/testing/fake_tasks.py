@@ -47,6 +47,8 @@ class FakeTaskSettings:
     seconds_per_step: float = 0.0
     fail_after: int | None = None
     """Raise `ModelError` after so many steps."""
+    unreadable: bool = False
+    """Find that images and audio do not decode."""
     change: Callable[[Step], Step] = lambda step: step
     """What is said instead of each step."""
 
@@ -143,6 +145,8 @@ class FakeTasks:
         async for piece in media:
             self.heard += len(piece)
             yield piece
+        if self.settings.unreadable:
+            raise InputInvalid("these bytes do not decode")
 
 
 def vector_of(text: str) -> tuple[float, ...]:

@@ -84,6 +84,8 @@ class ServedPart:
         """What our runtime did."""
         self.accept = b""
         self._opened = trio.Event()
+        self._news: deque[bytes] = deque()
+        """Frames that say what was taken. One task writes: a write that is cancelled would cost the stream."""
         self._waited = 0.0
         self._wake = trio.Event()
 
@@ -207,7 +209,7 @@ class ServedPart:
         inputs, began = self.machine.inputs, trio.current_time()
         stall = self.server.settings.stall_ms / 1000
         patience = min(stall, stall + inputs.taken_bytes / SLOWEST - self._waited)
-        while (until := self._payable()) == inputs.taken:
+        while self.finish is not None or (until := self._payable()) == inputs.taken:
             if not await self._changed(until=began + patience):
                 unpaid = inputs.untaken > 0
                 code = WireCode.UNPAID if unpaid else WireCode.BAD_INPUT
@@ -217,13 +219,15 @@ class ServedPart:
         self._waited += trio.current_time() - began
         data, frame = self.machine.take(until)
         self.server.meter.set(self.channel_id, self.key, self.machine.spent)
-        fault_point("send.taken")
-        try:
-            await self.link.send_frame(frame)
-        except StreamClosed:
-            self._end(FinishReason.CANCELLED)
-            await trio.sleep_forever()
+        self._news.append(frame)
+        self.notify()
         return data
+
+    async def _tell(self) -> None:
+        """Say what was taken, before anything that was said of the stream after it."""
+        while self._news:
+            fault_point("send.taken")
+            await self.link.send_frame(self._news.popleft())
 
     def _payable(self) -> int:
         """Up to which message the input that waits fits into the credit window."""
@@ -247,6 +251,7 @@ class ServedPart:
         last = stalled = -1.0
         deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
         while self.finish is None:
+            await self._tell()
             over = trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving
             if over or server.blind(self.channel_id):
                 self._end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody may be able to pay for it
@@ -262,6 +267,7 @@ class ServedPart:
             wait = last + server.settings.coalesce_ms / 1000 - trio.current_time()
             if wait > 0:
                 await trio.sleep(wait)
+            await self._tell()
             batch = self._affordable()
             if batch:
                 await self._send(batch)
@@ -273,6 +279,7 @@ class ServedPart:
                 log.info("job %s: no voucher in time, ending unpaid", self.key[0])
                 self.fault = RemoteProtocolError(WireCode.UNPAID, "no voucher came in time")
                 self._end(FinishReason.CANCELLED)
+        await self._tell()
 
     def _affordable(self) -> list[Step]:
         """The waiting steps that fit into the credit window and into one chunk, in order."""
