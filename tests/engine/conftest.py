@@ -40,16 +40,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from node.runtime.engine.models.llama import LlamaConfig
+    from node.runtime.engine.models.configs import parse
 
     def make(**changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("model")
         config = {**TINY, **changes}
         generator = torch.Generator().manual_seed(11)
         weights = {}
-        for name, shape in LlamaConfig.parse(config).shapes().items():
+        decoder, names = parse(config)
+        for name, shape in decoder.shapes().items():
             noise = torch.randn(shape, generator=generator)
-            weights[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
+            weights[names(name).name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config))
         return folder

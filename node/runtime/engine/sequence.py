@@ -58,6 +58,13 @@ class Sequence:
     """Tokens that end the answer; None takes the model's own, an empty set ignores them."""
     logprobs: bool = False
     """Report each token's log probability."""
+    salt: bytes = b""
+    """Names the tenant: only sequences of equal salts share what they have in common."""
+    paid: bool = True
+    """Its whole room is reserved when it is submitted, and it is never set back. Unpaid ones take room as they grow, wait when
+    there is none, and give theirs up to paid ones; what they lose is computed again."""
+    speculate: bool = True
+    """May be sped up by looking ahead; the tokens are the same with and without."""
 
 
 @dataclass(frozen=True, slots=True)
