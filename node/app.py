@@ -22,7 +22,8 @@ from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
-from node.ports import Backend
+from node.ports import Backend, TaskBackend
+from node.settings import task_price_of
 from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
@@ -31,6 +32,7 @@ from node.worker.batch_service import BatchSettings
 from node.worker.claims import ClaimPolicy
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
+from node.worker.trial import try_tasks
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.claiming import COIN, ClaimTerms
 from protocol.ids import ZERO_ADDRESS, Address
@@ -64,6 +66,7 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
             domain=chain.domain,
             token=address,
             price=Price(request=given.price_request, input=given.price_input, output=given.price_output),
+            task_prices=dict(map(task_price_of, given.task_prices)),
             min_allocation=given.claim_min,
             credit_limit=given.global_credit,
             min_job=given.batch_min,
@@ -74,6 +77,7 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
         domain=chain.domain,
         token=address,
         price=Price(request=token.price_request, input=token.price_input, output=token.price_output),
+        task_prices=dict(map(task_price_of, token.task_prices)),
         min_allocation=token.claim_min,
         credit_limit=token.global_credit,
         min_job=token.batch_min,
@@ -179,11 +183,13 @@ async def open_worker(
     say: Say = lambda _: None,
     bar: Bar = lambda _what, _total: nullcontext(lambda _: None),
     backend: Backend | None = None,
+    tasks: AbstractAsyncContextManager[TaskBackend] | None = None,
 ) -> AsyncIterator[Running]:
     """A worker that serves for the length of the block. `say` hears what is going on, in words; `bar` shows how far
     the models are hashed.
 
     `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
+    `tasks`: opens what runs tasks other than chat; by default nothing does.
 
     Raises `ConfigError`, `KeyError_`, `SignerError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that
     cannot be right does not start.
@@ -205,6 +211,11 @@ async def open_worker(
         for model, speed in speeds.items():
             info = backend.models[model]
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
+        runtime = await stack.enter_async_context(tasks) if tasks is not None else None
+        if runtime is not None:
+            for model, spent in (await try_tasks(runtime)).items():
+                info = runtime.models[model]
+                say(f"{info.name}: self-test passed, {', '.join(info.tasks)} in {spent * 1000:.0f} ms")
         payout = Address(config.worker.payout) if config.worker.payout else None
         for name in chains.names:
             notice = await payout_notice(chains.named(name), hot.address, payout)
@@ -220,6 +231,7 @@ async def open_worker(
             settings=worker_settings(config, chains),
             now_ms=now_ms,
             speeds=speeds,
+            tasks=runtime,
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)

@@ -36,7 +36,7 @@ from protocol.ids import ChannelId, JobId, PeerId
 from protocol.job import JobClient, Terms, ask_struct
 from protocol.messages import JOB_PROTOCOL, AskMessage, Cancel, FinishReason, Params
 from protocol.selection import Candidate
-from protocol.tasks import Shape, Task, TaskRequest, shape_of
+from protocol.tasks import Shape, Task, TaskRequest, shape_of, task_of
 from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
@@ -152,6 +152,10 @@ class ChatStream:
                 raise self._error from None
             raise StopAsyncIteration from None
 
+    async def open_channel(self) -> tuple[ChannelState, bytes]:
+        """Open the channel that this will need, before it is entered. See `Client.open_channel`."""
+        return await self._client.open_one(self._model, self._choose)
+
     async def text(self) -> str:
         """The whole answer."""
         return "".join([chunk.text async for chunk in self])
@@ -166,6 +170,11 @@ class ChatStream:
                 await self._link.send(Cancel())
             except (LocalProtocolError, StreamClosed):
                 pass  # it is over already
+
+    @property
+    def task(self) -> Task:
+        """What was asked for."""
+        return task_of(self._request)
 
     @property
     def deadline_ms(self) -> int:

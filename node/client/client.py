@@ -245,15 +245,12 @@ class Client:
         Returns the channel and the hash of the transaction by which the worker submitted our allocation (empty when the
         channel was there). Raises as entering a chat does.
         """
-        return await self.open_channel_for(model, ChatRequest(_messages(messages)), policy=policy, **params)
+        return await self.chat(model, messages, policy=policy, **params).open_channel()
 
-    async def open_channel_for(
-        self, model: str, request: TaskRequest, *, policy: Policy | None = None, **params: Any
-    ) -> tuple[ChannelState, bytes]:
-        """As `open_channel`, for any task."""
-        asked, wanted = sound(request), _params(params)
+    async def open_one(self, model: str, select: Callable[[], list[Candidate]]) -> tuple[ChannelState, bytes]:
+        """A channel to the first of these that there is money for; as `open_channel`."""
         short: InsufficientFunds | None = None
-        for candidate in await self.funded(lambda: self.select(model, asked, wanted, policy or Policy())):
+        for candidate in await self.funded(select):
             await self.reach(candidate.offer)
             try:
                 return await self.wallet.ensure_channel(candidate.offer, candidate.payment, candidate.cost)

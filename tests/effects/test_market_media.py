@@ -33,6 +33,8 @@ ABOUT_SOUND = {
 
 @pytest.mark.parametrize("cheat", TASK_CHEATS)
 def test_a_cheat_is_named_and_unpaid(cheat: str) -> None:
+    """C15."""
+
     async def test(market: Market) -> None:
         liar = await market.worker(tasks=FakeTasks())
         corrupt(liar, cheat)
@@ -210,6 +212,7 @@ ATTACKS: dict[str, tuple[Attack, WireCode]] = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_input_that_may_not_be_ends_the_job_and_nothing_else(name: str) -> None:
+    """C14."""
     attack, code = ATTACKS[name]
 
     async def test(market: Market) -> None:

@@ -202,6 +202,8 @@ def test_what_is_too_large_for_the_ask_follows_it(size: int) -> None:
 
 
 def test_long_input_fills_no_memory_and_crosses_many_ticks() -> None:
+    """C14."""
+
     async def test(market: Market) -> None:
         worker, client = await market.worker(tasks=FakeTasks()), await market.client()
         most = 0
@@ -519,6 +521,7 @@ WRONG: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_runtime_that_answers_wrongly_is_caught_before_its_answer_is_sold(case: str) -> None:
+    """C15, and C9 by what it costs."""
     model, change = WRONG[case]
 
     async def test(market: Market) -> None:

@@ -139,6 +139,7 @@ def test_honest_sides_never_blame_each_other(name: str, seed: int, max_tokens: i
 
 
 def test_the_receipt_binds_what_was_taken_and_not_what_was_sent() -> None:
+    """C14."""
     pair = running(BEGUN)
     for n in range(3):
         feed(pair, bytes([n, 0]) * 160)
@@ -346,7 +347,7 @@ CHEATS: dict[str, tuple[Callable[[], WireCode], WireCode]] = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_is_named_for_what_it_is(name: str) -> None:
-    """C3."""
+    """C3, C15 by what is said of numbers and ends, C14 by what is said of input."""
     run, code = CHEATS[name]
     assert run() is code
 
