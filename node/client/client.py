@@ -330,7 +330,7 @@ class Client:
             case EmbedRequest(texts=texts):
                 return sum(_text_tokens(model, text) for text in texts)
             case RerankRequest(query=query, documents=documents):
-                return sum(_text_tokens(model, query, document) for document in documents)
+                return sum(_text_tokens(model, query) + _text_tokens(model, document) for document in documents)
             case _:
                 return shape_of(request).most_units or 0
 
@@ -421,9 +421,9 @@ class Client:
         self.history[peer] = replace(seen, failures=seen.failures + 1, last_failure_ms=self.now_ms())
 
 
-def _text_tokens(model: ModelOffer, *texts: str) -> int:
+def _text_tokens(model: ModelOffer, text: str) -> int:
     """No worker takes a text that is longer than the model's context, and none has more tokens than bytes."""
-    return min(sum(len(text.encode()) + TOKENS_PER_MESSAGE for text in texts), model.context_length)
+    return min(len(text.encode()) + TOKENS_PER_MESSAGE, model.context_length)
 
 
 def _listed(numbers: Sequence[int]) -> str:
