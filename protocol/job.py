@@ -56,6 +56,7 @@ from protocol.messages import (
     params_hash,
     request_hash,
 )
+from protocol.payment import LEAST_TICK
 from protocol.pricing import Price, cost
 from protocol.tasks import CHAT_SHAPE, Shape, Task, finite
 from protocol.typed_data import MARKET_DOMAIN, Ask, Domain, Receipt, Refusal, Voucher
@@ -178,6 +179,11 @@ class Terms:
         """Cost of one tick: what one side may be ahead of the other. A tick of output, or where input is billed as it comes, of
         whichever is dearer."""
         return self._ahead(self.tick_tokens)
+
+    @property
+    def least_tick(self) -> int:
+        """Cost of the smallest tick that a client may pay by."""
+        return self._ahead(min(self.tick_tokens, LEAST_TICK))
 
     @property
     def credit(self) -> int:

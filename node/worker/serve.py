@@ -339,13 +339,13 @@ class JobServer:
         await link.send(kept.receipt)
         await self.await_ack(link, ask)
 
-    async def await_ack(self, link: JobStream[JobWorker], ask: AskMessage) -> None:
-        """After the receipt: take the vouchers that still come; an ack lets the result go."""
+    async def await_ack(self, link: JobStream[JobWorker], ask: AskMessage, tick: int | None = None) -> None:
+        """After the receipt: take the vouchers that still come; an ack lets the result go. `tick` as in `take_voucher`."""
         with trio.move_on_after(self.settings.ack_ms / 1000):
             while not link.machine.over:
                 message = await link.receive()
                 if isinstance(message, VoucherMessage | Ack):
-                    await self.take_voucher(ask, message)
+                    await self.take_voucher(ask, message, tick)
                 if isinstance(message, Ack):
                     key = result_key(ask.channel_id, ask.job_id, ask.part)
                     await self.results.acknowledge(key, now_ms=self.now_ms())
@@ -355,7 +355,7 @@ class JobServer:
 
         The journal only grows, so a stream's vouchers must be worth their records: one that nothing needs is passed over,
         and one that adds a crumb is the client's fault, but for a few (the two sides may count differently for a moment).
-        An ack is the last of its stream and may add anything. `tick`: of the part, where it is still served.
+        An ack is the last of its stream and may add anything. `tick`: the least of the part, where it is still known.
         Raises `RemoteProtocolError`.
         """
         channel_id = ChannelId(ask.channel_id)
