@@ -138,7 +138,7 @@ class OnnxFile:
             elif number == _TENSOR_TYPE and isinstance(value, int):
                 kind = value
             elif number == _TENSOR_NAME:
-                name = self._text(value)
+                name = self._text(value) or name
             elif number == _TENSOR_RAW:
                 data = _span(value)
             elif number == _TENSOR_FLOATS and not isinstance(value, int):

@@ -31,7 +31,7 @@ def tasks_of(folder: Path) -> tuple[Task, ...]:
 
 
 def _bert(config: Mapping[str, Any]) -> tuple[Task, ...]:
-    """Without a head: vectors, and scores by how near they lie. With a head of one output: scores by reading both texts together."""
+    """Without a head: vectors, and scores by how near they lie. With a head of one output: scores of both texts read together."""
     if "BertForSequenceClassification" not in (config.get("architectures") or ()):
         return (Task.EMBED, Task.RERANK)
     labels = config.get("id2label")

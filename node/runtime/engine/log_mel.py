@@ -41,7 +41,8 @@ class LogMel:
 
 def mel_filters(bins: int) -> Tensor:
     """Triangles on Slaney's mel scale from 0 to 8 kHz, each of area 1: float32 [bins, 201] (Slaney 1998, Auditory Toolbox)."""
-    edges = _hertz(torch.linspace(0.0, float(_mel(torch.tensor(RATE / 2.0, dtype=torch.float64))), bins + 2).double())
+    top = float(_mel(torch.tensor(RATE / 2.0, dtype=torch.float64)))
+    edges = _hertz(torch.linspace(0.0, top, bins + 2, dtype=torch.float64))
     slopes = edges[None, :] - torch.linspace(0, RATE / 2, _FFT // 2 + 1, dtype=torch.float64)[:, None]
     widths = edges.diff()
     rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]

@@ -1,8 +1,8 @@
 """Cut a stream of sound into segments of speech, each short enough for one window of a speech model.
 
-A segment ends where it falls silent: for a second while it is short, for a third of one when it has become long, and at last where
-speech is least likely, so that none is longer than a window. What is no speech is dropped at once. The cuts follow from the sound
-alone, never from the pieces in which it came, so one recording always gives one text; memory is one window and no more.
+A segment ends where it falls silent: for a second while it is short, for a third of one when it has become long, and at last
+where speech is least likely, so that none is longer than a window. What is no speech is dropped at once. The cuts follow from the
+sound alone, never from the pieces in which it came, so one recording always gives one text; memory is one window and no more.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Ranking by such vectors (a bi-encoder) reads query and document apart from each 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from node.ports import Step
-from node.runtime.engine.models.bert import TOKEN_BUDGET, Bert, Row
+from node.runtime.engine.models.bert import Bert, Row
 from node.runtime.tasks.runner import Lane, Memory, other_task
 from node.runtime.tasks.texts import Texts
 from protocol.messages import FinishReason, Params

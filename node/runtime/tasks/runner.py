@@ -1,7 +1,8 @@
 """What the runners of all tasks have in common: one lane to compute in, and an account of their memory.
 
-A runner is used from trio; what computes goes through its lane, one thing at a time and in turn, so that two jobs never need the
-working memory of two, and trio's loop never waits. A job that is cancelled stops at its next turn: a batch of rows, a token, a line.
+A runner is used from trio; what computes goes through its lane, one thing at a time and in turn, so that two jobs never need
+the working memory of two, and trio's loop never waits. A job that is cancelled stops at its next turn: a batch of rows, a token,
+a few lines.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Silero VAD (Silero Team 2021, version 6, 16 kHz): how likely a 32 ms chunk of sound holds speech.
 
 A short-time Fourier transform written as a convolution, four convolutions, one LSTM cell that remembers, one output. Chunks go
-through one by one, so that a probability never depends on how the sound was cut into pieces. Weights by the names of silero's
-own safetensors file (whose values are of another release: `SileroVad.load` takes the converted ones); numerics follow its ONNX model.
+through one by one, so that a probability never depends on how the sound was cut into pieces. Weights go by the names of silero's
+safetensors file, though their values come out of its ONNX file (the model store converts them); so do the numerics.
 """
 
 from __future__ import annotations
