@@ -232,7 +232,14 @@ def test_a_link_is_refused_before_it_is_read(tmp_path: Path) -> None:
             },
             (Task.RERANK,),
         ),
-        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, None),
+        (
+            {
+                "model_type": "bert",
+                "architectures": ["BertForSequenceClassification"],
+                "id2label": {"0": "a", "1": "b"},
+            },
+            None,
+        ),
         ([], None),
     ],
 )

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import Any, Final
 
 import trio
 
 from node.errors import ModelError
 from node.models.manifest import Manifest
-from node.models.store import ModelStore
+from node.models.store import ModelStore, Progress
 from node.models.tasks import tasks_of
 from node.ports import ModelInfo, Step, TaskInput
 from node.runtime.tasks.runner import Memory, Runner
@@ -24,10 +26,19 @@ from protocol.ids import ModelId
 from protocol.messages import Params
 from protocol.tasks import Task, TaskRequest
 
-if TYPE_CHECKING:
-    from node.runtime.backend import EngineSettings, Watch
+_DTYPES: Final = ("float32", "bfloat16")
+Watch = Callable[[Manifest], AbstractContextManager[Progress]]
+"""Sees a model being hashed."""
 
-_DTYPES = ("float32", "bfloat16")
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    device: str = "cpu"
+    """torch's; ONNX models run on the CPU."""
+    dtype: str = "float32"
+    threads: int = 1
+    """Of each model while it computes."""
+    max_jobs: int = 4
 
 
 class TaskModels:
@@ -84,11 +95,11 @@ def is_task_model(store: ModelStore, manifest: Manifest) -> bool:
 async def open_tasks(
     store: ModelStore,
     models: Sequence[Manifest],
-    settings: EngineSettings,
+    settings: TaskSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
 ) -> AsyncIterator[TaskModels]:
     """Load models. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
-    backend = TaskModels(settings.max_streams)
+    backend = TaskModels(settings.max_jobs)
     for manifest in models:
         with watch(manifest) as progress:
             await trio.to_thread.run_sync(store.verify, manifest.id, progress)
@@ -106,42 +117,43 @@ async def open_tasks(
     yield backend
 
 
-def _load(folder: Path, settings: EngineSettings) -> tuple[Runner, str]:
+def _load(folder: Path, settings: TaskSettings) -> tuple[Runner, str]:
     """The runner of a model folder and its numerics class. Raises `ModelError`."""
     import torch
 
     from node.runtime.engine.errors import EngineError
 
     torch.set_num_threads(settings.threads)
+    load = _LOADERS.get(tasks_of(folder))
+    if load is None:
+        raise ModelError("this is a model for chats")
     try:
-        runner = _LOADERS[tasks_of(folder)](folder, settings)
+        runner = load(folder, settings)
         outputs = runner.probe()
-    except KeyError:
-        raise ModelError("this model is no model for a task beyond chat") from None
     except EngineError as error:
         raise ModelError(f"the model cannot be loaded: {error}") from error
     return runner, hashlib.sha256(f"{settings.dtype} {settings.device} ".encode() + outputs).hexdigest()[:32]
 
 
-def _embed(folder: Path, settings: EngineSettings) -> Runner:
+def _embed(folder: Path, settings: TaskSettings) -> Runner:
     from node.runtime.tasks.embed import EmbedRunner
 
     return EmbedRunner(folder, settings.device, _dtype(settings))
 
 
-def _rerank(folder: Path, settings: EngineSettings) -> Runner:
+def _rerank(folder: Path, settings: TaskSettings) -> Runner:
     from node.runtime.tasks.rerank import RerankRunner
 
     return RerankRunner(folder, settings.device, _dtype(settings))
 
 
-def _transcribe(folder: Path, settings: EngineSettings) -> Runner:
+def _transcribe(folder: Path, settings: TaskSettings) -> Runner:
     from node.runtime.tasks.transcribe import TranscribeRunner
 
     return TranscribeRunner(folder, settings.device, _dtype(settings))
 
 
-def _ocr(folder: Path, settings: EngineSettings) -> Runner:
+def _ocr(folder: Path, settings: TaskSettings) -> Runner:
     try:
         from node.runtime.tasks.ocr import OcrRunner
     except ImportError as error:
@@ -151,15 +163,17 @@ def _ocr(folder: Path, settings: EngineSettings) -> Runner:
     return OcrRunner(folder, settings.threads)
 
 
-_LOADERS: Mapping[tuple[Task, ...], Callable[[Path, EngineSettings], Runner]] = {
-    (Task.EMBED, Task.RERANK): _embed,
-    (Task.RERANK,): _rerank,
-    (Task.TRANSCRIBE,): _transcribe,
-    (Task.OCR,): _ocr,
-}
+_LOADERS: Final[Mapping[tuple[Task, ...], Callable[[Path, TaskSettings], Runner]]] = MappingProxyType(
+    {
+        (Task.EMBED, Task.RERANK): _embed,
+        (Task.RERANK,): _rerank,
+        (Task.TRANSCRIBE,): _transcribe,
+        (Task.OCR,): _ocr,
+    }
+)
 
 
-def _dtype(settings: EngineSettings):  # type: ignore[no-untyped-def] # torch is not imported here
+def _dtype(settings: TaskSettings) -> Any:
     import torch
 
     if settings.dtype not in _DTYPES:
