@@ -146,14 +146,17 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[Backend]:
-    """The torch engine on the configured models. Raises `ModelError`."""
+def _runtimes(
+    config: Config, say: Say, bar: Bar
+) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
+    """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
     # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
+    from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
 
     store = ModelStore(config.models_dir)
     manifests = [store.resolve(name) for name in config.worker.models] or list(store.list())
@@ -172,7 +175,13 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[B
         say(f"{manifest.name}: hashing {-(-size // 1_000_000)} MB")
         return bar(f"verifying {manifest.name}", size)
 
-    return open_backend(store, manifests, settings, watch)
+    others = [manifest for manifest in manifests if is_task_model(store, manifest)]
+    chats = [manifest for manifest in manifests if manifest not in others]
+    task_settings = TaskSettings(
+        device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
+    )
+    tasks = open_tasks(store, others, task_settings, watch) if others else None
+    return open_backend(store, chats, settings, watch), tasks
 
 
 @asynccontextmanager
@@ -189,14 +198,18 @@ async def open_worker(
     the models are hashed.
 
     `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
-    `tasks`: opens what runs tasks other than chat; by default nothing does.
+    `tasks`: opens what runs tasks other than chat, beside such a `backend`; by default nothing does.
 
     Raises `ConfigError`, `KeyError_`, `SignerError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that
     cannot be right does not start.
     """
     from node.network.host import open_host
 
-    engine = _engine(config, say, bar) if backend is None else nullcontext(backend)
+    engine: AbstractAsyncContextManager[Backend]
+    if backend is None:
+        engine, tasks = _runtimes(config, say, bar)
+    else:
+        engine = nullcontext(backend)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger
