@@ -335,10 +335,10 @@ class JobClient(_Machine):
             case Accept():
                 least = self.terms.shape.units
                 if message.input_tokens > self.terms.input_limit or least not in (None, message.input_tokens):
+                    ours = f"at most {self.terms.input_limit}" if least is None else f"{least}"
+                    units = "prompt tokens" if self.terms.shape.task is Task.CHAT else "units of input"
                     raise RemoteProtocolError(
-                        WireCode.BAD_RECEIPT,
-                        f"the worker counts {message.input_tokens} units of input, we count "
-                        + (f"at most {self.terms.input_limit}" if least is None else f"{least}"),
+                        WireCode.BAD_RECEIPT, f"the worker counts {message.input_tokens} {units}, we count {ours}"
                     )
                 self.input_tokens, self.sequence, self.started = message.input_tokens, message.sequence, message.started
             case Chunk():
