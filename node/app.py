@@ -22,7 +22,8 @@ from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
-from node.ports import Backend
+from node.ports import Backend, TaskBackend
+from node.settings import task_price_of
 from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
@@ -31,6 +32,7 @@ from node.worker.batch_service import BatchSettings
 from node.worker.claims import ClaimPolicy
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
+from node.worker.trial import try_tasks
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.claiming import COIN, ClaimTerms
 from protocol.ids import ZERO_ADDRESS, Address
@@ -64,6 +66,7 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
             domain=chain.domain,
             token=address,
             price=Price(request=given.price_request, input=given.price_input, output=given.price_output),
+            task_prices=dict(map(task_price_of, given.task_prices)),
             min_allocation=given.claim_min,
             credit_limit=given.global_credit,
             min_job=given.batch_min,
@@ -74,6 +77,7 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
         domain=chain.domain,
         token=address,
         price=Price(request=token.price_request, input=token.price_input, output=token.price_output),
+        task_prices=dict(map(task_price_of, token.task_prices)),
         min_allocation=token.claim_min,
         credit_limit=token.global_credit,
         min_job=token.batch_min,
@@ -142,14 +146,17 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[Backend]:
-    """The torch engine on the configured models. Raises `ModelError`."""
+def _runtimes(
+    config: Config, say: Say, bar: Bar
+) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
+    """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
     # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
+    from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
 
     store = ModelStore(config.models_dir)
     manifests = [store.resolve(name) for name in config.worker.models] or list(store.list())
@@ -168,7 +175,13 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[B
         say(f"{manifest.name}: hashing {-(-size // 1_000_000)} MB")
         return bar(f"verifying {manifest.name}", size)
 
-    return open_backend(store, manifests, settings, watch)
+    others = [manifest for manifest in manifests if is_task_model(store, manifest)]
+    chats = [manifest for manifest in manifests if manifest not in others]
+    task_settings = TaskSettings(
+        device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
+    )
+    tasks = open_tasks(store, others, task_settings, watch) if others else None
+    return open_backend(store, chats, settings, watch), tasks
 
 
 @asynccontextmanager
@@ -179,18 +192,24 @@ async def open_worker(
     say: Say = lambda _: None,
     bar: Bar = lambda _what, _total: nullcontext(lambda _: None),
     backend: Backend | None = None,
+    tasks: AbstractAsyncContextManager[TaskBackend] | None = None,
 ) -> AsyncIterator[Running]:
     """A worker that serves for the length of the block. `say` hears what is going on, in words; `bar` shows how far
     the models are hashed.
 
     `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
+    `tasks`: opens what runs tasks other than chat, beside such a `backend`; by default nothing does.
 
     Raises `ConfigError`, `KeyError_`, `SignerError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that
     cannot be right does not start.
     """
     from node.network.host import open_host
 
-    engine = _engine(config, say, bar) if backend is None else nullcontext(backend)
+    engine: AbstractAsyncContextManager[Backend]
+    if backend is None:
+        engine, tasks = _runtimes(config, say, bar)
+    else:
+        engine = nullcontext(backend)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger
@@ -205,6 +224,11 @@ async def open_worker(
         for model, speed in speeds.items():
             info = backend.models[model]
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
+        runtime = await stack.enter_async_context(tasks) if tasks is not None else None
+        if runtime is not None:
+            for model, spent in (await try_tasks(runtime)).items():
+                info = runtime.models[model]
+                say(f"{info.name}: self-test passed, {', '.join(info.tasks)} in {spent * 1000:.0f} ms")
         payout = Address(config.worker.payout) if config.worker.payout else None
         for name in chains.names:
             notice = await payout_notice(chains.named(name), hot.address, payout)
@@ -220,6 +244,7 @@ async def open_worker(
             settings=worker_settings(config, chains),
             now_ms=now_ms,
             speeds=speeds,
+            tasks=runtime,
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)

@@ -31,7 +31,19 @@ from typing import Any, Final
 
 from node import nesting
 from node.errors import ConfigError
-from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, ratio, setting, web_address
+from node.settings import (
+    METADATA,
+    Setting,
+    account,
+    each,
+    matching,
+    one_of,
+    power_of_two,
+    ratio,
+    setting,
+    task_price,
+    web_address,
+)
 
 PREFIX: Final = "GRISTMILL_"
 NOT_SETTINGS: Final = frozenset(
@@ -151,6 +163,12 @@ class TokenConfig:
     price_output: int = setting(
         0, "Worker: price of generated tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
     )
+    task_prices: tuple[str, ...] = setting(
+        (),
+        "Worker: as `worker.task_prices`, in this token.",
+        check=each(task_price),
+        values="TASK=REQUEST/INPUT/OUTPUT",
+    )
     global_credit: int = setting(
         0,
         "Worker: most that may be unpaid over all channels in this token together. Needed where the token is accepted.",
@@ -262,6 +280,14 @@ class WorkerConfig:
     )
     price_output: int = setting(
         400_000, "Price of generated tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
+    )
+    task_prices: tuple[str, ...] = setting(
+        (),
+        "Prices of tasks other than chat, per job and per 1,000,000 units of input and of output: tokens and vectors (`embed`), "
+        "tokens and scores (`rerank`), 10 ms of audio and tokens (`transcribe`), tiles of 256 x 256 pixels and characters "
+        "(`ocr`). A task that is not named has the prices of a chat.",
+        check=each(task_price),
+        values="TASK=REQUEST/INPUT/OUTPUT",
     )
     tick_tokens: int = setting(
         64, "Payment falls due at least every so many generated tokens.", unit="tokens", low=1, high=65_536

@@ -140,6 +140,13 @@ class PromptInvalid(ModelError):
     code = "prompt_invalid"
 
 
+class InputInvalid(ModelError):
+    """The input of a task is not what it was declared as, or more than the model takes: a text too long, an image that does not
+    decode."""
+
+    code = "input_invalid"
+
+
 class InsufficientFunds(NodeError):
     code = "insufficient_funds"
     exit_status = 8

@@ -17,6 +17,7 @@ from protocol.escrow import JobState, Outcome, Slash
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 from protocol.signing import Signable
+from protocol.tasks import Task, TaskRequest
 from protocol.transactions import SignedTransaction, Transaction
 from protocol.typed_data import ChannelConfig, Domain, Quote
 
@@ -443,6 +444,9 @@ class ModelInfo:
     sampler is not the normative one."""
     params: tuple[str, ...] = SAMPLING_PARAMS
     """Fields of `Params` that are honoured; what is not here is not offered."""
+    tasks: tuple[Task, ...] = (Task.CHAT,)
+    dimensions: int = 0
+    """Numbers in one vector, for a model that embeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,6 +465,8 @@ class Step:
     text: str
     """The text these ids complete; bytes of an unfinished character wait for the next step."""
     finish_reason: FinishReason | None = None
+    data: bytes = b""
+    """Whole rows of float32, little-endian, for tasks whose answer is numbers (`protocol.tasks.Shape`)."""
 
 
 class Backend(Protocol):
@@ -489,3 +495,44 @@ class Backend(Protocol):
     @property
     def free_slots(self) -> int:
         """How many more streams can start now."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInput:
+    """A request of another task than chat, made ready."""
+
+    model: ModelId
+    request: TaskRequest
+    units: int
+    """Input units of what came with the ask (`protocol.tasks.UNITS`): tokens as the model's tokenizer counts them, or by
+    `protocol.tasks.shape_of` for media."""
+    content: object = None
+    """The runtime's own, token ids for instance. Nobody else looks at it."""
+
+
+class TaskBackend(Protocol):
+    """A runtime for tasks other than chat."""
+
+    @property
+    def models(self) -> Mapping[ModelId, ModelInfo]: ...
+
+    def prepare(self, model: ModelId, request: TaskRequest) -> TaskInput:
+        """Tokenise and count. Called from any thread. Raises `node.errors.InputInvalid`, also for a text that is longer than the
+        model takes: nothing is ever cut off silently."""
+
+    def run(
+        self, prepared: TaskInput, params: Params, media: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[Step, None]:
+        """Stream the answer; closing the iterator aborts it. Raises `node.errors.ModelError`, and `InputInvalid` for media that
+        turn out to be none.
+
+        `media`: all bytes of audio or image in order, those of the request first; audio in whole samples. Its end is the end of
+        the input. Pulling it is what the client pays for, so nothing is pulled before it is needed. Empty for texts.
+
+        Rows and texts come in the order of the request. The last step has a finish reason: STOP, or LENGTH when
+        `params.max_tokens` ended a text.
+        """
+
+    @property
+    def free_slots(self) -> int:
+        """How many more jobs can start now."""

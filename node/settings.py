@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from protocol.errors import InvalidValue
 from protocol.ids import Address
+from protocol.pricing import PRICE_MAX, Price
+from protocol.tasks import Task
 
 METADATA = "setting"
 
@@ -194,6 +196,26 @@ def ratio(value: str) -> str:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"must be a decimal number or a fraction above 0, not {_shown(value)}") from None
     return value
+
+
+def task_price(value: str) -> str:
+    """``TASK=REQUEST/INPUT/OUTPUT``: three amounts in smallest units, the last two per 1,000,000 units of the task."""
+    try:
+        task_price_of(value)
+    except ValueError:
+        raise ValueError(f"must be like {Task.TRANSCRIBE.value}=0/30000/400000, not {_shown(value)}") from None
+    return value
+
+
+def task_price_of(value: str) -> tuple[Task, Price]:
+    """Raises `ValueError`."""
+    name, _, prices = value.partition("=")
+    if not re.fullmatch(r"\d{1,19}/\d{1,19}/\d{1,19}", prices, re.ASCII):
+        raise ValueError(value)
+    amounts = [int(one) for one in prices.split("/")]
+    if max(amounts) > PRICE_MAX or Task(name) is Task.CHAT:
+        raise ValueError(value)
+    return Task(name), Price(*amounts)
 
 
 def power_of_two(value: int) -> int:

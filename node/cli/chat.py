@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.cli.answer import tell
 from node.cli.connected import client_options, run
 from node.cli.main import Command, Shared
 from node.cli.params import AMOUNT, text_of
@@ -87,66 +87,8 @@ def command(
 async def chat(
     shared: Shared, client: Client, model: str, messages: list[dict[str, str]], policy: Any, params: dict[str, Any]
 ) -> None:
-    output = shared.output
-    opened, allocation = await client.open_channel(model, messages, policy=policy, **params)
-    chain = client.wallet.chains.of(opened.domain)
-    before = await chain.head()
-    stream = client.chat(model, messages, policy=policy, **params)
-    async with stream:
-        async for chunk in stream:
-            if output.json:
-                output.row({"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)})
-            else:
-                output.write(chunk.text)
-    after = await chain.head()
-    if not output.json:
-        output.write("\n")
-    for contradiction in client.evidence.told:
-        output.say(contradiction)
-    receipt = stream.receipt
-    if receipt is None:
-        return
-    timings = stream.timings
-    channel = client.book.channels[receipt.channel_id]
-    summary = {
-        "worker": stream.worker,
-        "model": str(receipt.model_id),
-        "usage": {"input_tokens": receipt.input_tokens, "output_tokens": receipt.output_tokens},
-        "cost": str(receipt.cost),
-        "finish_reason": stream.finish_reason,
-        "seconds": {
-            "accepted": timings.accepted,
-            "first_token": timings.first_token,
-            "ask_to_first_token": timings.first_token - timings.asked,
-            "total": timings.finished,
-        },
-        "channel": stream.channel_id,
-        "chain": client.wallet.chains.name(channel.domain),
-        "token": str(channel.config.token),
-        "allocation_transaction": allocation or stream.allocation_transaction or None,
-        "blocks": {"before": before.number, "after": after.number},
-        "receipt": receipt_data(receipt),
-        "receipt_signature": stream.receipt_signature,
-    }
-    if output.json:
-        output.row(summary)
-        return
-    info = await client.wallet.chains.of(channel.domain).token_info(channel.config.token)
-    speed = receipt.output_tokens / max(timings.finished - timings.first_token, 1e-9)
-    output.say(
-        f"\nworker   {stream.worker}\n"
-        f"usage    {receipt.input_tokens} tokens in, {receipt.output_tokens} out, {speed:.1f} tokens/s, "
-        f"first token after {1000 * (timings.first_token - timings.asked):.0f} ms\n"
-        f"cost     {info.show(receipt.cost)}\n"
-        f"receipt  number {receipt.sequence} on channel {stream.channel_id}, verified"
-    )
-
-
-def receipt_data(receipt: Any) -> dict[str, Any]:
-    """A receipt in the form of `--json`: hashes as hex, amounts as decimal strings."""
-    data = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
-    data["cost"] = str(receipt.cost)
-    return {name: "0x" + value.hex() if isinstance(value, bytes) else value for name, value in data.items()}
+    opened = await client.open_channel(model, messages, policy=policy, **params)
+    await tell(shared, client, client.chat(model, messages, policy=policy, **params), opened)
 
 
 _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "Lark grammar"}

