@@ -436,10 +436,11 @@ class EngineConfig:
     """The model runtime."""
 
     device: str = setting(
-        "cpu",
-        "Where models run.",
-        check=matching(r"cpu|cuda(:\d{1,3})?", "cpu, cuda or cuda:N"),
-        values="cpu, cuda, cuda:N",
+        "auto",
+        "Where models run. `auto` takes the best that is there, in this order: cuda, rocm, xpu, mps, cpu; `start` says which, and "
+        "why.",
+        check=matching(r"auto|cpu|mps|(cuda|rocm|xpu)(:\d{1,3})?", "auto, cpu, mps, or cuda, rocm or xpu with or without :N"),
+        values="auto, cpu, mps, cuda, rocm, xpu, cuda:N, rocm:N, xpu:N",
     )
     dtype: str = setting(
         "float32",
