@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -22,24 +21,26 @@ from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
-from node.ports import Backend
+from node.ports import Backend, ModelInfo
 from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
 from node.worker.batch_run import RunSettings
 from node.worker.batch_service import BatchSettings
 from node.worker.claims import ClaimPolicy
+from node.worker.desk import Speed
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.claiming import COIN, ClaimTerms
-from protocol.ids import ZERO_ADDRESS, Address
+from protocol.ids import ZERO_ADDRESS, Address, ModelId
 from protocol.pricing import Price
 from protocol.signing import KeyRole
 
 if TYPE_CHECKING:
     from node.models.manifest import Manifest
     from node.models.store import Progress
+    from node.runtime.hal.devices import Choice, Device
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager["Progress"]]
@@ -142,10 +143,10 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[Backend]:
+def _engine(
+    config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
+) -> AbstractAsyncContextManager[Backend]:
     """The torch engine on the configured models. Raises `ModelError`."""
-    # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
@@ -168,7 +169,27 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[B
         say(f"{manifest.name}: hashing {-(-size // 1_000_000)} MB")
         return bar(f"verifying {manifest.name}", size)
 
-    return open_backend(store, manifests, settings, watch)
+    return open_backend(store, manifests, settings, watch, heard)
+
+
+def benched(
+    config: Config, worker: Address, models: Mapping[ModelId, ModelInfo], device: Device, say: Say
+) -> dict[ModelId, Speed]:
+    """What stable benchmarks of this worker, device and torch say of the models that are served; see `gristmill bench`."""
+    from importlib import metadata
+
+    from node.runtime.bench.kept import KeptBenchmarks
+
+    kept, torch = KeptBenchmarks(config.benchmarks_dir), metadata.version("torch")
+    found = {}
+    for model, info in models.items():
+        claim = kept.claim(model, info.dtype, device.uuid, worker=worker, torch=torch, now_ms=now_ms())
+        if claim is not None:
+            found[model] = Speed(claim.tokens_per_second, claim.ttft_ms)
+            say(
+                f"{info.name}: the offer claims what was benchmarked, {claim.tokens_per_second} tokens/s for one stream"
+            )
+    return found
 
 
 @asynccontextmanager
@@ -190,7 +211,8 @@ async def open_worker(
     """
     from node.network.host import open_host
 
-    engine = _engine(config, say, bar) if backend is None else nullcontext(backend)
+    choices: list[Choice] = []
+    engine = _engine(config, say, bar, choices.append) if backend is None else nullcontext(backend)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger
@@ -201,10 +223,14 @@ async def open_worker(
             open_host(hot, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
         backend = await stack.enter_async_context(engine)
+        for choice in choices:
+            say(f"models run on {choice.device.label}: {choice.why}")
         speeds = await self_test(backend)
         for model, speed in speeds.items():
             info = backend.models[model]
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
+        if choices:
+            speeds |= benched(config, hot.address, backend.models, choices[0].device, say)
         payout = Address(config.worker.payout) if config.worker.payout else None
         for name in chains.names:
             notice = await payout_notice(chains.named(name), hot.address, payout)

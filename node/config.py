@@ -437,9 +437,11 @@ class EngineConfig:
 
     device: str = setting(
         "auto",
-        "Where models run. `auto` takes the best that is there, in this order: cuda, rocm, xpu, mps, cpu; `start` says which, and "
-        "why.",
-        check=matching(r"auto|cpu|mps|(cuda|rocm|xpu)(:\d{1,3})?", "auto, cpu, mps, or cuda, rocm or xpu with or without :N"),
+        "Where models run. `auto` takes the best that is there, in this order: cuda, rocm, xpu, mps, cpu; `start` says which "
+        "and why.",
+        check=matching(
+            r"auto|cpu|mps|(cuda|rocm|xpu)(:\d{1,3})?", "auto, cpu, mps, or cuda, rocm or xpu with or without :N"
+        ),
         values="auto, cpu, mps, cuda, rocm, xpu, cuda:N, rocm:N, xpu:N",
     )
     dtype: str = setting(
@@ -566,6 +568,11 @@ class Config:
     @property
     def models_dir(self) -> Path:
         return self.models.folder or self.data_dir / "models"
+
+    @property
+    def benchmarks_dir(self) -> Path:
+        """What `bench` measured and signed."""
+        return self.data_dir / "benchmarks"
 
     @property
     def devnet_state(self) -> Path:

@@ -1,7 +1,7 @@
 """Signed benchmarks: what a worker's device was measured to do, and whether the figures can be relied on.
 
-The document is msgpack bytes; the signature covers exactly those bytes through their sha256, as with offers. `open_benchmark` is the
-only way in: bounds, what the figures say of each other, signature, signer = peer. It needs no network and no clock.
+The document is msgpack bytes; the signature covers exactly those bytes through their sha256, as with offers. `open_benchmark` is
+the only way in: bounds, what the figures say of each other, signature, signer = peer. It needs no network and no clock.
 
 1. Every figure carries its lowest and highest round. `unrest` says what speaks against relying on a document, from the document
    alone; one that calls itself stable and is not is refused.
@@ -118,7 +118,6 @@ class ModelBench(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_id: Bytes32
     name: Annotated[str, _Meta(min_length=1, max_length=128)]
     dtype: Annotated[str, _Meta(min_length=1, max_length=16)]
-    numerics_class: Annotated[str, _Meta(max_length=64)]
     vocab_size: Annotated[int, _Meta(ge=2, le=2**24)]
     prompt_tokens: Annotated[int, _Meta(ge=1, le=2**20)]
     output_tokens: Annotated[int, _Meta(ge=2, le=2**20)]
@@ -201,9 +200,7 @@ def figure(name: str, unit: str, rounds: Sequence[float]) -> Figure:
 def unrest(document: BenchmarkDocument) -> tuple[str, ...]:
     """What speaks against relying on these figures to 10 %; empty: nothing does."""
     reasons = [
-        f"{name}: rounds lie {one.spread:.0%} apart"
-        for name, one in document.all_figures
-        if one.spread > SPREAD_MAX
+        f"{name}: rounds lie {one.spread:.0%} apart" for name, one in document.all_figures if one.spread > SPREAD_MAX
     ]
     reasons += [f"{name}: measured once" for name, one in document.all_figures if one.samples < 2]
     if document.other_load > OTHER_LOAD_MAX:
@@ -226,7 +223,7 @@ def prompt_ids(nonce: bytes, batch: int, turn: int, stream: int, length: int, vo
 
 
 def output_hash(turns: Sequence[Sequence[Sequence[int]]]) -> bytes:
-    """sha256 over the generated ids of every stream of every round, in order, each id as four bytes, each stream with its length."""
+    """sha256 over the ids of every stream of every round, in order: each stream's length, then each id, as four bytes."""
     digest = hashlib.sha256()
     for streams in turns:
         for ids in streams:
@@ -286,7 +283,7 @@ def _wrong(document: BenchmarkDocument) -> str:
     names = [name for name, _ in document.all_figures] + [one.name for one in document.skipped]
     if len(set(names)) != len(names):
         return "a figure is measured or skipped, and once"
-    if any(not one.low <= one.value <= one.high or not math.isfinite(one.high) for _, one in document.all_figures):
+    if any(not one.low <= one.value <= one.high for _, one in document.all_figures):
         return "a figure lies between its lowest and its highest round"
     if document.reasons != unrest(document) or document.stable == bool(document.reasons):
         return "a benchmark says that it is stable exactly when its own figures do"
@@ -316,9 +313,10 @@ class Claim:
 
 
 def claim_of(document: BenchmarkDocument, model: ModelId, dtype: str, device_uuid: str) -> Claim | None:
-    """None when it is about another model, format or device, or has no figures of one stream that can be relied on."""
+    """None when it is about another model, format or device, or has no figures of one stream that can be relied on: those of a
+    quick run cannot."""
     bench = document.model
-    if bench is None or not document.stable:
+    if bench is None or not document.stable or document.quick:
         return None
     if (bench.model_id, bench.dtype, document.device.uuid) != (model, dtype, device_uuid):
         return None

@@ -55,8 +55,8 @@ class Domain:
 
 
 MARKET_DOMAIN: Final = Domain(0, ZERO_ADDRESS)
-"""Domain of what a worker says to the whole market and what moves no money: `Offer`, `Refusal`, `Benchmark`. Chain id 0 and the zero
-contract are no chain and no contract, so nothing signed here is good on one, and nothing of a chain is good here."""
+"""Domain of what a worker says to the whole market and what moves no money: `Offer`, `Refusal`, `Benchmark`. Chain id 0 and the
+zero contract are no chain and no contract, so nothing signed here is good on one, and nothing of a chain is good here."""
 
 
 class Struct:
@@ -318,9 +318,7 @@ class Benchmark(Struct):
     """Signature frame of a benchmark document (`protocol.benchmark`): what this worker's device was measured to do. Domain:
     `MARKET_DOMAIN`, because it is a statement to everybody and moves nothing."""
 
-    TYPE: ClassVar[str] = (
-        "Benchmark(address worker,bytes32 documentHash,bytes32 nonce,uint64 started,uint64 finished)"
-    )
+    TYPE: ClassVar[str] = "Benchmark(address worker,bytes32 documentHash,bytes32 nonce,uint64 started,uint64 finished)"
     worker: Address
     document_hash: Hash32
     nonce: Hash32
@@ -331,11 +329,7 @@ class Benchmark(Struct):
 
     def _encode(self) -> bytes:
         return (
-            _address(self.worker)
-            + self.document_hash
-            + self.nonce
-            + _uint(self.started, 64)
-            + _uint(self.finished, 64)
+            _address(self.worker) + self.document_hash + self.nonce + _uint(self.started, 64) + _uint(self.finished, 64)
         )
 
 

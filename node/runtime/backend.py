@@ -1,7 +1,6 @@
 """The torch back end: model store + tokenizer + engine host, behind the `Backend` port.
 
-Whoever starts it sets ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported (`node.app` does); spinning OpenMP threads slow a
-shared machine by a factor of twenty.
+``OMP_WAIT_POLICY=PASSIVE`` is set by `node.runtime` itself, before anything here can import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
 
 if TYPE_CHECKING:
     from node.runtime.engine.engine import Engine
+    from node.runtime.hal.devices import Choice
 
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 """Sees a model being hashed."""
@@ -40,6 +41,7 @@ _FINISH = {EngineFinish.STOP: FinishReason.STOP, EngineFinish.LENGTH: FinishReas
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     device: str = "cpu"
+    """`auto`, or a kind of `node.runtime.hal` with or without an index."""
     dtype: str = "float32"
     threads: int = 1
     cache_bytes: int = 1 << 30
@@ -138,15 +140,24 @@ async def open_backend(
     models: Sequence[Manifest],
     settings: EngineSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
+    heard: Callable[[Choice], None] = lambda _: None,
 ) -> AsyncIterator[TorchBackend]:
-    """Load models, one engine thread each. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
+    """Load models, one engine thread each. `heard` is told which device they run on, and why.
+
+    Raises `DeviceNotFound`, and `ModelError`, also for bytes that its model id does not commit to (M1).
+    """
+    from node.runtime.hal.probe import chosen
+
+    choice = await trio.to_thread.run_sync(chosen, settings.device)
+    heard(choice)
+    settings = replace(settings, device=choice.device.torch_name)
     backend = TorchBackend(settings)
     async with AsyncExitStack() as stack:
         for manifest in models:
             folder = store.path(manifest.id)
             with watch(manifest) as progress:
                 await _verify(store, manifest.id, progress)
-            host = EngineHost(_loader(folder, settings))
+            host = EngineHost(partial(load_engine, folder, settings))
             engine = await host.start()
             stack.push_async_callback(host.stop)
             tokenizer = Tokenizer(folder)
@@ -194,10 +205,8 @@ def _numerics_class(engine: Engine) -> str:
     return engine.numerics_probe().hex()[:32]
 
 
-def _loader(folder: Path, settings: EngineSettings):  # type: ignore[no-untyped-def]
-    def load() -> Engine:
-        from node.runtime.engine.engine import Engine
+def load_engine(folder: Path, settings: EngineSettings) -> Engine:
+    """An engine on the model in that folder, in this thread. `settings.device` is one of torch's names. Raises `EngineError`."""
+    from node.runtime.engine.engine import Engine
 
-        return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
-
-    return load
+    return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)

@@ -51,7 +51,11 @@ def amdsmi_get_gpu_device_uuid(handle: Any) -> str:
 
 
 def amdsmi_get_gpu_driver_info(handle: Any) -> dict[str, Any]:
-    return {"driver_name": "amdgpu", "driver_version": "N/A" if handle.bare else "6.12.12-simulated", "driver_date": "N/A"}
+    return {
+        "driver_name": "amdgpu",
+        "driver_version": "N/A" if handle.bare else "6.12.12-simulated",
+        "driver_date": "N/A",
+    }
 
 
 def amdsmi_get_power_cap_info(handle: Any) -> dict[str, Any]:

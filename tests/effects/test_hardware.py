@@ -25,7 +25,9 @@ SIMULATED_AMDSMI = "node.testing.simulated_amdsmi"
 
 
 def test_every_kind_is_found_with_its_facts() -> None:
-    found = find(simulated_torch(nvidia=[CARD, FULLER], intel=[replace(CARD, name="Simulated Arc", uuid="x")], apple=8 * GIB))
+    found = find(
+        simulated_torch(nvidia=[CARD, FULLER], intel=[replace(CARD, name="Simulated Arc", uuid="x")], apple=8 * GIB)
+    )
     assert [one.kind for one in found.devices] == [Kind.CUDA, Kind.CUDA, Kind.XPU, Kind.MPS, Kind.CPU]
     first = found.devices[0]
     assert (first.torch_name, first.uuid, first.capability, first.runtime) == ("cuda:0", CARD.uuid, "9.0", "CUDA 13.0")
@@ -39,7 +41,12 @@ def test_every_kind_is_found_with_its_facts() -> None:
 def test_amd_is_cuda_to_torch_and_rocm_to_us() -> None:
     found = find(simulated_torch(amd=[CARD]))
     card = found.devices[0]
-    assert (card.kind, card.torch_name, card.capability, card.flags) == (Kind.ROCM, "cuda:0", "gfx942", ("sramecc+", "xnack-"))
+    assert (card.kind, card.torch_name, card.capability, card.flags) == (
+        Kind.ROCM,
+        "cuda:0",
+        "gfx942",
+        ("sramecc+", "xnack-"),
+    )
     assert chosen("cuda", simulated_torch(amd=[CARD])).device.kind is Kind.ROCM
 
 

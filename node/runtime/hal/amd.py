@@ -1,8 +1,8 @@
 """AMD's management library through `amdsmi`, extra `amd`, asked in a child process.
 
-`amdsmi` prints when it is imported, raises there when its library is not on the machine, and its library may end the process: none of
-this may happen to a worker. The child (`amd_child`) answers one line of JSON, which is bounded, typed and then believed as far as a
-sensor is.
+`amdsmi` prints when it is imported, raises there when its library is not on the machine, and its library may end the process:
+none of this may happen to a worker. The child (`amd_child`) answers one line of JSON, which is bounded, typed and then believed
+as far as a sensor is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process that asks `amdsmi`: one line of JSON on stdout, last, whatever the library prints before it. See `node.runtime.hal.amd`."""
+"""The process that asks `amdsmi` for `node.runtime.hal.amd`: one line of JSON on stdout, last, whatever the library prints."""
 
 from __future__ import annotations
 

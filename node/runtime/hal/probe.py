@@ -21,7 +21,11 @@ def find(torch: Any = None) -> Found:
     for kind, look in _PROBES.items():
         try:
             found = look(module)
-        except (RuntimeError, AssertionError, OSError) as error:  # a driver that is too old, a device that fell off the bus
+        except (
+            RuntimeError,
+            AssertionError,
+            OSError,
+        ) as error:  # a driver that is too old, a device that fell off the bus
             found = f"torch cannot use it: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
         if isinstance(found, str):
             absent[kind] = found
@@ -78,7 +82,11 @@ def _cuda_device(torch: Any, index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     major, minor = int(properties.major), int(properties.minor)
-    flags = [name for name, since in (("fp16", (7, 0)), ("int8", (7, 5)), ("bf16", (8, 0)), ("fp8", (8, 9))) if (major, minor) >= since]
+    flags = [
+        name
+        for name, since in (("fp16", (7, 0)), ("int8", (7, 5)), ("bf16", (8, 0)), ("fp8", (8, 9)))
+        if (major, minor) >= since
+    ]
     uuid = str(getattr(properties, "uuid", ""))
     return Device(
         kind=Kind.CUDA,
