@@ -233,7 +233,9 @@ def _model(shared: Shared, name: str, device: Device) -> Model:
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
     )
-    return Model(manifest, config.engine.dtype, lambda: load_engine(store.path(manifest.id), settings))
+    return Model(
+        manifest.id, manifest.name, config.engine.dtype, lambda: load_engine(store.path(manifest.id), settings)
+    )
 
 
 async def _nonce(shared: Shared, given: bytes | None) -> Nonce:

@@ -1,7 +1,7 @@
 """Simulated hardware: a torch that sees devices which are not there, and NVIDIA's management library for them. Product code.
 
 Every name says that it is simulated. Nothing here computes; it answers the questions that `node.runtime.hal` asks, in the form
-of the real libraries (torch 2.13, nvidia-ml-py 13; `node.testing.simulated_amdsmi` is AMD's). Where a real library raises, this does.
+of the real libraries (torch 2.13, nvidia-ml-py 13; `node.testing.simulated_amdsmi` is AMD's). Where a real one raises, this does.
 """
 
 from __future__ import annotations

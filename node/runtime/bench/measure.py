@@ -11,7 +11,6 @@ from typing import Final, Literal
 import torch
 
 import node
-from node.models.manifest import Manifest
 from node.runtime.bench import reference
 from node.runtime.bench.arithmetic import Size, Task, product, size_for, tasks, waiter
 from node.runtime.bench.reference import Engine, ModelRunner, Plan
@@ -19,6 +18,7 @@ from node.runtime.hal import probe, processor
 from node.runtime.hal.devices import Device, Kind
 from node.runtime.hal.readings import Reading, Unavailable
 from protocol.benchmark import BenchmarkDocument, DeviceFacts, Figure, ModelBench, Skipped, Software, figure, judged
+from protocol.ids import ModelId
 
 TURNS: Final = 5
 QUICK_TURNS: Final = 3
@@ -45,7 +45,8 @@ class Nonce:
 class Model:
     """A model to be run. `load` makes an engine of it on the device that is measured."""
 
-    manifest: Manifest
+    id: ModelId
+    name: str
     dtype: str
     load: Callable[[], Engine]
 
@@ -150,7 +151,7 @@ def _arithmetic(device: Device, size: Size, nonce: Nonce, progress: _Progress) -
 
 
 def _model(model: Model, plan: Plan, nonce: Nonce, progress: _Progress) -> ModelBench:
-    progress.step(f"loading {model.manifest.name}")
+    progress.step(f"loading {model.name}")
     began = time.perf_counter()
     engine = model.load()
     loading = time.perf_counter() - began
@@ -162,8 +163,8 @@ def _model(model: Model, plan: Plan, nonce: Nonce, progress: _Progress) -> Model
             progress.step(f"{batch} streams, round {turn + 1} of {plan.turns}")
             runner.step(batch)
     return ModelBench(
-        model_id=bytes(model.manifest.id),
-        name=model.manifest.name,
+        model_id=bytes(model.id),
+        name=model.name,
         dtype=model.dtype,
         vocab_size=runner.vocab_size,
         prompt_tokens=plan.prompt_tokens,
