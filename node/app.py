@@ -12,6 +12,7 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,6 +23,9 @@ from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
 from node.ports import Backend, ModelInfo
+from node.telemetry.exposition import Source, render
+from node.telemetry.market import MarketState, market_samples
+from node.telemetry.server import Health
 from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
@@ -54,6 +58,32 @@ class Running:
 
     worker: Worker
     chains: Chains
+    backend: Backend
+
+    def metrics(self) -> bytes:
+        """The page for Prometheus, as it is now."""
+        engine = self.backend.samples() if isinstance(self.backend, Source) else ()
+        return render((*engine, *market_samples(partial(market_state, self.worker))))
+
+    def health(self) -> Health:
+        """Whether this worker takes jobs."""
+        return Health(not self.worker.server.draining, "draining" if self.worker.server.draining else "ok")
+
+
+def market_state(worker: Worker) -> MarketState:
+    stats = worker.server.stats
+    return MarketState(
+        accepted=stats.accepted,
+        finished=stats.finished,
+        output_tokens=stats.output_tokens,
+        refused=stats.refused,
+        ended=stats.ended,
+        streams=worker.server.busy,
+        free_slots=max(0, worker.server.free_slots),
+        draining=worker.server.draining,
+        channels=len(worker.book.channels),
+        journal_records=worker.ledger.head.seq,
+    )
 
 
 def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
@@ -162,6 +192,7 @@ def _engine(
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
+        trace=config.telemetry.engine_trace,
     )
 
     def watch(manifest: Manifest) -> AbstractContextManager[Progress]:
@@ -250,6 +281,6 @@ async def open_worker(
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chains)
+            yield Running(worker, chains, backend)
         finally:
             nursery.cancel_scope.cancel()

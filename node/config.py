@@ -31,7 +31,19 @@ from typing import Any, Final
 
 from node import nesting
 from node.errors import ConfigError
-from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, ratio, setting, web_address
+from node.settings import (
+    METADATA,
+    Setting,
+    account,
+    each,
+    endpoint,
+    matching,
+    one_of,
+    power_of_two,
+    ratio,
+    setting,
+    web_address,
+)
 
 PREFIX: Final = "GRISTMILL_"
 NOT_SETTINGS: Final = frozenset(
@@ -457,6 +469,24 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """What a running worker tells of itself."""
+
+    metrics: str = setting(
+        "",
+        "Where metrics are served for Prometheus: HOST:PORT, or a port alone for 127.0.0.1. Empty: nowhere. Who can reach it can "
+        "read them.",
+        check=endpoint,
+        values="HOST:PORT or PORT",
+    )
+    engine_trace: Path | None = setting(
+        None,
+        "File for a trace of the engine's steps (Chrome's format, for Perfetto); replaced at each start, ends at 256 MiB. Empty: "
+        "none.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelsConfig:
     """The model store."""
 
@@ -525,6 +555,7 @@ class Config:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,9 @@ from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.host import EngineHost
 from node.runtime.stops import StopStrings
+from node.telemetry.engine import EngineMetrics
+from node.telemetry.exposition import Sample
+from node.telemetry.steps import StepTrace
 from protocol.ids import ModelId
 from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
 
@@ -46,6 +49,8 @@ class EngineSettings:
     threads: int = 1
     cache_bytes: int = 1 << 30
     max_streams: int = 4
+    trace: Path | None = None
+    """Where each model's steps are traced: its name is put before the file's suffix when there are several models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,11 @@ class TorchBackend:
     @property
     def free_slots(self) -> int:
         return max(0, self._settings.max_streams - self._active)
+
+    def samples(self) -> Iterator[Sample]:
+        """What all engines count, for `node.telemetry`."""
+        for loaded in self._loaded.values():
+            yield from loaded.host.metrics.samples()
 
     def tokenizer(self, model: ModelId) -> Tokenizer:
         return self._get(model).tokenizer
@@ -118,6 +128,7 @@ class TorchBackend:
                             text += stops.push(detokenizer.finish())
                             text += stops.finish()
                         if stops.hit:
+                            loaded.host.satisfied(sequence.id)
                             yield Step(tuple(ids), text, FinishReason.STOP_STRING)
                             return
                         if output.finish_reason is not None:
@@ -157,8 +168,18 @@ async def open_backend(
             folder = store.path(manifest.id)
             with watch(manifest) as progress:
                 await _verify(store, manifest.id, progress)
-            host = EngineHost(partial(load_engine, folder, settings))
+            metrics = EngineMetrics(manifest.name, manifest.context_length)
+            observers = []
+            if settings.trace is not None:
+                path = settings.trace
+                if len(models) > 1:
+                    path = path.with_name(f"{path.stem}-{manifest.name}{path.suffix}")
+                trace = _open_trace(path, manifest.name)
+                stack.callback(trace.close)
+                observers.append(trace)
+            host = EngineHost(partial(load_engine, folder, settings), metrics=metrics, observers=observers)
             engine = await host.start()
+            metrics.stats = partial(getattr, engine, "stats", None)
             stack.push_async_callback(host.stop)
             tokenizer = Tokenizer(folder)
             stack.callback(tokenizer.close)
@@ -203,6 +224,13 @@ async def _verify(store: ModelStore, model: ModelId, progress: Progress) -> None
 def _numerics_class(engine: Engine) -> str:
     """Hash of a golden probe: workers of one class compute bit for bit alike. Runs before the first stream."""
     return engine.numerics_probe().hex()[:32]
+
+
+def _open_trace(path: Path, name: str) -> StepTrace:
+    try:
+        return StepTrace(path, name)
+    except OSError as error:
+        raise ModelError(f"the trace cannot be written to {path}: {error.strerror}") from None
 
 
 def load_engine(folder: Path, settings: EngineSettings) -> Engine:
