@@ -109,6 +109,18 @@ def test_the_output_hash_is_of_what_the_model_says_to_the_nonces_prompts(tiny: P
     assert runner.runs()[0].output_hash == output_hash([streams])
 
 
+def test_streams_that_do_not_fit_are_left_out_and_said(tiny: Path) -> None:
+    plan = Plan(batches=(1, 64), turns=1, prompt_tokens=40, output_tokens=4)
+    narrow = load_engine(tiny, EngineSettings(cache_bytes=1 << 18))
+    runner = ModelRunner(narrow, plan, NONCE.value)
+    (skipped,) = runner.warm_up()
+    assert skipped.name == "batch_64" and "so many streams" in skipped.why and runner.batches == (1,)
+    runner.step(1)
+    assert [one.batch for one in runner.runs()] == [1], "what was submitted is gone again"
+    with pytest.raises(ModelError, match="cannot take one stream"):
+        ModelRunner(narrow, replace(plan, prompt_tokens=400), NONCE.value).warm_up()
+
+
 class Failing:
     """An engine that says what it is told to."""
 

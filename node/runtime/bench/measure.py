@@ -72,9 +72,12 @@ def measure(
     started, load = now_ms(), processor.Load()
     progress = _Progress(tell, quick, plan if model else None)
     figures, skipped = _arithmetic(device, size, nonce, progress)
-    bench = _model(model, plan, nonce, progress) if model else None
+    bench = None
     if model is None:
         skipped.append(Skipped("model", "it was asked for without one"))
+    else:
+        bench, left_out = _model(model, plan, nonce, progress)
+        skipped += left_out
     watts, after = _under_load(device, size, read)
     _, others = load.shares()
     return judged(
@@ -150,19 +153,19 @@ def _arithmetic(device: Device, size: Size, nonce: Nonce, progress: _Progress) -
     return figures, [one for one in found if isinstance(one, Skipped)]
 
 
-def _model(model: Model, plan: Plan, nonce: Nonce, progress: _Progress) -> ModelBench:
+def _model(model: Model, plan: Plan, nonce: Nonce, progress: _Progress) -> tuple[ModelBench, list[Skipped]]:
     progress.step(f"loading {model.name}")
     began = time.perf_counter()
     engine = model.load()
     loading = time.perf_counter() - began
     runner = ModelRunner(engine, plan, nonce.value)
     progress.step("warming up")
-    runner.warm_up()
+    skipped = runner.warm_up()
     for turn in range(plan.turns):
-        for batch in plan.batches:
+        for batch in runner.batches:
             progress.step(f"{batch} streams, round {turn + 1} of {plan.turns}")
             runner.step(batch)
-    return ModelBench(
+    bench = ModelBench(
         model_id=bytes(model.id),
         name=model.name,
         dtype=model.dtype,
@@ -172,6 +175,7 @@ def _model(model: Model, plan: Plan, nonce: Nonce, progress: _Progress) -> Model
         load_seconds=round(loading, 4),
         runs=runner.runs(),
     )
+    return bench, skipped
 
 
 def _under_load(device: Device, size: Size, read: Read) -> tuple[float, Reading | Unavailable]:

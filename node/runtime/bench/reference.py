@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from node.errors import ModelError
+from node.runtime.engine.errors import EngineError
 from node.runtime.engine.sequence import FinishReason, StepOutput
 from node.runtime.engine.sequence import Sequence as EngineSequence
-from protocol.benchmark import ModelRun, figure, output_hash, prompt_ids
+from protocol.benchmark import ModelRun, Skipped, figure, output_hash, prompt_ids
 from protocol.sampling import SamplingParams
 
 
@@ -64,7 +65,9 @@ def run_turn(engine: Engine, prompts: Sequence[tuple[int, ...]], tokens: int) ->
     began = time.perf_counter()
     try:
         for n, prompt in enumerate(prompts):
-            engine.submit(EngineSequence(n, prompt, SamplingParams(temperature=0.0), tokens, eos_ids=frozenset()))
+            # Without guessing: a model that is asked nonsense repeats itself, and guesses would be right as nowhere else.
+            greedy = SamplingParams(temperature=0.0)
+            engine.submit(EngineSequence(n, prompt, greedy, tokens, eos_ids=frozenset(), speculate=False))
             submitted.append(time.perf_counter())
         running = len(prompts)
         while running:
@@ -99,10 +102,26 @@ class ModelRunner:
         self._nonce = nonce
         self._turns: dict[int, list[Turn]] = {batch: [] for batch in plan.batches}
 
-    def warm_up(self) -> None:
-        """One short turn of every batch size: memory is allocated, kernels are chosen."""
+    def warm_up(self) -> list[Skipped]:
+        """One turn of every batch size: memory is allocated, kernels are chosen. What the engine has no memory for is left out,
+        and said. Raises `ModelError` when it cannot take one stream."""
+        skipped = []
         for batch in self._plan.batches:
-            run_turn(self._engine, self._prompts(batch, WARM_UP), 2)
+            try:
+                run_turn(self._engine, self._prompts(batch, WARM_UP), self._plan.output_tokens)
+            except EngineError as error:
+                if batch == min(self._plan.batches):
+                    raise ModelError(
+                        f"the engine cannot take one stream: {error}", hint="raise engine.kv_bytes"
+                    ) from None
+                del self._turns[batch]
+                skipped.append(Skipped(f"batch_{batch}", f"the engine cannot take so many streams: {error}"[:250]))
+        return skipped
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Those that are measured."""
+        return tuple(self._turns)
 
     def step(self, batch: int) -> None:
         turns = self._turns[batch]
