@@ -17,7 +17,9 @@ from node.cli.main import Group, Shared
 from node.cli.options import password_options, setting_option
 from node.cli.params import HASH, NUMBER
 from node.errors import ModelError, NodeError
+from node.models.store import ModelStore
 from protocol.benchmark import Costs, VerifiedBenchmark, advise, open_benchmark
+from protocol.ids import ModelId
 
 if TYPE_CHECKING:
     from node.runtime.bench.measure import Model, Nonce, Tell
@@ -66,11 +68,17 @@ def command(ctx: click.Context, quick: bool, nonce: bytes | None, model: str, no
 @command.command()
 @click.argument("file", type=FILE)
 @click.option("--nonce", type=HASH, help="The nonce that was asked for; another one is an error.")
+@click.option("--again", is_flag=True, help="Run the model on the same prompts here, and compare what it answers.")
 @click.pass_obj
-def verify(shared: Shared, file: Path, nonce: bytes | None) -> None:
-    """Check FILE offline: form, figures against their own claims, signature, nonce."""
+def verify(shared: Shared, file: Path, nonce: bytes | None, again: bool) -> None:
+    """Check FILE offline: form, figures against their own claims, signature, nonce.
+
+    --again needs the model in the store and torch. Answers are equal in float32, and on like hardware in other formats.
+    """
     verified = _open(file, nonce)
-    data = {"valid": True, **facts(verified, file)}
+    if again:
+        _again(shared, verified)
+    data = {"valid": True, "run_again": again, **facts(verified, file)}
     stable = "stable" if verified.document.stable else "NOT stable: " + "; ".join(verified.document.reasons)
     shared.output.result(data, f"valid: signed by {verified.worker}, nonce from {_origin(verified)}\n{stable}")
 
@@ -210,8 +218,6 @@ def _model_there(shared: Shared, name: str | None) -> None:
     """Raises `ModelError` before a password is asked for."""
     if name is None:
         return
-    from node.models.store import ModelStore
-
     try:
         ModelStore(shared.config.models_dir).resolve(name)
     except ModelError as error:
@@ -219,7 +225,6 @@ def _model_there(shared: Shared, name: str | None) -> None:
 
 
 def _model(shared: Shared, name: str, device: Device) -> Model:
-    from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, load_engine
     from node.runtime.bench.measure import Model
 
@@ -236,6 +241,26 @@ def _model(shared: Shared, name: str, device: Device) -> Model:
     return Model(
         manifest.id, manifest.name, config.engine.dtype, lambda: load_engine(store.path(manifest.id), settings)
     )
+
+
+def _again(shared: Shared, verified: VerifiedBenchmark) -> None:
+    """Raises `ModelError` when the model is not here, or answers otherwise."""
+    from node.runtime.backend import EngineSettings, load_engine
+    from node.runtime.bench.reference import answers_again
+    from node.runtime.hal.probe import chosen
+
+    bench = verified.document.model
+    if bench is None:
+        raise ModelError("this benchmark ran no model")
+    store, config = ModelStore(shared.config.models_dir), shared.config.engine
+    folder = store.path(ModelId(bench.model_id))
+    settings = EngineSettings(
+        chosen(config.device).device.torch_name, bench.dtype, config.threads, cache_bytes=config.kv_bytes
+    )
+    shared.output.say(f"running {bench.name} in {bench.dtype} again")
+    if not answers_again(load_engine(folder, settings), verified.document):
+        hint = "in bfloat16 and below hardware of another kind may answer otherwise; float32 decides"
+        raise ModelError("the model answers otherwise here than the benchmark says", hint=hint)
 
 
 async def _nonce(shared: Shared, given: bytes | None) -> Nonce:

@@ -19,7 +19,7 @@ from node.runtime.bench import measure as measuring  # noqa: E402
 from node.runtime.bench.arithmetic import ON_HOST, Size, Task, size_for, tasks  # noqa: E402
 from node.runtime.bench.kept import AGE_MAX_MS, KeptBenchmarks  # noqa: E402
 from node.runtime.bench.measure import Model, Nonce, disturbances, measure  # noqa: E402
-from node.runtime.bench.reference import ModelRunner, Plan, run_turn  # noqa: E402
+from node.runtime.bench.reference import ModelRunner, Plan, answers_again, run_turn  # noqa: E402
 from node.runtime.engine.sequence import FinishReason, StepOutput  # noqa: E402
 from node.runtime.hal.devices import Device, Kind  # noqa: E402
 from node.runtime.hal.probe import chosen  # noqa: E402
@@ -107,6 +107,23 @@ def test_the_output_hash_is_of_what_the_model_says_to_the_nonces_prompts(tiny: P
             ids.append(int(judge.prefill_logits(ids, len(ids) - 1)[0].argmax()))
         streams.append(ids[PLAN.prompt_tokens :])
     assert runner.runs()[0].output_hash == output_hash([streams])
+
+
+@pytest.mark.usefixtures("small")
+def test_whoever_has_the_model_can_run_it_again(tiny: Path, make_model: Callable[..., Path], cpu: Device) -> None:
+    document = documents(tiny, cpu)
+    assert answers_again(engine(tiny), document)
+    assert not answers_again(engine(tiny), msgspec.structs.replace(document, nonce=bytes(32)))
+    assert not answers_again(engine(make_model(num_hidden_layers=2)), document), "a smaller model is seen"
+    with pytest.raises(ModelError, match="has 50 tokens, the one that was run 97"):
+        answers_again(engine(make_model(vocab_size=50)), document)
+    model = document.model
+    assert model is not None
+    with pytest.raises(ModelError, match="that is not run again"):
+        endless = msgspec.structs.replace(model, output_tokens=2**20)
+        answers_again(engine(tiny), msgspec.structs.replace(document, model=endless))
+    with pytest.raises(ModelError, match="no model"):
+        answers_again(engine(tiny), msgspec.structs.replace(document, model=None))
 
 
 def test_streams_that_do_not_fit_are_left_out_and_said(tiny: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ from protocol.keys import PrivateKey
 from protocol.messages import encode
 from protocol.typed_data import MARKET_DOMAIN
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY, OTHER = (PrivateKey(keccak256(word)) for word in (b"a worker", b"somebody else"))
 
 
@@ -173,6 +176,26 @@ def test_prompts_depend_on_nonce_batch_turn_and_stream() -> None:
     assert prompt_ids(NONCE, 1, 0, 0, 3, 1000) == prompt_ids(NONCE, 1, 0, 0, 9, 1000)[:3]
     first = hashlib.sha256(b"gristmill bench 1" + NONCE + bytes((0, 0, 0, 1)) + bytes(4) + bytes(4) + bytes(4)).digest()
     assert prompt_ids(NONCE, 1, 0, 0, 1, 49_152) == (int.from_bytes(first[:4]) % 49_152,)
+
+
+def test_the_vector_is_read_and_its_prompts_are_made_anew_by_the_spec() -> None:
+    """By the words of docs/spec/benchmark.md, not by the code above."""
+    vector = json.loads((ROOT / "tests" / "vectors" / "wire.json").read_text(encoding="utf-8"))["benchmark"]
+    nonce = bytes.fromhex(vector["nonce"][2:])
+    verified = open_benchmark(bytes.fromhex(vector["file"]), nonce=nonce)
+    assert (str(verified.worker), str(verified.hash)) == (vector["worker"], vector["documentHash"])
+    assert list(verified.document.reasons) == vector["reasons"] and not verified.document.stable
+    for one in vector["prompts"]:
+        seed = b"gristmill bench 1" + nonce
+        seed += b"".join(one[name].to_bytes(4, "big") for name in ("batch", "round", "stream"))
+        stream = b"".join(hashlib.sha256(seed + n.to_bytes(4, "big")).digest() for n in range(2))
+        words = [int.from_bytes(stream[at : at + 4], "big") for at in range(0, 4 * len(one["tokenIds"]), 4)]
+        assert one["tokenIds"] == [word % one["vocabSize"] for word in words]
+    flat = [ids for streams in vector["outputs"] for ids in streams]
+    text = b"".join(len(ids).to_bytes(4, "big") + b"".join(i.to_bytes(4, "big") for i in ids) for ids in flat)
+    assert vector["outputHash"] == "0x" + hashlib.sha256(text).hexdigest()
+    run_ = verified.document.model.runs[0] if verified.document.model else None
+    assert run_ is not None and "0x" + run_.output_hash.hex() == vector["outputHash"]
 
 
 def test_output_hash_tells_streams_apart() -> None:

@@ -15,7 +15,7 @@ from node.errors import ModelError
 from node.runtime.engine.errors import EngineError
 from node.runtime.engine.sequence import FinishReason, StepOutput
 from node.runtime.engine.sequence import Sequence as EngineSequence
-from protocol.benchmark import ModelRun, Skipped, figure, output_hash, prompt_ids
+from protocol.benchmark import BenchmarkDocument, ModelRun, Skipped, figure, output_hash, prompt_ids
 from protocol.sampling import SamplingParams
 
 
@@ -42,6 +42,8 @@ class Plan:
 
 
 QUICK = Plan(turns=2, prompt_tokens=32, output_tokens=16)
+AGAIN_MAX = 1_000_000
+"""Tokens that are run again because a stranger's file says so."""
 WARM_UP = 2**32 - 1
 """The turn whose prompts warm the engine up."""
 
@@ -139,6 +141,26 @@ class ModelRunner:
         return [
             prompt_ids(self._nonce, batch, turn, stream, plan.prompt_tokens, self.vocab_size) for stream in range(batch)
         ]
+
+
+def answers_again(engine: Engine, document: BenchmarkDocument) -> bool:
+    """Whether this engine, on the model and in the format that the document names, gives the hash of its smallest batch. Equal on
+    like machines; in float32 nearly everywhere. Raises `ModelError`."""
+    bench = document.model
+    if bench is None:
+        raise ModelError("this benchmark ran no model")
+    claimed = min(bench.runs, key=lambda run: run.batch)
+    if bench.vocab_size != engine.vocab_size:
+        raise ModelError(f"this model has {engine.vocab_size} tokens, the one that was run {bench.vocab_size}")
+    turns = claimed.tokens_per_second.samples
+    size = turns * claimed.batch * (bench.prompt_tokens + bench.output_tokens)
+    if size > AGAIN_MAX:
+        raise ModelError(f"this benchmark claims {size} tokens for its smallest batch: that is not run again")
+    plan = Plan((claimed.batch,), turns, bench.prompt_tokens, bench.output_tokens)
+    runner = ModelRunner(engine, plan, document.nonce)
+    for _ in range(turns):
+        runner.step(claimed.batch)
+    return runner.runs()[0].output_hash == claimed.output_hash
 
 
 def _run(batch: int, turns: Sequence[Turn], tokens: int) -> ModelRun:
