@@ -253,12 +253,13 @@ def _again(shared: Shared, verified: VerifiedBenchmark) -> None:
     if bench is None:
         raise ModelError("this benchmark ran no model")
     store, config = ModelStore(shared.config.models_dir), shared.config.engine
-    folder = store.path(ModelId(bench.model_id))
+    model = ModelId(bench.model_id)
+    store.verify(model)
     settings = EngineSettings(
         chosen(config.device).device.torch_name, bench.dtype, config.threads, cache_bytes=config.kv_bytes
     )
     shared.output.say(f"running {bench.name} in {bench.dtype} again")
-    if not answers_again(load_engine(folder, settings), verified.document):
+    if not answers_again(load_engine(store.path(model), settings), verified.document):
         hint = "in bfloat16 and below hardware of another kind may answer otherwise; float32 decides"
         raise ModelError("the model answers otherwise here than the benchmark says", hint=hint)
 
