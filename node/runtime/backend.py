@@ -1,7 +1,6 @@
 """The torch back end: model store + tokenizer + engine host, behind the `Backend` port.
 
-Whoever starts it sets ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported (`node.app` does); spinning OpenMP threads slow a
-shared machine by a factor of twenty.
+``OMP_WAIT_POLICY=PASSIVE`` is set by `node.runtime` itself, before anything here can import torch.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,16 @@ from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.host import EngineHost
 from node.runtime.stops import StopStrings
+from node.telemetry.engine import EngineMetrics
+from node.telemetry.exposition import Sample
+from node.telemetry.steps import StepTrace
 from protocol.ids import ModelId
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat, sampling_params
 
 if TYPE_CHECKING:
     from node.runtime.engine.engine import Engine
     from node.runtime.grammar import GrammarConstraint, Grammars
+    from node.runtime.hal.devices import Choice
 
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 """Sees a model being hashed."""
@@ -42,10 +46,13 @@ _FINISH = {EngineFinish.STOP: FinishReason.STOP, EngineFinish.LENGTH: FinishReas
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     device: str = "cpu"
+    """`auto`, or a kind of `node.runtime.hal` with or without an index."""
     dtype: str = "float32"
     threads: int = 1
     cache_bytes: int = 1 << 30
     max_streams: int = 4
+    trace: Path | None = None
+    """Where each model's steps are traced: its name is put before the file's suffix when there are several models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,11 @@ class TorchBackend:
     @property
     def free_slots(self) -> int:
         return max(0, self._settings.max_streams - self._active)
+
+    def samples(self) -> Iterator[Sample]:
+        """What all engines count, for `node.telemetry`."""
+        for loaded in self._loaded.values():
+            yield from loaded.host.metrics.samples()
 
     def tokenizer(self, model: ModelId) -> Tokenizer:
         return self._get(model).tokenizer
@@ -130,6 +142,7 @@ class TorchBackend:
                             text += stops.push(detokenizer.finish())
                             text += stops.finish()
                         if stops.hit:
+                            loaded.host.satisfied(sequence.id)
                             yield Step(tuple(ids), text, FinishReason.STOP_STRING)
                             return
                         if output.finish_reason is not None:
@@ -152,16 +165,35 @@ async def open_backend(
     models: Sequence[Manifest],
     settings: EngineSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
+    heard: Callable[[Choice], None] = lambda _: None,
 ) -> AsyncIterator[TorchBackend]:
-    """Load models, one engine thread each. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
+    """Load models, one engine thread each. `heard` is told which device they run on, and why.
+
+    Raises `DeviceNotFound`, and `ModelError`, also for bytes that its model id does not commit to (M1).
+    """
+    from node.runtime.hal.probe import chosen
+
+    choice = await trio.to_thread.run_sync(chosen, settings.device)
+    heard(choice)
+    settings = replace(settings, device=choice.device.torch_name)
     backend = TorchBackend(settings)
     async with AsyncExitStack() as stack:
         for manifest in models:
             folder = store.path(manifest.id)
             with watch(manifest) as progress:
                 await _verify(store, manifest.id, progress)
-            host = EngineHost(_loader(folder, settings))
+            metrics = EngineMetrics(manifest.name, manifest.context_length)
+            observers = []
+            if settings.trace is not None:
+                path = settings.trace
+                if len(models) > 1:
+                    path = path.with_name(f"{path.stem}-{manifest.name}{path.suffix}")
+                trace = _open_trace(path, manifest.name)
+                stack.callback(trace.close)
+                observers.append(trace)
+            host = EngineHost(partial(load_engine, folder, settings), metrics=metrics, observers=observers)
             engine = await host.start()
+            metrics.stats = partial(getattr, engine, "stats", None)
             stack.push_async_callback(host.stop)
             tokenizer = Tokenizer(folder)
             stack.callback(tokenizer.close)
@@ -217,10 +249,15 @@ def _numerics_class(engine: Engine) -> str:
     return engine.numerics_probe().hex()[:32]
 
 
-def _loader(folder: Path, settings: EngineSettings):  # type: ignore[no-untyped-def]
-    def load() -> Engine:
-        from node.runtime.engine.engine import Engine
+def _open_trace(path: Path, name: str) -> StepTrace:
+    try:
+        return StepTrace(path, name)
+    except OSError as error:
+        raise ModelError(f"the trace cannot be written to {path}: {error.strerror}") from None
 
-        return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
 
-    return load
+def load_engine(folder: Path, settings: EngineSettings) -> Engine:
+    """An engine on the model in that folder, in this thread. `settings.device` is one of torch's names. Raises `EngineError`."""
+    from node.runtime.engine.engine import Engine
+
+    return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
