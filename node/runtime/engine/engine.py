@@ -228,9 +228,8 @@ class Engine:
             tokens += one.draft[: max(end - len(one.tokens), 0)]
             rows += range(len(tokens) - item.rows, len(tokens))
         plan = self._plan([item.span for item in work])
-        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache)
-        if len(rows) < len(tokens):
-            hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
+        wanted = torch.tensor(rows, device=self._device, dtype=torch.int64) if len(rows) < len(tokens) else None
+        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache, wanted)
         return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
 
     def _plan(self, spans: list[Span]) -> Plan:
@@ -292,8 +291,9 @@ class Engine:
             for begin in range(0, len(tokens), self._chunk):
                 chunk = tokens[begin : begin + self._chunk]
                 plan = self._plan([Span(table, begin, len(chunk))])
-                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache)
-                hidden = hidden[max(start - begin, 0) :]
+                first = min(max(start - begin, 0), len(chunk))
+                wanted = torch.arange(first, len(chunk), device=self._device) if first else None
+                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache, wanted)
                 if len(hidden):
                     yield self._model.logits(hidden)
         finally:
