@@ -158,6 +158,10 @@ class _Turns:
         self._cos = torch.empty(0, 2 * len(self._frequencies), dtype=dtype, device=device)
         self._sin = self._cos
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self._cos, self._sin
+
     def of(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the first half's sign turned: each [tokens, 1, dim]. No position is above `last`."""
         while len(self._cos) <= last:
@@ -211,6 +215,10 @@ class Decoder:
         for layer in self.layers[:-1]:
             hidden = layer.forward(hidden, turns, plan, cache)
         return self.layers[-1].forward(hidden, turns, plan, cache, rows)
+
+    def tables(self) -> list[Tensor]:
+        """The tensors of positions, as far as they have grown."""
+        return [table for turn in self._turns.values() for table in turn.tables]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [rows, vocab] of hidden states as `forward` returns them."""
