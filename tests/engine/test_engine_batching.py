@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from node.runtime.engine import blocks, lookup  # noqa: E402
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, chain, root  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
-from node.runtime.engine.errors import CacheFull, IntegrityError  # noqa: E402
+from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError  # noqa: E402
 from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
@@ -345,3 +345,19 @@ def test_exact_logits_are_the_same_bits_in_any_company(tiny: Path, dtype: str) -
         for n, row in enumerate(alone[one.id]):
             assert all(torch.equal(crowd[one.id][n], row) for crowd in crowds), f"row {n} of {one.id}"
             assert torch.equal(replay[n], row), "one prefill computes the same bits"
+
+
+def test_exact_is_not_claimed_where_it_does_not_hold(tiny: Path) -> None:
+    engine = Engine(tiny, exact=True)
+    probe = engine.numerics_probe()
+    assert probe == Engine(tiny, exact=True).numerics_probe() != Engine(tiny).numerics_probe()
+    inner = engine._model.layers[1].output
+
+    def by_company(x: torch.Tensor) -> torch.Tensor:
+        """A library whose rows depend on how many there are."""
+        return inner(x) * (1 + 1e-6 * (len(x) % 3))
+
+    engine._model.layers[1].output = by_company  # type: ignore[assignment]
+    with pytest.raises(EngineError, match="alike"):
+        engine.numerics_probe()
+    engine.check_integrity()
