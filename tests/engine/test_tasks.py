@@ -21,7 +21,8 @@ from node.errors import InputInvalid, ModelError  # noqa: E402
 from node.models.manifest import Manifest  # noqa: E402
 from node.models.store import ModelStore  # noqa: E402
 from node.ports import Step, TaskInput  # noqa: E402
-from node.runtime.tasks.backend import TaskModels, TaskSettings, is_task_model, open_tasks  # noqa: E402
+from node.runtime.tasks.backend import TaskModels, is_task_model, open_tasks  # noqa: E402
+from node.runtime.tasks.loading import TaskSettings  # noqa: E402
 from protocol.ids import ModelId  # noqa: E402
 from protocol.messages import FinishReason, Params  # noqa: E402
 from protocol.tasks import (  # noqa: E402
