@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -23,14 +23,12 @@ from node.models.tasks import tasks_of
 from node.ports import ModelInfo, Step, TaskInput
 from node.runtime.tasks import wire
 from node.runtime.tasks.host import Launcher, Limits, TaskHost
+from node.runtime.tasks.loading import TaskSettings
 from node.runtime.tasks.prepare import Preparer
 from node.runtime.tasks.runner import Memory, Runner
 from protocol.ids import ModelId
 from protocol.messages import Params
 from protocol.tasks import Task, TaskRequest
-
-if TYPE_CHECKING:
-    from node.runtime.tasks.loading import TaskSettings
 
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 """Sees a model being hashed."""
