@@ -181,7 +181,7 @@ def test_the_known_models_have_their_pinned_ids_and_tasks(stored: Callable[[str]
         manifest = Manifest.parse((folder / "manifest.json").read_bytes())
         assert manifest.dtype == dtype and tasks_of(folder) == tasks
         ModelStore(folder.parent).verify(manifest.id)
-        assert longest is None or json.loads((folder / "config.json").read_text())["max_seq_length"] == longest
+        assert longest is None or manifest.context_length == longest
 
 
 def ppocr_folder(folder: Path) -> Path:
