@@ -183,6 +183,7 @@ STEEP = [-((i * 7919) % 9000) / 40 for i in range(9000)]
         {"top_k": 8999, "top_p": 0.7},
         {"top_k": 2500, "min_p": 0.6},
         {"min_p": 0.5},
+        {"min_p": math.exp(-10 / 64) * (1 - 1e-9)},  # just under the weight of some
         {"min_p": 1.0, "top_p": 0.4},
     ],
     ids=str,
