@@ -185,10 +185,11 @@ def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> 
         )  # fmt: skip
         assert json.loads("".join(row.get("text", "") for row in bound)) in ("red", "blue")
         schema.write_text('{"type": "array", "uniqueItems": true}')
-        refused = gristmill(
+        rows = gristmill(
             world.client, *world.settings, "chat", MODEL, "Hi.", "--worker", address, "--json-schema", str(schema), check=False
-        )[-1]  # fmt: skip
-        assert "the client's JSON schema is refused" in refused["error"]["message"], refused
+        )  # fmt: skip
+        (refused,) = [row["error"] for row in rows if "error" in row]
+        assert "response_format: the client's JSON schema is refused" in refused["message"], refused
     finally:
         assert stop(process) == 0
     for folder, role in world.roles():
