@@ -150,7 +150,7 @@ class Int8FineLinear(Int8Linear):
         coarse = scaled.round()
         fine = scaled.sub_(coarse).mul_(254)
         first, second = self._linear(torch.cat((coarse, fine)), 1.0, 128, self._packed).chunk(2)
-        return torch.add(first, second, alpha=1 / 254).mul_(steps)
+        return first.add_(second, alpha=1 / 254).mul_(steps)
 
 
 class Int8PlainLinear:
