@@ -141,6 +141,11 @@ class Engine:
         return len(self._scheduler.running) + len(self._scheduler.waiting)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held, packed copies included."""
+        return self._model.nbytes
+
+    @property
     def cache_used(self) -> int:
         """Bytes of KV cache held by sequences."""
         return self._pool.held * self.block_bytes
