@@ -30,6 +30,7 @@ def load(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise SystemExit(f"error: no benchmark {name}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -87,6 +88,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distributions")
     parser.add_argument("--runs", type=int, help="how often to measure, where a benchmark repeats")
+    parser.add_argument("--only", metavar="A,B", help="engine: measure these contenders only")
+    parser.add_argument("--compiled", action="store_true", help="engine: vLLM compiled as well; a minute to start")
+    parser.add_argument("--peers-dir", type=Path, metavar="DIR", help="engine: the peers' environments (build/peers)")
     parser.add_argument("--records", type=int, help="journal: records to replay")
     parser.add_argument("--repeat", type=int, help="journal: medians of so many")
     args = parser.parse_args()
