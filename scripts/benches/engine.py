@@ -120,8 +120,10 @@ def run(args: Any = None) -> dict[str, Any]:
     wanted = [one for one in (*OURS, *PEERS) if one.name in only or not only and (args.compiled or not one.slow_to_start)]
     missing = [one.name for one in wanted if not one.python(peers).exists()]
     wanted = [one for one in wanted if one.name not in missing]
-    with _started(wanted, peers) as (running, failed):
-        measured = _rounds(running, rounds, _prompts(peers))
+    folder, gguf = _model(peers)
+    tokens = _text(folder)
+    with _started(wanted, peers, folder, gguf) as (running, failed):
+        measured = _rounds(running, rounds, tokens)
         versions = {name: version for one in running for name, version in one.versions.items()}
     return {
         "figures": _figures(measured),
@@ -140,9 +142,10 @@ def run(args: Any = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _started(wanted: Sequence[Contender], peers: Path) -> Iterator[tuple[list[Running], dict[str, str]]]:
+def _started(
+    wanted: Sequence[Contender], peers: Path, folder: Path, gguf: Path
+) -> Iterator[tuple[list[Running], dict[str, str]]]:
     """Load one after the other; who cannot load is reported and left out."""
-    folder, gguf = _model(peers)
     running: list[Running] = []
     failed: dict[str, str] = {}
     try:
@@ -236,14 +239,13 @@ def _model(peers: Path) -> tuple[Path, Path]:
     return store.path(add_known(store, MODEL).id), gguf
 
 
-def _prompts(peers: Path) -> list[int]:
-    """Token ids of English prose: the paragraphs of this repository's decision records."""
+def _text(folder: Path) -> list[int]:
+    """Token ids of English prose: what this repository's documents say, without headings, tables and code."""
     from tokenizers import Tokenizer
 
-    records = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
-    paragraphs = [part for path in records for part in path.read_text().split("\n\n")]
-    prose = "\n\n".join(part for part in paragraphs if part[:1].isalpha() and "|" not in part)
-    ids: list[int] = Tokenizer.from_file(str(_model(peers)[0] / "tokenizer.json")).encode(prose).ids
+    lines = [line.strip(" -*>") for path in sorted((ROOT / "docs").rglob("*.md")) for line in path.read_text().splitlines()]
+    prose = " ".join(line for line in lines if line[:1].isalpha() and "|" not in line)
+    ids: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(prose).ids
     return ids
 
 
