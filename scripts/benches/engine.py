@@ -23,12 +23,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from peers import report
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 MODEL = "smollm2-135m-instruct"
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 STREAMS = (1, 4, 16)
 THREADS = 1
+OWN = "own"
+"""Name, among contenders, of the engine's own measures."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ OURS = tuple(
     Contender(f"ours_{name}", name, "gristmill", {"format": long})
     for name, long in (("bf16", "bfloat16"), ("int8", "int8"), ("int4", "int4"), ("fp32", "float32"))
 )
+OURS_FORMATS = {one.name: one.format for one in OURS}
 PEERS = (
     Contender("vllm_eager", "bf16", "vllm", {"compiled": False}, "vllm"),
     Contender("vllm_compiled", "bf16", "vllm", {"compiled": True}, "vllm", slow_to_start=True),
@@ -58,7 +63,7 @@ PEERS = (
     Contender("llamacpp_q8", "int8", "llamacpp", {"quant": "q8_0"}, "llamacpp"),
     Contender("ctranslate2", "int8", "ctranslate2", {}, "ctranslate2"),
     Contender("llamacpp_q4", "int4", "llamacpp", {"quant": "q4_0"}, "llamacpp"),
-    Contender("transformers_cb", "fp32", "transformers", {"continuous": True, "dtype": "float32", "batching": {}}, "transformers"),
+    Contender("transformers_cb", "fp32", "transformers", {"continuous": True, "dtype": "float32"}, "transformers"),
 )
 
 
@@ -114,22 +119,33 @@ def run(args: Any = None) -> dict[str, Any]:
     peers = Path(getattr(args, "peers_dir", None) or ROOT / "build" / "peers").resolve()
     peers.mkdir(parents=True, exist_ok=True)
     only = set(filter(None, (getattr(args, "only", None) or "").split(",")))
-    unknown = only - {contender.name for contender in (*OURS, *PEERS)}
+    unknown = only - {OWN, *(contender.name for contender in (*OURS, *PEERS))}
     if unknown:
         raise SystemExit(f"error: no contender {', '.join(sorted(unknown))}")
-    wanted = [one for one in (*OURS, *PEERS) if one.name in only or not only and (args.compiled or not one.slow_to_start)]
+    compiled = getattr(args, "compiled", False)
+    wanted = [one for one in (*OURS, *PEERS) if one.name in only or not (only or (one.slow_to_start and not compiled))]
+    failed = _install(wanted, peers) if getattr(args, "install_peers", False) else {}
     missing = [one.name for one in wanted if not one.python(peers).exists()]
     wanted = [one for one in wanted if one.name not in missing]
     folder, gguf = _model(peers)
     tokens = _text(folder)
-    with _started(wanted, peers, folder, gguf) as (running, failed):
-        measured = _rounds(running, rounds, tokens)
+    with _started(wanted, peers, folder, gguf, failed) as running:
+        measured = _rounds(running, rounds, tokens) if running else {}
         versions = {name: version for one in running for name, version in one.versions.items()}
+    own: dict[str, float] = {}
+    if not only or OWN in only:
+        from own.measures import measure
+
+        _say("the engine's own measures")
+        try:
+            own = measure(folder, tokens, {one.format: one.options["format"] for one in OURS[:2]}, rounds, THREADS)
+        except RuntimeError as error:
+            failed[OWN] = str(error)
     return {
-        "figures": _figures(measured),
+        "figures": {**_figures(measured), **own},
         "peers": {one.name: _summary(measured[one.name]) for one in PEERS if one.name in measured},
         "missing_peers": missing,
-        "failed_peers": failed,
+        "failed": failed,
         "conditions": {
             "versions": versions,
             "rounds": rounds,
@@ -141,13 +157,25 @@ def run(args: Any = None) -> dict[str, Any]:
     }
 
 
+def _install(wanted: Sequence[Contender], peers: Path) -> dict[str, str]:
+    """Make the environments that are not there; contender -> why it has none."""
+    from peers.install import install
+
+    failed = {}
+    for name in dict.fromkeys(one.environment for one in wanted if one.environment):
+        if not (peers / name / "bin" / "python").exists():
+            _say(f"installing {name}")
+            why = install(name, peers / name)
+            failed |= {one.name: why for one in wanted if why and one.environment == name}
+    return failed
+
+
 @contextlib.contextmanager
 def _started(
-    wanted: Sequence[Contender], peers: Path, folder: Path, gguf: Path
-) -> Iterator[tuple[list[Running], dict[str, str]]]:
-    """Load one after the other; who cannot load is reported and left out."""
+    wanted: Sequence[Contender], peers: Path, folder: Path, gguf: Path, failed: dict[str, str]
+) -> Iterator[list[Running]]:
+    """Load one after the other; who cannot load is left out, and `failed` says why."""
     running: list[Running] = []
-    failed: dict[str, str] = {}
     try:
         for contender in wanted:
             _say(f"loading {contender.name}")
@@ -161,7 +189,7 @@ def _started(
                 process.close()
             else:
                 running.append(process)
-        yield running, failed
+        yield running
     finally:
         for process in running:
             process.close()
@@ -243,10 +271,19 @@ def _text(folder: Path) -> list[int]:
     """Token ids of English prose: what this repository's documents say, without headings, tables and code."""
     from tokenizers import Tokenizer
 
-    lines = [line.strip(" -*>") for path in sorted((ROOT / "docs").rglob("*.md")) for line in path.read_text().splitlines()]
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    lines = [line.strip(" -*>") for page in pages for line in page.read_text().splitlines()]
     prose = " ".join(line for line in lines if line[:1].isalpha() and "|" not in line)
     ids: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(prose).ids
     return ids
+
+
+def table(result: dict[str, Any]) -> str:
+    return report.table(result, OURS_FORMATS, STREAMS)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    report.plot(result, OURS_FORMATS, STREAMS, path)
 
 
 def _say(text: str) -> None:

@@ -46,7 +46,9 @@ CODE = '''def settle(channels, now):
         channel.claimed = 0
     return paid
 '''
-COPY = f"<|im_start|>user\nRepeat this code exactly:\n```python\n{CODE}```<|im_end|>\n<|im_start|>assistant\n```python\n"
+COPY = (
+    f"<|im_start|>user\nRepeat this code exactly:\n```python\n{CODE}```<|im_end|>\n<|im_start|>assistant\n```python\n"
+)
 
 
 class Clock:
@@ -148,7 +150,9 @@ def lookup(engine: Engine, model: Path, rounds: int) -> dict[str, float]:
             taken[guess].append((whole, whole - first))
     if said[True] != said[False]:
         raise RuntimeError("with prompt lookup the answer is another one")
-    (with_whole, with_decode), (whole, decode) = (map(median, zip(*taken[guess], strict=True)) for guess in (True, False))
+    (with_whole, with_decode), (whole, decode) = (
+        map(median, zip(*taken[guess], strict=True)) for guess in (True, False)
+    )
     return {"lookup_speedup": whole / with_whole, "lookup_speedup_decode": decode / with_decode}
 
 

@@ -1,9 +1,11 @@
 """How the benchmark talks to an engine that runs in an environment of its own: JSON lines on stdin and stdout.
 
-    {"do": "load", "model": DIR, "gguf": FILE, "scratch": DIR, "threads": N, "streams": N, **options}  ->  {"versions": {...}, "load_seconds": S}
+    {"do": "load", "model": DIR, "gguf": FILE, "scratch": DIR, "threads": N, "streams": N, **options}
+        ->  {"versions": {...}, "load_seconds": S}
     {"do": "run", "prompts": [[token id, ...], ...], "new_tokens": N}
         ->  {"tokens": [[token id, ...], ...], "wall": S, "cpu": S, "first": [S or null, ...]}
-    {"do": "exit"}                                                          ->  nothing, the process ends
+    {"do": "exit"}
+        ->  nothing, the process ends
 
 Rules:
 - Only the standard library is imported here: the peers' environments share nothing else.

@@ -1,6 +1,7 @@
 """transformers: its continuous batching, or plain `generate` on one static batch, by `continuous`.
 
-Continuous batching is given its best: one manager, warmed and started before anything is timed, and no sharing of blocks.
+Continuous batching is given its best: one manager with the sizes it infers itself (smaller batches measured slower), warmed and
+started before anything is timed, and no sharing of blocks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Continuous:
 
     def __init__(self, asked: dict[str, Any]) -> None:
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
-        batching = ContinuousBatchingConfig(**asked["batching"], allow_block_sharing=False)
+        batching = ContinuousBatchingConfig(allow_block_sharing=False)
         self.manager = _model(asked).init_continuous_batching(
             generation_config=config, continuous_batching_config=batching
         )
