@@ -210,7 +210,7 @@ class ServedPart:
         stall = self.server.settings.stall_ms / 1000
         patience = min(stall, stall + inputs.taken_bytes / SLOWEST - self._waited)
         while self.finish is not None or (until := self._payable()) == inputs.taken:
-            if not await self._changed(until=began + patience):
+            if not await self._changed(until=began + patience) and self.finish is None:
                 unpaid = inputs.untaken > 0
                 code = WireCode.UNPAID if unpaid else WireCode.BAD_INPUT
                 self.fault = RemoteProtocolError(code, "no voucher came in time" if unpaid else "input came too slowly")
