@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -13,6 +12,7 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,26 +22,31 @@ from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
-from node.ports import Backend, TaskBackend
+from node.ports import Backend, ModelInfo, TaskBackend
 from node.settings import task_price_of
+from node.telemetry.exposition import Source, render
+from node.telemetry.market import MarketState, market_samples
+from node.telemetry.server import Health
 from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
 from node.worker.batch_run import RunSettings
 from node.worker.batch_service import BatchSettings
 from node.worker.claims import ClaimPolicy
+from node.worker.desk import Speed
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
 from node.worker.trial import try_tasks
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.claiming import COIN, ClaimTerms
-from protocol.ids import ZERO_ADDRESS, Address
+from protocol.ids import ZERO_ADDRESS, Address, ModelId
 from protocol.pricing import Price
 from protocol.signing import KeyRole
 
 if TYPE_CHECKING:
     from node.models.manifest import Manifest
     from node.models.store import Progress
+    from node.runtime.hal.devices import Choice, Device
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager["Progress"]]
@@ -55,6 +60,32 @@ class Running:
 
     worker: Worker
     chains: Chains
+    backend: Backend
+
+    def metrics(self) -> bytes:
+        """The page for Prometheus, as it is now."""
+        engine = self.backend.samples() if isinstance(self.backend, Source) else ()
+        return render((*engine, *market_samples(partial(market_state, self.worker))))
+
+    def health(self) -> Health:
+        """Whether this worker takes jobs."""
+        return Health(not self.worker.server.draining, "draining" if self.worker.server.draining else "ok")
+
+
+def market_state(worker: Worker) -> MarketState:
+    stats = worker.server.stats
+    return MarketState(
+        accepted=stats.accepted,
+        finished=stats.finished,
+        output_tokens=stats.output_tokens,
+        refused=stats.refused,
+        ended=stats.ended,
+        streams=worker.server.busy,
+        free_slots=max(0, worker.server.free_slots),
+        draining=worker.server.draining,
+        channels=len(worker.book.channels),
+        journal_records=worker.ledger.head.seq,
+    )
 
 
 def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
@@ -147,11 +178,9 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
 
 
 def _runtimes(
-    config: Config, say: Say, bar: Bar
+    config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
 ) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
     """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
-    # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
@@ -168,6 +197,7 @@ def _runtimes(
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
+        trace=config.telemetry.engine_trace,
     )
 
     def watch(manifest: Manifest) -> AbstractContextManager[Progress]:
@@ -181,7 +211,27 @@ def _runtimes(
         device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
     )
     tasks = open_tasks(store, others, task_settings, watch) if others else None
-    return open_backend(store, chats, settings, watch), tasks
+    return open_backend(store, chats, settings, watch, heard), tasks
+
+
+def benched(
+    config: Config, worker: Address, models: Mapping[ModelId, ModelInfo], device: Device, say: Say
+) -> dict[ModelId, Speed]:
+    """What stable benchmarks of this worker, device and torch say of the models that are served; see `gristmill bench`."""
+    from importlib import metadata
+
+    from node.runtime.bench.kept import KeptBenchmarks
+
+    kept, torch = KeptBenchmarks(config.benchmarks_dir), metadata.version("torch")
+    found = {}
+    for model, info in models.items():
+        claim = kept.claim(model, info.dtype, device.uuid, worker=worker, torch=torch, now_ms=now_ms())
+        if claim is not None:
+            found[model] = Speed(claim.tokens_per_second, claim.ttft_ms)
+            say(
+                f"{info.name}: the offer claims what was benchmarked, {claim.tokens_per_second} tokens/s for one stream"
+            )
+    return found
 
 
 @asynccontextmanager
@@ -205,9 +255,10 @@ async def open_worker(
     """
     from node.network.host import open_host
 
+    choices: list[Choice] = []
     engine: AbstractAsyncContextManager[Backend]
     if backend is None:
-        engine, tasks = _runtimes(config, say, bar)
+        engine, tasks = _runtimes(config, say, bar, choices.append)
     else:
         engine = nullcontext(backend)
     async with AsyncExitStack() as stack:
@@ -220,10 +271,14 @@ async def open_worker(
             open_host(hot, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
         backend = await stack.enter_async_context(engine)
+        for choice in choices:
+            say(f"models run on {choice.device.label}: {choice.why}")
         speeds = await self_test(backend)
         for model, speed in speeds.items():
             info = backend.models[model]
             say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
+        if choices:
+            speeds |= benched(config, hot.address, backend.models, choices[0].device, say)
         runtime = await stack.enter_async_context(tasks) if tasks is not None else None
         if runtime is not None:
             for model, spent in (await try_tasks(runtime)).items():
@@ -249,6 +304,6 @@ async def open_worker(
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chains)
+            yield Running(worker, chains, backend)
         finally:
             nursery.cancel_scope.cancel()

@@ -36,6 +36,7 @@ from node.settings import (
     Setting,
     account,
     each,
+    endpoint,
     matching,
     one_of,
     power_of_two,
@@ -462,10 +463,13 @@ class EngineConfig:
     """The model runtime."""
 
     device: str = setting(
-        "cpu",
-        "Where models run.",
-        check=matching(r"cpu|cuda(:\d{1,3})?", "cpu, cuda or cuda:N"),
-        values="cpu, cuda, cuda:N",
+        "auto",
+        "Where models run. `auto` takes the best that is there, in this order: cuda, rocm, xpu, mps, cpu; `start` says which "
+        "and why.",
+        check=matching(
+            r"auto|cpu|mps|(cuda|rocm|xpu)(:\d{1,3})?", "auto, cpu, mps, or cuda, rocm or xpu with or without :N"
+        ),
+        values="auto, cpu, mps, cuda, rocm, xpu, cuda:N, rocm:N, xpu:N",
     )
     dtype: str = setting(
         "float32",
@@ -476,6 +480,24 @@ class EngineConfig:
     threads: int = setting(1, "CPU threads of the engine.", unit="threads", low=1, high=1024)
     kv_bytes: int = setting(
         256 << 20, "Memory for the keys and values of running sequences.", unit="bytes", low=1 << 20, high=1 << 44
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """What a running worker tells of itself."""
+
+    metrics: str = setting(
+        "",
+        "Where metrics are served for Prometheus: HOST:PORT, or a port alone for 127.0.0.1. Empty: nowhere. Who can reach it can "
+        "read them.",
+        check=endpoint,
+        values="HOST:PORT or PORT",
+    )
+    engine_trace: Path | None = setting(
+        None,
+        "File for a trace of the engine's steps (Chrome's format, for Perfetto); replaced at each start, ends at 256 MiB. Empty: "
+        "none.",
     )
 
 
@@ -548,6 +570,7 @@ class Config:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -591,6 +614,11 @@ class Config:
     @property
     def models_dir(self) -> Path:
         return self.models.folder or self.data_dir / "models"
+
+    @property
+    def benchmarks_dir(self) -> Path:
+        """What `bench` measured and signed."""
+        return self.data_dir / "benchmarks"
 
     @property
     def devnet_state(self) -> Path:

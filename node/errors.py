@@ -134,6 +134,13 @@ class ModelError(NodeError):
     exit_status = 7
 
 
+class DeviceNotFound(NodeError):
+    """What is to compute is not there."""
+
+    code = "device"
+    exit_status = 7
+
+
 class PromptInvalid(ModelError):
     """The request cannot become a prompt: empty, a role out of order, a template that refuses it."""
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from node.errors import ContractRefused
 from protocol.escrow import JobState, Outcome, Slash
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
-from protocol.messages import ChatMessage, FinishReason, Params
+from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 from protocol.signing import Signable
 from protocol.tasks import Task, TaskRequest
 from protocol.transactions import SignedTransaction, Transaction
@@ -417,6 +417,20 @@ class Chain(Protocol):
 # ----------------------------------------------------------------------------------------------------------- runtime
 
 
+SAMPLING_PARAMS: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "stop",
+)
+"""Fields of `Params` that a runtime with the normative sampler honours: all that decide the tokens (`protocol.sampling`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a runtime says of a model that it has loaded or can load."""
@@ -426,7 +440,10 @@ class ModelInfo:
     context_length: int
     dtype: str
     numerics_class: str
-    """Hash of a golden probe's outputs: equal classes can be compared bit for bit."""
+    """Hash of a golden probe's outputs: equal classes can be compared bit for bit. Empty: nothing can be compared, because the
+    sampler is not the normative one."""
+    params: tuple[str, ...] = SAMPLING_PARAMS
+    """Fields of `Params` that are honoured; what is not here is not offered."""
     tasks: tuple[Task, ...] = (Task.CHAT,)
     dimensions: int = 0
     """Numbers in one vector, for a model that embeds."""
@@ -460,6 +477,10 @@ class Backend(Protocol):
 
     def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
         """Render the template and tokenise. Raises `node.errors.PromptInvalid`."""
+
+    def check_format(self, model: ModelId, wanted: ResponseFormat, resume: Sequence[int] = ()) -> None:
+        """Make a grammar ready for `generate`, which may take seconds: called from any thread. Raises `PromptInvalid` for one
+        that is no good or that the ids delivered before do not follow. Asked only where `ModelInfo.params` names the format."""
 
     def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion; closing the iterator aborts it within a step. `resume`: ids already delivered."""

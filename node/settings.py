@@ -184,6 +184,22 @@ def web_address(value: str) -> str:
     return value
 
 
+def endpoint(value: str) -> str:
+    """`HOST:PORT`, `[IPV6]:PORT`, or a port alone, which is one of 127.0.0.1; port 0 lets the system choose."""
+    host, port = split_endpoint(value)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_endpoint(value: str) -> tuple[str, int]:
+    """Host and port. Raises `ValueError`."""
+    found = re.fullmatch(
+        r"(?:(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253}))?:)?(\d{1,5})", value.strip(), re.ASCII
+    )
+    if not found or int(found[3]) > 65_535:
+        raise ValueError(f"must be HOST:PORT or PORT, not {_shown(value)}")
+    return found[1] or found[2] or "127.0.0.1", int(found[3])
+
+
 def account(value: str) -> str:
     return str(Address(value))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -37,6 +37,8 @@ OFFER_TOPIC: Final = "/gristmill/offers/3"
 
 OFFER_LIMIT: Final = 32 * 1024
 """Bytes of one offer document."""
+GRAMMAR_LIMIT: Final = 16 * 1024
+"""Characters of a grammar that binds an answer."""
 TOKENS_PER_CHUNK: Final = 4096
 DATA_PER_CHUNK: Final = 256 * 1024
 """Bytes of numbers in one chunk."""
@@ -91,6 +93,14 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 # ------------------------------------------------------------------------------------------------------------ values
 
 
+class ResponseFormat(_Value, frozen=True):
+    """A grammar that the answer's text must follow: rule 0 of `protocol.sampling`."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: Annotated[str, _Meta(min_length=1, max_length=GRAMMAR_LIMIT)]
+    """The JSON schema, the regular expression or the grammar."""
+
+
 class Params(_Value, frozen=True):
     """What decides the tokens besides prompt and model. `protocol.sampling` says in which order."""
 
@@ -111,6 +121,8 @@ class Params(_Value, frozen=True):
     stop: Annotated[tuple[Annotated[str, _Meta(min_length=1, max_length=64)], ...], _Meta(max_length=16)] = ()
     seed: Annotated[int, _Meta(ge=0, le=2**63 - 1)] = 0
     """Fixed by the client's signature, so that every draw can be replayed."""
+    response_format: ResponseFormat | msgspec.UnsetType = msgspec.UNSET
+    """Left out when the text is free, so that what was signed before there were grammars keeps its hash."""
 
 
 class ChannelConfigWire(_Value, frozen=True):

@@ -35,6 +35,18 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least likelihood, relative to the best token.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the normative sampler.")
 @click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
+@click.option(
+    "--json-schema",
+    "schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Bind the answer to this JSON schema.",
+)
+@click.option("--regex", help="Bind the answer to this regular expression.")
+@click.option(
+    "--grammar",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Bind the answer to this Lark grammar.",
+)
 @click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit of the default token.")
 @click.option(
     "--wait", "wait_s", type=click.FloatRange(0, 600), default=0.0, help="Seconds to wait for a worker to appear."
@@ -47,6 +59,9 @@ def command(
     text: str | None,
     system: str | None,
     file: Path | None,
+    schema: Path | None,
+    regex: str | None,
+    grammar: Path | None,
     max_cost: int | None,
     wait_s: float,
     workers: tuple[str, ...],
@@ -58,6 +73,7 @@ def command(
     and the last line holds the verified receipt.
     """
     messages = _messages(text, system, file)
+    params.update(_format(schema, regex, grammar))
 
     async def work(client: Client) -> None:
         from protocol.selection import Policy
@@ -73,6 +89,30 @@ async def chat(
 ) -> None:
     opened = await client.open_channel(model, messages, policy=policy, **params)
     await tell(shared, client, client.chat(model, messages, policy=policy, **params), opened)
+
+
+_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "Lark grammar"}
+
+
+def _format(schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, Any]:
+    """The parameter `response_format`, when one was asked for."""
+    given = [
+        (kind, value)
+        for kind, value in (("json_schema", schema), ("regex", regex), ("lark", grammar))
+        if value is not None
+    ]
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise click.UsageError("an answer follows one of --json-schema, --regex and --grammar")
+    kind, value = given[0]
+    try:
+        text = value.read_text("utf-8") if isinstance(value, Path) else value
+        if kind == "json_schema":
+            json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{value} is no {_NAMES[kind]}: {error}") from None
+    return {"response_format": {"kind": kind, "text": text}}
 
 
 def _messages(text: str | None, system: str | None, file: Path | None) -> list[dict[str, str]]:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "withdraw": "Take tokens out of the vault.",
     "channels": "This client's payment channels: list them, close them.",
     "audit": "Refold the journal and compare it with the chain.",
+    "bench": "Measure this machine and sign the figures; check others'; advise prices.",
     "models": "The content-addressed model store.",
     "config": "Show the configuration.",
     "doctor": "Check this installation; each finding comes with the command that mends it.",

@@ -41,6 +41,7 @@ from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import Asset, ModelOffer, VerifiedOffer
+from protocol.sampling import seed_of
 from protocol.selection import Candidate, Exclusion, History, Policy, Purse, Request, Selection, choose
 from protocol.tasks import ChatRequest, EmbedRequest, RerankRequest, TaskRequest, shape_of, task_of
 from protocol.workload import PLACE
@@ -55,6 +56,8 @@ TokenCounter = Callable[[ModelId, Sequence[ChatMessage]], int | None]
 TEMPLATE_TOKENS = 256
 """Allowance for what a chat template adds around the messages when we cannot count exactly."""
 TOKENS_PER_MESSAGE = 16
+MAX_ANSWERS = 128
+"""To one request, at once."""
 
 
 class Client:
@@ -210,6 +213,24 @@ class Client:
     ) -> ChatStream:
         """What is written in a PNG or JPEG image, line by line. Raises as `chat` does, and `ConfigError`."""
         return ocr(self, model, image, policy=policy, max_tokens=max_tokens)
+
+    def answers(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        n: int,
+        *,
+        policy: Policy | None = None,
+        **params: Any,
+    ) -> tuple[ChatStream, ...]:
+        """`n` answers to one request: as many chats, each a job of its own, that differ in their seeds by
+        `protocol.sampling.seed_of`. Run side by side they share the prompt's work where a worker caches prefixes."""
+        if not 1 <= n <= MAX_ANSWERS:
+            raise ConfigError(f"from 1 to {MAX_ANSWERS} answers can be asked for, not {n}")
+        seed = _params(params).seed
+        return tuple(
+            self.chat(model, messages, policy=policy, **{**params, "seed": seed_of(seed, index)}) for index in range(n)
+        )
 
     async def post_job(
         self,

@@ -3,6 +3,8 @@
 The engine thread steps; each step's tokens cross into trio by one hop (`run_sync_soon`) for all streams together. A stream
 whose consumer is behind (it has not been paid, or the peer reads slowly) is held: the engine skips it until it catches up,
 so unpaid work never runs further ahead than `window` tokens.
+
+Times are taken here, in the engine's thread, where tokens are born: what trio and the network add to them is theirs.
 """
 
 from __future__ import annotations
@@ -10,15 +12,19 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from node.errors import ModelError
-from node.runtime.engine.sequence import Sequence, StepOutput
+from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
+from node.telemetry.engine import EngineMetrics, EngineStats
+from node.telemetry.requests import RequestTiming
 
 if TYPE_CHECKING:
     from node.runtime.engine.engine import Engine
@@ -31,6 +37,7 @@ class _Stream:
     """One sequence between the two worlds. `produced` is the thread's, `consumed` is trio's; both only read the other."""
 
     sequence: Sequence
+    timing: RequestTiming
     outputs: deque[StepOutput] = field(default_factory=deque)
     error: str = ""
     news: trio.Event = field(default_factory=trio.Event)
@@ -55,11 +62,28 @@ class _Wake:
 _Command = _Submit | _Abort | _Wake
 
 
+class StepObserver(Protocol):
+    """Hears of every step, in the engine's thread; must be quick and must not raise."""
+
+    def stepped(self, stats: EngineStats | None, began: float, ended: float) -> None:
+        """`began`, `ended`: seconds of `time.perf_counter`."""
+
+
 class EngineHost:
     """Owns the thread that owns the engine. `async with EngineHost.start(...)`-like use is the backend's business."""
 
-    def __init__(self, load: Callable[[], Engine], *, window: int = 16) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        *,
+        window: int = 16,
+        metrics: EngineMetrics | None = None,
+        observers: Several[StepObserver] = (),
+    ) -> None:
         self._load = load
+        self.metrics = metrics or EngineMetrics("", 1)
+        self._observers = (self.metrics, *observers)
+        self._satisfied: set[object] = set()
         self._window = window
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[object, _Stream] = {}
@@ -90,7 +114,10 @@ class EngineHost:
 
     async def generate(self, sequence: Sequence) -> AsyncGenerator[list[StepOutput], None]:
         """The sequence's tokens as they come; closing the generator aborts it within a step. Raises `ModelError`."""
-        stream = _Stream(sequence)
+        timing = self.metrics.begin(
+            arrived=time.perf_counter(), prompt_tokens=len(sequence.prompt_ids), max_tokens=sequence.max_tokens
+        )
+        stream = _Stream(sequence, timing)
         if self._stop or self.failure:
             raise ModelError(self.failure or "the model runtime is stopping")
         self._commands.put(_Submit(stream))
@@ -113,6 +140,10 @@ class EngineHost:
         finally:
             self._commands.put(_Abort(stream))
 
+    def satisfied(self, sequence_id: object) -> None:
+        """The receiver has all that it wanted, a stop string for instance: when it leaves now, that is no abort."""
+        self._satisfied.add(sequence_id)
+
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
@@ -128,6 +159,7 @@ class EngineHost:
             log.exception("the engine failed")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"[:300]
         for stream in self._streams.values():
+            stream.timing.end("error" if self.failure else "abort", time.perf_counter())
             self._tell([(stream, [], self.failure or "the model runtime is stopping")])
 
     def _loop(self, engine: Engine) -> None:
@@ -135,7 +167,11 @@ class EngineHost:
             held = {key for key, stream in self._streams.items() if stream.produced - stream.consumed >= self._window}
             blocked = engine.idle or len(held) == len(self._streams)
             self._obey(engine, block=blocked)
+            for key in held & self._streams.keys():
+                self._streams[key].timing.pause()
+            computes, began = not engine.idle, time.perf_counter()
             outputs = engine.step(hold=held)
+            now = time.perf_counter()
             by_stream: dict[_Stream, list[StepOutput]] = {}
             for output in outputs:
                 stream = self._streams[output.id]
@@ -143,7 +179,13 @@ class EngineHost:
                 by_stream.setdefault(stream, []).append(output)
                 if output.finish_reason is not None:
                     del self._streams[output.id]
+            if computes:
+                stats = getattr(engine, "stats", None)
+                for observer in self._observers:
+                    observer.stepped(stats, began, now)
             if by_stream:
+                for stream, tokens in by_stream.items():
+                    _time(stream.timing, tokens, now)
                 self._tell([(stream, tokens, "") for stream, tokens in by_stream.items()])
             if engine.idle:
                 engine.check_integrity()
@@ -160,7 +202,10 @@ class EngineHost:
                 self._submit(engine, command.stream)
             elif isinstance(command, _Abort):
                 engine.abort(command.stream.sequence.id)
-                self._streams.pop(command.stream.sequence.id, None)
+                if self._streams.pop(command.stream.sequence.id, None) is not None:
+                    satisfied = command.stream.sequence.id in self._satisfied
+                    command.stream.timing.end("stop" if satisfied else "abort", time.perf_counter())
+                self._satisfied.discard(command.stream.sequence.id)
 
     def _submit(self, engine: Engine, stream: _Stream) -> None:
         from node.runtime.engine.errors import EngineError
@@ -168,7 +213,9 @@ class EngineHost:
         try:
             engine.submit(stream.sequence)
             self._streams[stream.sequence.id] = stream
+            stream.timing.take(time.perf_counter())
         except EngineError as error:
+            stream.timing.end("error", time.perf_counter())
             self._tell([(stream, [], f"the engine refused the sequence: {error}")])
 
     def _tell(self, news: list[tuple[_Stream, list[StepOutput], str]]) -> None:
@@ -186,3 +233,16 @@ class EngineHost:
                 token.run_sync_soon(deliver)
             except trio.RunFinishedError:
                 self._stop = True
+
+
+_OUTCOMES = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ERROR: "error"}
+
+
+def _time(timing: RequestTiming, outputs: list[StepOutput], now: float) -> None:
+    """What one step brought one stream."""
+    count = sum(1 for output in outputs if output.token_id >= 0)
+    if count:
+        timing.tokens(count, now)
+    reason = outputs[-1].finish_reason
+    if reason is not None:
+        timing.end(_OUTCOMES[reason], now)

@@ -15,19 +15,6 @@ from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, o
 from protocol.tasks import Task
 from protocol.typed_data import MARKET_DOMAIN
 
-HONOURED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "stop",
-)
-"""Parameters that our engine honours, all of `protocol.sampling`."""
-
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -144,7 +131,7 @@ class OfferDesk:
             max_tokens=min(self._terms.max_tokens, info.context_length),
             dtype=info.dtype,
             numerics_class=info.numerics_class,
-            params=HONOURED if Task.CHAT in info.tasks else (),
+            params=info.params if Task.CHAT in info.tasks else (),
             tokens_per_second=speed.tokens_per_second,
             ttft_ms=speed.ttft_ms,
             tasks=info.tasks,

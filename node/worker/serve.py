@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 import trio
+from msgspec import UnsetType
 
 from node.errors import InputInvalid, ModelError, PromptInvalid
 from node.network.drive import JobStream
@@ -128,6 +129,7 @@ class JobServer:
         """Parts under way, those included that only wait for their ack."""
         self._parts: set[tuple[ChannelId, JobId, int]] = set()
         self._serving: set[ServedPart] = set()
+        self._compiling = trio.CapacityLimiter(1)
         self._crumbs: Counter[tuple[ChannelId, JobId, int]] = Counter()
         self.lodger: Lodger | None = None
         """Whoever uses free places until a stream comes."""
@@ -220,6 +222,7 @@ class JobServer:
                 return
             checked = self._check(ask)
             with self._slot((checked.channel.channel_id, JobId(ask.job_id), ask.part)) as part:
+                await self._check_format(ask)
                 work = await self._prepare(ask)
                 if isinstance(work, Prompt):
                     await self._make_room(work, ask.params.max_tokens)
@@ -275,6 +278,19 @@ class JobServer:
             )
         if self.lodger:
             await self.lodger.make_way(lambda: self.backend.fits(prompt, max_tokens))
+
+    async def _check_format(self, ask: AskMessage) -> None:
+        wanted = ask.params.response_format
+        if isinstance(wanted, UnsetType):
+            return
+        try:
+            check = self.backend.check_format
+            await trio.to_thread.run_sync(check, ModelId(ask.model_id), wanted, ask.resume, limiter=self._compiling)
+        except PromptInvalid as error:
+            raise Rejected(RefusalReason.UNSUPPORTED_PARAM, f"response_format: {error.message}"[:300]) from None
+        except ModelError as error:
+            log.error("the model runtime cannot take a grammar: %s", error)
+            raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
 
     async def _prepare(self, ask: AskMessage) -> Prompt | TaskInput:
         """Tokenise; what is long, in a thread. Raises `Rejected`."""

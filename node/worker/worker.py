@@ -29,7 +29,7 @@ from node.worker.batch_quotes import BatchAsset
 from node.worker.batch_service import BatchService, BatchSettings
 from node.worker.channels import ChannelDesk, ChannelRules
 from node.worker.claims import Claimer, ClaimPolicy, ClaimReport, claim_all
-from node.worker.desk import HONOURED, OfferDesk, Speed, Terms, merged
+from node.worker.desk import OfferDesk, Speed, Terms, merged
 from node.worker.serve import JobServer, ServeSettings
 from node.worker.watch import ChainWatch
 from protocol.channel import ChannelState, ClaimNow, Role
@@ -341,4 +341,4 @@ async def self_test(backend: Backend, *, tokens: int = 8) -> dict[ModelId, Speed
     return speeds
 
 
-__all__ = ["HONOURED", "Accepted", "Worker", "WorkerSettings", "self_test"]
+__all__ = ["Accepted", "Worker", "WorkerSettings", "self_test"]

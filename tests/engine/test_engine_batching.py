@@ -76,13 +76,13 @@ def test_a_small_budget_serves_everyone_in_turn(tiny: Path) -> None:
 
 def test_a_known_prefix_is_not_computed_again(tiny: Path) -> None:
     engine = Engine(tiny)
-    first = run(engine, job("a", SHARED + (5,)))
+    first = run(engine, job("a", (*SHARED, 5)))
     computed = engine.stats.prompt_tokens
-    again = run(engine, job("b", SHARED + (6,)))
+    again = run(engine, job("b", (*SHARED, 6)))
     assert computed == 81 and engine.stats.prompt_tokens == 81, "but for its last token"
     assert engine.stats.prefix_hits == 80
     cold = Engine(tiny, prefix_cache=False)
-    assert run(cold, job("a", SHARED + (5,))) == first and run(cold, job("b", SHARED + (6,))) == again
+    assert run(cold, job("a", (*SHARED, 5))) == first and run(cold, job("b", (*SHARED, 6))) == again
     assert cold.stats.prefix_hits == 0
 
 
@@ -296,14 +296,17 @@ def test_the_block_size_is_sixteen() -> None:
 def rows_of(engine: Engine, *jobs: Sequence) -> dict[Any, list[torch.Tensor]]:
     """The logits behind every token."""
     rows: dict[Any, list[torch.Tensor]] = {one.id: [] for one in jobs}
-    inner = engine._follow
+    inner = engine._draw
 
-    def follow(one: Any, logits: torch.Tensor, largest: Any) -> Any:
-        outputs = inner(one, logits, largest)
-        rows[one.sequence.id] += [row.clone() for row in logits[: len(outputs)]]
+    def draw(work: Any, logits: torch.Tensor) -> Any:
+        given = [(item.running.sequence.id, item.rows) for item in work]
+        outputs = inner(work, logits)
+        for name, count in given:
+            own, logits = logits[:count], logits[count:]
+            rows[name] += [row.clone() for row in own[: sum(output.id == name for output in outputs)]]
         return outputs
 
-    engine._follow = follow  # type: ignore[method-assign]
+    engine._draw = draw  # type: ignore[method-assign]
     run(engine, *jobs)
     return rows
 

@@ -25,6 +25,7 @@ from protocol.messages import (
     CHANNEL_PROTOCOL,
     CONVERSATIONS,
     DATA_PER_CHUNK,
+    GRAMMAR_LIMIT,
     JOB_PROTOCOL,
     TOKENS_PER_CHUNK,
     Abort,
@@ -34,6 +35,7 @@ from protocol.messages import (
     OfferMessage,
     Params,
     Refuse,
+    ResponseFormat,
     checked,
     decode,
     decode_value,
@@ -290,6 +292,13 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "an empty stop": field(Params, stop=[""]),
     "17 stops": field(Params, stop=["x"] * 17),
     "an unknown field": field(Params, best_of=2),
+    "a null format": field(Params, response_format=None),
+    "a format of nothing": field(Params, response_format={}),
+    "a format of an unknown kind": field(Params, response_format={"kind": "xml", "text": "x"}),
+    "an empty format": field(Params, response_format={"kind": "regex", "text": ""}),
+    "a format of bytes": field(Params, response_format={"kind": "regex", "text": b"x"}),
+    "a format that is too long": field(Params, response_format={"kind": "regex", "text": "x" * (GRAMMAR_LIMIT + 1)}),
+    "a format with more": field(Params, response_format={"kind": "regex", "text": "x", "strict": True}),
     "no messages": ask(request={"task": "chat", "messages": []}),
     "1025 messages": ask(request={"task": "chat", "messages": [{"role": "user", "content": ""}] * 1025}),
     "an unknown role": ask(request={"task": "chat", "messages": [{"role": "tool", "content": ""}]}),
@@ -394,6 +403,16 @@ def test_equal_parameters_have_one_hash() -> None:
     ours = Params(temperature=1, top_p=1, logit_bias=((3, 2),))
     assert params_hash(ours) == params_hash(decode_value(Params, encode(ours)))
     assert params_hash(Params(temperature=0)) == params_hash(Params())
+
+
+def test_free_text_keeps_the_form_that_it_had_before_there_were_grammars() -> None:
+    """And a grammar is part of what is signed, every character of it."""
+    assert b"response_format" not in encode(Params())
+    bound = [Params(response_format=ResponseFormat(kind, text)) for kind in ("regex", "lark") for text in ("a", "b")]
+    assert len({params_hash(params) for params in (Params(), *bound)}) == 5
+    assert all(decode_value(Params, encode(params)) == params for params in bound)
+    asked = checked(Params(response_format={"kind": "regex", "text": "a"}))  # type: ignore[arg-type]
+    assert asked == bound[0]  # callers may write it as plain values
 
 
 @given(st.binary(max_size=200), st.sampled_from(sorted(CONVERSATIONS)))

@@ -19,7 +19,7 @@ from node.testing.pair import key
 from protocol import selection as selection_module
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32, ModelId, PeerId
-from protocol.messages import OfferMessage, Params, encode
+from protocol.messages import OfferMessage, Params, ResponseFormat, encode
 from protocol.offers import (
     CLOCK_SKEW_MS,
     OFFER_TTL_MAX_MS,
@@ -410,6 +410,7 @@ def test_parameters_of_chats_are_of_chats_only() -> None:
 
 def test_defaults_need_no_support() -> None:
     assert changed_params(Params(max_tokens=3, seed=9)) == ()
+    assert changed_params(Params(response_format=ResponseFormat("regex", "a"))) == ("response_format",)
     assert changed_params(Params(temperature=0.5, stop=("x",))) == ("temperature", "stop")
 
 

@@ -25,8 +25,10 @@ from torch import Tensor
 from node.runtime.engine import sampler, weights
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
+from node.runtime.engine.history import History
 from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import PagedCache, Plan, Span
+from node.runtime.engine.sampler import Draw, Picked, Scratch
 from node.runtime.engine.scheduler import STRETCH, Running, Scheduler, Work
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 
@@ -104,6 +106,8 @@ class Engine:
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
             raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
         self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
+        self._home = sampler.home(self._device)
+        self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
         self._arrivals = 0
         self._token_seconds = self._answer_seconds = 0.0
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
@@ -155,7 +159,8 @@ class Engine:
         self._check(sequence, eos_ids)
         self._arrivals += 1
         running = Running(sequence, eos_ids, self._arrivals, [*sequence.prompt_ids, *sequence.generated_ids])
-        if self._lookup and sequence.speculate:
+        running.history = History(sequence.sampling, sequence.prompt_ids, sequence.generated_ids, self._home)
+        if self._lookup and sequence.speculate and sequence.constraint is None:
             running.lookup = Lookup()
         self._scheduler.submit(running)
 
@@ -222,20 +227,22 @@ class Engine:
             tokens += one.tokens[span.start : end]
             tokens += one.draft[: max(end - len(one.tokens), 0)]
             rows += range(len(tokens) - item.rows, len(tokens))
-        plan = Plan([item.span for item in work], self._device, exact=self._exact)
+        plan = self._plan([item.span for item in work])
         hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache)
         if len(rows) < len(tokens):
             hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
         return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
 
+    def _plan(self, spans: list[Span]) -> Plan:
+        config = self._model.config
+        return Plan(spans, self._device, exact=self._exact, width=config.heads * config.head_dim)
+
     def _draw(self, work: list[Work], logits: Tensor) -> list[StepOutput]:
-        largest = iter(logits.max(-1).indices.tolist() if len(logits) else ())
+        picked = iter(sampler.pick_rows(logits, [draw for item in work for draw in _draws(item)], self._scratch))
         outputs: list[StepOutput] = []
-        row = 0
         for item in work:
             one = item.running
-            made = [] if not item.rows else self._follow(one, logits[row : row + item.rows], largest)
-            row += item.rows
+            made = _follow(one, [next(picked) for _ in range(item.rows)])
             outputs += made
             if one.lookup is not None:
                 one.lookup.learn(len(one.draft), len(made) - 1)
@@ -246,36 +253,6 @@ class Engine:
             if made and made[-1].finish_reason is not None:
                 self._scheduler.remove(one.sequence.id)
         return outputs
-
-    def _follow(self, one: Running, logits: Tensor, largest: Iterator[int]) -> list[StepOutput]:
-        """The tokens that follow, as far as the guesses were right: one at least."""
-        sequence, generated, outputs = one.sequence, one.generated, []
-        first = [next(largest) for _ in range(len(logits))]
-        for n, row in enumerate(logits):
-            position = len(one.tokens) + n
-            try:
-                token = self._pick(row, first[n], sequence, generated)
-            except sampler.UnusableLogits:
-                outputs.append(StepOutput(sequence.id, -1, position, FinishReason.ERROR))
-                break
-            generated.append(token)
-            reason = None
-            if token in one.eos_ids:
-                reason = FinishReason.STOP
-            elif len(generated) >= sequence.max_tokens:
-                reason = FinishReason.LENGTH
-            logprob = float(row.log_softmax(0)[token]) if sequence.logprobs else None
-            outputs.append(StepOutput(sequence.id, token, position, reason, logprob))
-            if reason is not None or n >= len(one.draft) or token != one.draft[n]:
-                break
-        return outputs
-
-    def _pick(self, row: Tensor, largest: int, sequence: Sequence, generated: list[int]) -> int:
-        how = sequence.sampling
-        plain = how.repetition_penalty == 1 and not (how.logit_bias or how.frequency_penalty or how.presence_penalty)
-        if how.greedy and plain and torch.isfinite(row[largest]):
-            return largest
-        return sampler.pick(row, how, sequence.prompt_ids, generated)
 
     def _account(self, work: list[Work], prompts: int, forward: float) -> None:
         stats = self._stats
@@ -314,7 +291,7 @@ class Engine:
         try:
             for begin in range(0, len(tokens), self._chunk):
                 chunk = tokens[begin : begin + self._chunk]
-                plan = Plan([Span(table, begin, len(chunk))], self._device, exact=self._exact)
+                plan = self._plan([Span(table, begin, len(chunk))])
                 hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache)
                 hidden = hidden[max(start - begin, 0) :]
                 if len(hidden):
@@ -337,3 +314,34 @@ class Engine:
 
 def _blend(old: float, new: float) -> float:
     return new if old == 0.0 else old + (new - old) / 8
+
+
+def _draws(item: Work) -> Iterator[Draw]:
+    """What the sampler needs for each of the item's rows, as if all guesses before it were right."""
+    one, sequence = item.running, item.running.sequence
+    for n in range(item.rows):
+        mask = None if sequence.constraint is None else sequence.constraint.mask()
+        history = None if one.history is None else one.history.ahead(one.draft[:n])
+        yield Draw(sequence.sampling, one.tokens, one.draft[:n], mask, sequence.logprobs, history)
+
+
+def _follow(one: Running, picked: list[Picked]) -> list[StepOutput]:
+    """The tokens that follow, as far as the guesses were right: one at least, where there is a row."""
+    sequence, outputs = one.sequence, list[StepOutput]()
+    for n, pick in enumerate(picked):
+        token, position = pick.token, len(one.tokens) + n
+        if pick.unusable:
+            return [*outputs, StepOutput(sequence.id, -1, position, FinishReason.ERROR)]
+        if one.history is not None:
+            one.history.extend(token)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token)
+        reason = None
+        if token in one.eos_ids or (sequence.constraint is not None and sequence.constraint.ended):
+            reason = FinishReason.STOP
+        elif position + 1 >= len(sequence.prompt_ids) + sequence.max_tokens:
+            reason = FinishReason.LENGTH
+        outputs.append(StepOutput(sequence.id, token, position, reason, pick.logprob, pick.top_logprobs))
+        if reason is not None or n >= len(one.draft) or token != one.draft[n]:
+            break
+    return outputs

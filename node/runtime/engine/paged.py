@@ -4,10 +4,12 @@ Layout: [layers, 2, kv_heads, blocks, 16, head_dim]. The blocks of a table are t
 [kv_heads, tokens, head_dim], with whole blocks copied at once.
 
 A `Plan` says what one forward pass computes: first *rows*, one new token of one sequence each, longest first and cut into
-groups of similar length; then *chunks*, several new tokens of one sequence. With `exact`, every token is a group of its
-own and is computed over exactly what it sees, so that no shape depends on another sequence, or on how a prompt was cut.
-
+groups of similar length; then *chunks*, several new tokens of one sequence.
 Attention reads whole blocks and masks what is not seen.
+
+With `exact` a prompt's tokens are rows, too, and a group holds only rows that see equally many blocks: how a row is computed
+then depends on its position alone, not on its company or on how a prompt was cut. That batched products compute each
+matrix alike, however many there are, is a property of the libraries below; the engine's probe checks it before it is claimed.
 
 Sources: Kwon et al. 2023, PagedAttention (blocks); Dao et al. 2022 (the fused kernel behind torch's
 `scaled_dot_product_attention`, used where it is faster than two matrix products: float32 prompts, and GPUs).
@@ -15,7 +17,7 @@ Sources: Kwon et al. 2023, PagedAttention (blocks); Dao et al. 2022 (the fused k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,10 @@ from node.runtime.engine.blocks import BLOCK_TOKENS, blocks_for
 
 WASTE = 2
 """Rows of one group differ in length by less than this factor: what is padded costs as much as what is not."""
+
+SMALL_PRODUCT = 16**3
+"""A batch of matrix products with fewer multiplications than this may be computed by another kernel than a larger one
+(ATen/native/mkldnn/Matmul.cpp)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +57,25 @@ class Attention:
 class _Group:
     """Tokens `begin` to `end` of the pass, each the last of what it sees."""
 
-    def __init__(self, begin: int, tables: list[Sequence[int]], lengths: list[int], device: torch.device) -> None:
-        self.begin, self.end = begin, begin + len(tables)
-        self.lengths = lengths
-        width = blocks_for(lengths[0])
+    def __init__(self, begin: int, rows: Sequence[Span], device: torch.device, *, exact: bool) -> None:
+        self.begin, self.end = begin, begin + len(rows)
+        self.lengths = [row.start + 1 for row in rows]
+        width = blocks_for(max(self.lengths))
         self.tokens = width * BLOCK_TOKENS
         """Whole blocks: dense matrices are multiplied without a copy."""
-        self.even = min(lengths) == self.tokens
+        self.even = not exact and min(self.lengths) == self.tokens
         flat: list[int] = []
-        for table, length in zip(tables, lengths, strict=True):
-            own = blocks_for(length)
-            flat += table[:own]
-            flat += [table[0]] * (width - own)  # what is masked must be numbers, and blocks not begun may hold anything
+        for row in rows:
+            own = blocks_for(row.start + 1)
+            flat += row.table[:own]
+            flat += [row.table[0]] * (width - own)  # masked, but numbers: blocks not begun may hold anything
         self.blocks = torch.tensor(flat, device=device)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, kv_heads: int) -> Tensor | None:
         """[kv_heads * rows, 1, tokens], 0 where a token is seen and -inf where not; None when all are."""
         if window is not None and window >= self.tokens:
-            window = None
+            window = None  # it hides nothing
         if self.even and window is None:
             return None
         key = (window, dtype)
@@ -115,8 +121,11 @@ class Plan:
     `spans`: those of one token first, longest sequence first, then the others; tokens of the pass are in that order.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device, *, exact: bool = False) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device, *, exact: bool = False, width: int = 0) -> None:
+        """`width`: heads * head_dim of the model."""
         self.exact = exact
+        self._alone = width * BLOCK_TOKENS <= SMALL_PRODUCT
+        """In exact mode: rows are too small to be computed together."""
         positions: list[int] = []
         slots: list[int] = []
         begun: list[int] = []
@@ -128,6 +137,8 @@ class Plan:
                 positions.append(position)
                 slots.append(span.table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
         self.tokens = len(positions)
+        self.last = max(positions)
+        """The highest position."""
         self.positions = torch.tensor(positions, device=device)
         self.slots = torch.tensor(slots, device=device)
         self.begun = torch.tensor(begun, device=device, dtype=torch.int64)
@@ -138,25 +149,32 @@ class Plan:
         begin = 0
         rows: list[Span] = []
         for span in spans:
-            if exact:
-                for position in range(span.start, span.start + span.count):
-                    self.groups.append(_Group(begin, [span.table], [position + 1], device))
-                    begin += 1
-            elif span.count == 1:
-                if rows and (rows[0].start + 1 > WASTE * (span.start + 1)):
+            for one in self._pieces(span):
+                if one.count > 1:
                     begin = self._close(begin, rows)
-                rows.append(span)
-            else:
-                begin = self._close(begin, rows)
-                self.chunks.append(_Chunk(begin, span, device))
-                begin += span.count
+                    self.chunks.append(_Chunk(begin, one, device))
+                    begin += one.count
+                    continue
+                if rows and not self._alike(rows[0], one):
+                    begin = self._close(begin, rows)
+                rows.append(one)
         self._close(begin, rows)
+
+    def _pieces(self, span: Span) -> Iterable[Span]:
+        if not self.exact:
+            return (span,)
+        return (Span(span.table, span.start + n, 1) for n in range(span.count))
+
+    def _alike(self, one: Span, other: Span) -> bool:
+        if self.exact:
+            return not self._alone and blocks_for(one.start + 1) == blocks_for(other.start + 1)
+        return one.start + 1 <= WASTE * (other.start + 1)
 
     def _close(self, begin: int, rows: list[Span]) -> int:
         if rows:
-            tables, lengths = [row.table for row in rows], [row.start + 1 for row in rows]
-            self.groups.append(_Group(begin, tables, lengths, self.device))
-            begin += len(rows)
+            group = _Group(begin, rows, self.device, exact=self.exact)
+            self.groups.append(group)
+            begin = group.end
             rows.clear()
         return begin
 
@@ -184,7 +202,7 @@ class PagedCache:
             self.data.index_fill_(3, plan.begun, 0)
         self._by_slot[layer, 0].index_copy_(1, plan.slots, k.transpose(0, 1))
         self._by_slot[layer, 1].index_copy_(1, plan.slots, v.transpose(0, 1))
-        parts = [self._rows(group, plan.exact, layer, how, q[group.begin : group.end]) for group in plan.groups]
+        parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
         parts += [self._chunk(chunk, layer, how, q[chunk.begin : chunk.end]) for chunk in plan.chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -192,7 +210,7 @@ class PagedCache:
         """[kv_heads * rows, whole blocks, head_dim]"""
         return self._by_block[layer, part].index_select(1, blocks).view(self._shape[0] * rows, -1, self._shape[2])
 
-    def _rows(self, group: _Group, exact: bool, layer: int, how: Attention, q: Tensor) -> Tensor:
+    def _rows(self, group: _Group, layer: int, how: Attention, q: Tensor) -> Tensor:
         rows, heads, dim = q.shape
         kv_heads = self._shape[0]
         keys = self._dense(layer, 0, group.blocks, rows)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for, chain, root
 from node.runtime.engine.errors import CacheFull, IntegrityError
+from node.runtime.engine.history import History
 from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import Span
 from node.runtime.engine.sequence import Sequence
@@ -47,6 +48,8 @@ class Running:
     """Tokens whose keys and values are in the cache."""
     names: list[bytes] = field(default_factory=list)
     """Of its full blocks, as far as they were needed."""
+    history: History | None = None
+    """Of its tokens, for the sampler."""
     lookup: Lookup | None = None
     draft: list[int] = field(default_factory=list)
     """Guessed tokens that this step checks."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from node.runtime.engine.errors import UnsupportedModel
 from node.runtime.engine.linear import Linear, compute_dtype, make_linear
 from node.runtime.engine.paged import Attention, PagedCache, Plan
 
@@ -142,11 +143,29 @@ class DecoderConfig:
         return shapes
 
 
-@dataclass(slots=True)
 class _Turns:
-    """Cosines and sines of one pass's positions, for each kind of rotary positions in the model."""
+    """Cosines and sines of every position, as far as positions were needed, in steps of `STEP`.
 
-    by_rope: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    Each step is computed in one shape: vectorised functions may round differently at the end of a tensor, and a position's
+    values must not depend on how many others were asked for.
+    """
+
+    STEP = 1024
+
+    def __init__(self, rope: Rope, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies = rope.frequencies().to(device)
+        self._dtype = dtype
+        self._cos = torch.empty(0, len(self._frequencies), dtype=dtype, device=device)
+        self._sin = self._cos
+
+    def of(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """Each [tokens, 1, dim / 2]; no position is above `last`."""
+        while len(self._cos) <= last:
+            at = torch.arange(len(self._cos), len(self._cos) + self.STEP, device=positions.device)
+            angles = at[:, None].float() * self._frequencies
+            self._cos = torch.cat((self._cos, angles.cos().to(self._dtype)))
+            self._sin = torch.cat((self._sin, angles.sin().to(self._dtype)))
+        return self._cos[positions][:, None], self._sin[positions][:, None]
 
 
 class Decoder:
@@ -157,6 +176,9 @@ class Decoder:
     ) -> None:
         """`weights`: one tensor for each entry of `config.shapes()`. `fmt`: of the linear layers, one of `linear.FORMATS`.
         `tile`: linear layers always see exactly so many rows at a time; 0: as many as there are."""
+        if tile and not config.gated and config.intermediate_size % 64:
+            # An activation over whole rows would round differently at the end of the tensor than elsewhere.
+            raise UnsupportedModel("exact mode needs an intermediate size that is a multiple of 64")
         self.config = config
         self.dtype = compute_dtype(fmt, device)
         self.embedding = weights["embed"].to(self.dtype)
@@ -164,10 +186,10 @@ class Decoder:
         self.norm = _Norm(config, "norm", weights, self.dtype)
         self._tile = tile
         head = weights["embed" if config.tied else "head.weight"]
-        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias")), tile)
+        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True), tile)
         self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile) for n in range(config.layers)]
         ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
-        self._frequencies = {rope: rope.frequencies().to(device) for rope in ropes}
+        self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
 
     @property
     def nbytes(self) -> int:
@@ -181,10 +203,7 @@ class Decoder:
             hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=self.dtype)
         if self.positions is not None:
             hidden = hidden + F.embedding(plan.positions, self.positions)
-        turns = _Turns()
-        for rope, frequencies in self._frequencies.items():
-            angles = plan.positions[:, None].float() * frequencies
-            turns.by_rope[rope] = angles.cos().to(self.dtype)[:, None], angles.sin().to(self.dtype)[:, None]
+        turns = {rope: turn.of(plan.positions, plan.last) for rope, turn in self._turns.items()}
         for layer in self.layers:
             hidden = layer.forward(hidden, turns, plan, cache)
         return hidden
@@ -262,7 +281,9 @@ class _Layer:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.qkv, self.output, self.up, self.down))
 
-    def forward(self, hidden: Tensor, turns: _Turns, plan: Plan, cache: PagedCache) -> Tensor:
+    def forward(
+        self, hidden: Tensor, turns: Mapping[Rope, tuple[Tensor, Tensor]], plan: Plan, cache: PagedCache
+    ) -> Tensor:
         x = self.attention_norm(hidden)
         attended = self._attend(x, turns, plan, cache)
         if self.feed_norm is None:
@@ -280,14 +301,14 @@ class _Layer:
             return self.down(self.activation(gate) * up)
         return self.down(self.activation(up))
 
-    def _attend(self, x: Tensor, turns: _Turns, plan: Plan, cache: PagedCache) -> Tensor:
+    def _attend(self, x: Tensor, turns: Mapping[Rope, tuple[Tensor, Tensor]], plan: Plan, cache: PagedCache) -> Tensor:
         config = self.config
         heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
         turned, values = heads[:, : config.heads + config.kv_heads], heads[:, config.heads + config.kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             turned = torch.cat((self.q_norm(turned[:, : config.heads]), self.k_norm(turned[:, config.heads :])), dim=1)
         if self.rope is not None:
-            turned = _rotate(turned, self.rope.dim, *turns.by_rope[self.rope])
+            turned = _rotate(turned, self.rope.dim, *turns[self.rope])
         queries, keys = turned[:, : config.heads], turned[:, config.heads :]
         return self.output(cache.attend(plan, self.index, self.how, queries, keys, values))
 
