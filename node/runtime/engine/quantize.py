@@ -44,7 +44,12 @@ def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fine
 def int4_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """`weight` [out, in] in int4, to compute in `dtype`, or in int8 where the kernel has no such shape or is missing."""
     out_features, in_features = weight.shape
-    if in_features % GROUP == 0 and weight.device.type == "cpu" and out_features % 16 == 0 and works(Int4Linear, "cpu", dtype):
+    if (
+        in_features % GROUP == 0
+        and weight.device.type == "cpu"
+        and out_features % 16 == 0
+        and works(Int4Linear, "cpu", dtype)
+    ):
         return Int4Linear(weight, bias)
     fits = in_features % 128 == 0 and out_features % 8 == 0
     if fits and weight.device.type == "cuda" and works(Int4CudaLinear, "cuda", dtype):
@@ -75,7 +80,9 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.where(high > low, (high - low) / 15, 1.0).bfloat16()
     zeros = (low + 8 * scales.float()).bfloat16()
     numbers = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
-    return numbers.to(torch.int32).view(out_features, in_features), torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()
+    return numbers.to(torch.int32).view(out_features, in_features), torch.stack((scales, zeros), -1).transpose(
+        0, 1
+    ).contiguous()
 
 
 class Int8Linear:
@@ -93,7 +100,9 @@ class Int8Linear:
         self.out_features, self.in_features = weight.shape
         numbers, scales = quantize_rows(weight)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls its quantized tensors deprecated, not the kernels that read them
+            warnings.simplefilter(
+                "ignore"
+            )  # torch calls its quantized tensors deprecated, not the kernels that read them
             zeros = torch.zeros(self.out_features, dtype=torch.int64)
             packable = torch._make_per_channel_quantized_tensor(numbers, scales.double(), zeros, 0)
             self._packed = ops.linear_prepack(packable, None)
