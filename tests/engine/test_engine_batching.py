@@ -16,6 +16,7 @@ from node.runtime.engine import blocks, lookup  # noqa: E402
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, chain, root  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
 from node.runtime.engine.errors import CacheFull, IntegrityError  # noqa: E402
+from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
@@ -288,6 +289,20 @@ def test_wrong_guesses_stop_guessing_for_a_while() -> None:
 
 def test_the_block_size_is_sixteen() -> None:
     assert BLOCK_TOKENS == blocks.BLOCK_TOKENS == 16
+
+
+# -------------------------------------------------------------------------------------------------------------- graphs
+
+
+def test_decode_steps_of_fixed_shape_choose_the_same_tokens(make_model: Callable[..., Path]) -> None:
+    """What a CUDA graph would replay, run uncaptured here: padded rows and blocks harm nobody. tests/gpu has the capture."""
+    for changes in ({}, {"model_type": "mistral", "sliding_window": 20}):
+        folder = make_model(**changes)
+        jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
+        plain, fixed = Engine(folder), Engine(folder)
+        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, capture=False)
+        assert run(fixed, *jobs) == run(plain, *jobs)
+        assert {8} <= {key[0] for key in fixed._graphs._graphs} and max(key[1] for key in fixed._graphs._graphs) == 8
 
 
 # --------------------------------------------------------------------------------------------------------------- exact

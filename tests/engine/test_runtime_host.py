@@ -320,7 +320,7 @@ def delivered(batches: list[list[int]], stop: tuple[str, ...]) -> tuple[list[int
     backend = TorchBackend(EngineSettings())
     host: Any = Batches(batches, FinishReason.LENGTH)
     info, engine = ModelInfo(model, "letters", 100, "none", ""), Any
-    backend._loaded[model] = _Loaded(info, Letters(), host, engine)  # type: ignore[arg-type]
+    backend._loaded[model] = _Loaded(info, Letters(), Any, host, engine)  # type: ignore[arg-type]
 
     async def main() -> list[Step]:
         return [step async for step in backend.generate(Prompt(model, (1,)), Params(max_tokens=50, stop=stop))]

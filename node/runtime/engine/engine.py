@@ -25,6 +25,7 @@ from torch import Tensor
 from node.runtime.engine import sampler, weights
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
+from node.runtime.engine.graphs import DecodeGraphs
 from node.runtime.engine.history import History
 from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import PagedCache, Plan, Span
@@ -101,10 +102,13 @@ class Engine:
         self._pool = BlockPool(cache_bytes // self.block_bytes, prefix_cache=prefix_cache)
         try:
             self._cache = PagedCache(
-                config.layers, config.kv_heads, config.head_dim, self._pool.total, self._model.dtype, self._device
-            )
+                config.layers, config.kv_heads, config.head_dim, self._pool.total + 1, self._model.dtype, self._device
+            )  # one block more than is handed out: padding writes there
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
             raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and not exact:
+            self._graphs = DecodeGraphs(self._model, self._cache, spare=self._pool.total)
         self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
         self._home = sampler.home(self._device)
         self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
@@ -227,10 +231,14 @@ class Engine:
             tokens += one.tokens[span.start : end]
             tokens += one.draft[: max(end - len(one.tokens), 0)]
             rows += range(len(tokens) - item.rows, len(tokens))
-        plan = self._plan([item.span for item in work])
-        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache)
-        if len(rows) < len(tokens):
-            hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
+        spans = [item.span for item in work]
+        plan = self._plan(spans)
+        if self._graphs is not None and len(rows) == len(tokens):
+            logits = self._graphs.run(spans, torch.tensor(tokens, device=self._device), plan)
+            if logits is not None:
+                return logits
+        wanted = torch.tensor(rows, device=self._device, dtype=torch.int64) if len(rows) < len(tokens) else None
+        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache, wanted)
         return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
 
     def _plan(self, spans: list[Span]) -> Plan:
@@ -292,8 +300,9 @@ class Engine:
             for begin in range(0, len(tokens), self._chunk):
                 chunk = tokens[begin : begin + self._chunk]
                 plan = self._plan([Span(table, begin, len(chunk))])
-                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache)
-                hidden = hidden[max(start - begin, 0) :]
+                first = min(max(start - begin, 0), len(chunk))
+                wanted = torch.arange(first, len(chunk), device=self._device) if first else None
+                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache, wanted)
                 if len(hidden):
                     yield self._model.logits(hidden)
         finally:
