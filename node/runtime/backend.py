@@ -1,95 +1,95 @@
-"""The torch back end: model store + tokenizer + engine host, behind the `Backend` port.
+"""The torch back end behind the `Backend` port: tokenizer and text here, tokens from engines that may die, models of a fleet.
 
-Whoever starts it sets ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported (`node.app` does); spinning OpenMP threads slow a
-shared machine by a factor of twenty.
+torch is loaded by the engine's process, not by the node's.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from contextlib import aclosing, asynccontextmanager, nullcontext
+from typing import Any
 
 import trio
 
 from node.errors import ModelError
-from node.models.manifest import FileEntry, Manifest
-from node.models.store import ModelStore, Progress
+from node.groups import plain_errors
+from node.models.manifest import Manifest
+from node.models.store import ModelStore
 from node.models.tokenizer import Tokenizer
-from node.ports import ModelInfo, Prompt, Step
+from node.ports import ModelInfo, Prompt, Speed, Step
 from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
-from node.runtime.host import EngineHost
+from node.runtime.fleet import EngineSettings, Fleet, Watch
+from node.runtime.launch import Launcher, launcher
+from node.runtime.resident import Resident
+from node.runtime.selftest import QUESTION, Tested, self_test
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
 from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
 
-if TYPE_CHECKING:
-    from node.runtime.engine.engine import Engine
-
-Watch = Callable[[Manifest], AbstractContextManager[Progress]]
-"""Sees a model being hashed."""
 _FINISH = {EngineFinish.STOP: FinishReason.STOP, EngineFinish.LENGTH: FinishReason.LENGTH}
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int = 1
-    cache_bytes: int = 1 << 30
-    max_streams: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    info: ModelInfo
-    tokenizer: Tokenizer
-    host: EngineHost
-    engine: Engine
-    """Belongs to the host's thread; from here only what may be read at any time."""
-
-
 class TorchBackend:
-    """Models that are loaded and ready. Made by `open_backend`."""
+    """Models that are loaded, tested and ready. Made by `open_backend`."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, fleet: Callable[[Callable[[Resident], Any]], Fleet]) -> None:
         self._settings = settings
-        self._loaded: dict[ModelId, _Loaded] = {}
         self._active = 0
         self._ids = itertools.count()
+        self.fleet = fleet(self._self_test)
 
     @property
     def models(self) -> Mapping[ModelId, ModelInfo]:
-        return {model: loaded.info for model, loaded in self._loaded.items()}
+        return self.fleet.sold
+
+    @property
+    def speeds(self) -> Mapping[ModelId, Speed]:
+        """By the last self-test of each model; changes as they do."""
+        return self.fleet.speeds
 
     @property
     def free_slots(self) -> int:
         return max(0, self._settings.max_streams - self._active)
 
     def tokenizer(self, model: ModelId) -> Tokenizer:
-        return self._get(model).tokenizer
+        tokenizer = self.fleet.get(model).tokenizer
+        if tokenizer is None:
+            raise ModelError(f"model {model} is not loaded")
+        return tokenizer
 
     def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
         """Raises `PromptInvalid`."""
-        tokenizer = self._get(model).tokenizer
-        ids = tokenizer.chat([{"role": m.role, "content": m.content} for m in messages])
+        ids = self.tokenizer(model).chat([{"role": m.role, "content": m.content} for m in messages])
         return Prompt(model=model, token_ids=tuple(ids))
 
     def fits(self, prompt: Prompt, max_tokens: int) -> bool:
-        return self._get(prompt.model).engine.fits(len(prompt.token_ids), max_tokens)
+        one = self.fleet.get(prompt.model)
+        if one.ready:
+            return one.engine().fits(len(prompt.token_ids), max_tokens)
+        return self.fleet.on_sale(one) and self.fleet.could_warm(one)
 
     def could_fit(self, model: ModelId, tokens: int) -> bool:
-        return self._get(model).engine.could_fit(tokens)
+        return tokens <= self.fleet.get(model).capacity
 
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion. Raises `ModelError`; closing the generator aborts within a step."""
-        loaded = self._get(prompt.model)
+        one = self.fleet.get(prompt.model)
+        self._active += 1
+        try:
+            with one.using():
+                self.fleet.touch(one)
+                await self.fleet.warm(one)
+                async with aclosing(self._stream(one, prompt, params, resume)) as steps:
+                    async for step in steps:
+                        yield step
+        finally:
+            self._active -= 1
+
+    async def _stream(
+        self, one: Resident, prompt: Prompt, params: Params, resume: Sequence[int] = ()
+    ) -> AsyncGenerator[Step, None]:
         sequence = EngineSequence(
             id=next(self._ids),
             prompt_ids=prompt.token_ids,
@@ -97,39 +97,47 @@ class TorchBackend:
             max_tokens=params.max_tokens,
             generated_ids=tuple(resume),
         )
-        detokenizer = loaded.tokenizer.detokenizer(resume)
+        detokenizer = self.tokenizer(prompt.model).detokenizer(resume)
         stops = StopStrings(params.stop)
-        self._active += 1
-        try:
-            async with aclosing(loaded.host.generate(sequence)) as batches:
-                async for outputs in batches:
-                    ids: list[int] = []
-                    text = ""
-                    for (
-                        output
-                    ) in outputs:  # one by one: what is delivered and billed must not depend on how steps were batched
-                        if output.finish_reason is EngineFinish.ERROR:
-                            raise ModelError("the model computed no usable logits")
-                        ids.append(output.token_id)
-                        text += stops.push(detokenizer.push((output.token_id,)))
-                        if output.finish_reason is not None and not stops.hit:
-                            text += stops.push(detokenizer.finish())
-                            text += stops.finish()
-                        if stops.hit:
-                            yield Step(tuple(ids), text, FinishReason.STOP_STRING)
-                            return
-                        if output.finish_reason is not None:
-                            yield Step(tuple(ids), text, _FINISH[output.finish_reason])
-                            return
-                    yield Step(tuple(ids), text)
-        finally:
-            self._active -= 1
+        async with aclosing(one.engine().generate(sequence)) as batches:
+            async for outputs in batches:
+                ids: list[int] = []
+                text = ""
+                for (
+                    output
+                ) in outputs:  # one by one: what is delivered and billed must not depend on how steps were batched
+                    if output.finish_reason is EngineFinish.ERROR:
+                        raise ModelError("the model computed no usable logits")
+                    ids.append(output.token_id)
+                    text += stops.push(detokenizer.push((output.token_id,)))
+                    if output.finish_reason is not None and not stops.hit:
+                        text += stops.push(detokenizer.finish())
+                        text += stops.finish()
+                    if stops.hit:
+                        yield Step(tuple(ids), text, FinishReason.STOP_STRING)
+                        return
+                    if output.finish_reason is not None:
+                        yield Step(tuple(ids), text, _FINISH[output.finish_reason])
+                        return
+                yield Step(tuple(ids), text)
 
-    def _get(self, model: ModelId) -> _Loaded:
-        try:
-            return self._loaded[model]
-        except KeyError:
-            raise ModelError(f"model {model} is not loaded") from None
+    async def _self_test(self, one: Resident) -> Tested:
+        """The way of every job, for a model that is not sold yet."""
+        model = one.manifest.id
+
+        async def generate(prompt: Prompt, params: Params) -> AsyncGenerator[Step, None]:
+            host = one.engine()
+            while host.running and not host.fits(len(prompt.token_ids), params.max_tokens):
+                await trio.sleep(0.05)  # streams that went on after a death have the room; one of them will end
+            async with aclosing(self._stream(one, prompt, params)) as steps:
+                async for step in steps:
+                    yield step
+
+        return await self_test(lambda: self.prepare(model, QUESTION), generate)
+
+    def report(self) -> list[dict[str, Any]]:
+        """For `status`: every model that is or was wanted."""
+        return [one.report() for one in self.fleet.residents.values()]
 
 
 @asynccontextmanager
@@ -138,66 +146,40 @@ async def open_backend(
     models: Sequence[Manifest],
     settings: EngineSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
+    *,
+    launch: Launcher | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[TorchBackend]:
-    """Load models, one engine thread each. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
-    backend = TorchBackend(settings)
-    async with AsyncExitStack() as stack:
-        for manifest in models:
-            folder = store.path(manifest.id)
-            with watch(manifest) as progress:
-                await _verify(store, manifest.id, progress)
-            host = EngineHost(_loader(folder, settings))
-            engine = await host.start()
-            stack.push_async_callback(host.stop)
-            tokenizer = Tokenizer(folder)
-            stack.callback(tokenizer.close)
-            tokenizer.warm()
-            info = ModelInfo(
-                id=manifest.id,
-                name=manifest.name,
-                context_length=engine.context_length,
-                dtype=settings.dtype,
-                numerics_class=_numerics_class(engine),
-            )
-            backend._loaded[manifest.id] = _Loaded(info, tokenizer, host, engine)
-        yield backend
+    """Load and test models, each with an engine of its own, for the length of the block. A model that fails is left out, and
+    `say` hears of it. Raises `ModelError` when none is left, also for bytes that their id does not commit to (M1)."""
+    launch = launch or await launcher(settings.isolation)
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            backend = TorchBackend(settings, lambda test: Fleet(store, settings, launch, nursery, test, watch))
+            try:
+                await _load_all(backend, models, say, evict=settings.lazy)
+                yield backend
+            finally:
+                for one in backend.fleet.residents.values():
+                    if one.tokenizer is not None:
+                        one.tokenizer.close()
+                nursery.cancel_scope.cancel()
 
 
-async def _verify(store: ModelStore, model: ModelId, progress: Progress) -> None:
-    """`store.verify` in as many threads as there are processors, since one reads slower than a disk can; cancelled, they end
-    with the block that they are at."""
-    one_at_a_time, limit = threading.Lock(), trio.CapacityLimiter(os.cpu_count() or 1)
-    damaged: list[ModelError] = []
-
-    def tick(count: int) -> None:
-        trio.from_thread.check_cancelled()
-        with one_at_a_time:
-            progress(count)
-
-    async def verify(entry: FileEntry) -> None:
+async def _load_all(backend: TorchBackend, models: Sequence[Manifest], say: Callable[[str], None], evict: bool) -> None:
+    failed: list[ModelError] = []
+    for manifest in models:
         try:
-            await trio.to_thread.run_sync(store.verify_file, model, entry, tick, limiter=limit)
+            one = await backend.fleet.load(manifest, evict=evict)
         except ModelError as error:
-            damaged.append(error)
-            nursery.cancel_scope.cancel()
-
-    manifest = await trio.to_thread.run_sync(store.verify_names, model)
-    async with trio.open_nursery() as nursery:
-        for entry in manifest.files:
-            nursery.start_soon(verify, entry)
-    if damaged:
-        raise damaged[0]
-
-
-def _numerics_class(engine: Engine) -> str:
-    """Hash of a golden probe: workers of one class compute bit for bit alike. Runs before the first stream."""
-    return engine.numerics_probe().hex()[:32]
-
-
-def _loader(folder: Path, settings: EngineSettings):  # type: ignore[no-untyped-def]
-    def load() -> Engine:
-        from node.runtime.engine.engine import Engine
-
-        return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
-
-    return load
+            failed.append(error)
+            say(f"{manifest.name} is not sold: {error.message}")
+            continue
+        if one.test and one.host and one.host.facts:
+            speed = one.test.speed
+            say(f"{manifest.name}: engine {one.report()['isolation']}")
+            say(
+                f"{manifest.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms"
+            )
+    if failed and not backend.models:
+        raise failed[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import trio
 
-from node.ports import ModelInfo, Signer
+from node.ports import ModelInfo, Signer, Speed
 from node.worker.accepted import AcceptedAssets
 from protocol.ids import Hash32, ModelId
 from protocol.messages import OfferMessage
@@ -40,14 +40,6 @@ class Terms:
     min_withdraw_delay: int
     max_tokens: int
     version: str
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """What the self-test measured of a model before it was offered."""
-
-    tokens_per_second: float = 0.0
-    ttft_ms: float = 0.0
 
 
 class OfferDesk:

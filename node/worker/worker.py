@@ -16,9 +16,9 @@ import trio
 
 from node.chains import Chains
 from node.errors import LedgerError, NetworkError, SignerFailed
+from node.groups import plain_errors
 from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
-from node.network.groups import plain_errors
 from node.ports import Backend, ByteStream, Chain, ChainEvent, Network, Signer
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
