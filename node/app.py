@@ -40,6 +40,7 @@ from protocol.signing import KeyRole
 if TYPE_CHECKING:
     from node.models.manifest import Manifest
     from node.models.store import Progress
+    from node.runtime.backend import TorchBackend
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager["Progress"]]
@@ -53,6 +54,8 @@ class Running:
 
     worker: Worker
     chains: Chains
+    models: TorchBackend | None = None
+    """The model runtime, where it is ours to manage."""
 
 
 def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
@@ -142,14 +145,16 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[Backend]:
+def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[TorchBackend]:
     """The torch engine on the configured models. Raises `ModelError`."""
-    # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
-    sys.setswitchinterval(SWITCH_SECONDS)
+    if config.engine.isolation == "thread":
+        # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # The engine's thread needs the interpreter between any two kernels; by default the network's may keep it for 5 ms.
+        sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
+    from node.runtime.host import Limits
 
     store = ModelStore(config.models_dir)
     manifests = [store.resolve(name) for name in config.worker.models] or list(store.list())
@@ -161,6 +166,12 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[B
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
+        isolation=config.engine.isolation,
+        memory_budget=config.engine.memory_budget or _machine_bytes(config.engine.device),
+        pinned=config.engine.pinned,
+        lazy=config.engine.lazy,
+        limits=Limits(load_s=config.engine.load_ms / 1000, hang_s=config.engine.hang_ms / 1000),
+        hidden=tuple(str(path) for path in (config.keys_dir, config.journal("worker")) if path.exists()),
     )
 
     def watch(manifest: Manifest) -> AbstractContextManager[Progress]:
@@ -168,7 +179,12 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[B
         say(f"{manifest.name}: hashing {-(-size // 1_000_000)} MB")
         return bar(f"verifying {manifest.name}", size)
 
-    return open_backend(store, manifests, settings, watch)
+    return open_backend(store, manifests, settings, watch, say=say)
+
+
+def _machine_bytes(device: str) -> int:
+    """What the machine has for models, or 0 where only the device knows."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else 0
 
 
 @asynccontextmanager
@@ -190,7 +206,6 @@ async def open_worker(
     """
     from node.network.host import open_host
 
-    engine = _engine(config, say, bar) if backend is None else nullcontext(backend)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger
@@ -200,11 +215,10 @@ async def open_worker(
         network = await stack.enter_async_context(
             open_host(hot, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
-        backend = await stack.enter_async_context(engine)
-        speeds = await self_test(backend)
-        for model, speed in speeds.items():
-            info = backend.models[model]
-            say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
+        models = None
+        if backend is None:
+            backend = models = await stack.enter_async_context(_engine(config, say, bar))
+        speeds = models.speeds if models else await self_test(backend)
         payout = Address(config.worker.payout) if config.worker.payout else None
         for name in chains.names:
             notice = await payout_notice(chains.named(name), hot.address, payout)
@@ -224,6 +238,6 @@ async def open_worker(
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chains)
+            yield Running(worker, chains, models)
         finally:
             nursery.cancel_scope.cancel()

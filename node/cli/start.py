@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import trio
 
     from node.chains import Chains
+    from node.runtime.backend import TorchBackend
     from node.store.channels import ChannelBook
     from node.worker.claims import ClaimReport
     from node.worker.worker import Worker
@@ -78,6 +79,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
     import trio
 
     from node.app import open_worker
+    from node.cli.model_control import model_handlers
     from node.cli.models import progress
     from node.worker import control
 
@@ -89,7 +91,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
         worker = running.worker
 
         async def status(_: dict[str, Any]) -> Mapping[str, Any]:
-            return await report(worker)
+            return await report(worker, running.models)
 
         async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
             return await claim_report(worker.chains, worker.book, await worker.claim())
@@ -98,7 +100,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
             stop.set()
             return {"draining": True}
 
-        handlers = {"status": status, "claim": claim, "drain": drain}
+        handlers = {"status": status, "claim": claim, "drain": drain, **model_handlers(shared, running.models)}
         path = shared.config.data_dir / "control.sock"
         nursery.start_soon(control.serve, path, handlers)
         addresses = list(worker.network.addresses)
@@ -120,7 +122,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
         nursery.cancel_scope.cancel()
 
 
-async def report(worker: Worker) -> dict[str, Any]:
+async def report(worker: Worker, models: TorchBackend | None = None) -> dict[str, Any]:
     """What `status` shows. Amounts stand once for each asset."""
     from protocol.payment import unsecured
 
@@ -135,7 +137,9 @@ async def report(worker: Worker) -> dict[str, Any]:
         "peer_id": str(worker.key.peer_id),
         "account": str(worker.key.address),
         "addresses": list(worker.network.addresses),
-        "models": [
+        "models": models.report()
+        if models
+        else [
             {"name": info.name, "id": str(info.id), "dtype": info.dtype}
             for info in worker.server.backend.models.values()
         ],

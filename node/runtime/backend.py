@@ -23,7 +23,7 @@ from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.fleet import EngineSettings, Fleet, Watch
 from node.runtime.launch import Launcher, launcher
 from node.runtime.resident import Resident
-from node.runtime.selftest import QUESTION, Tested, self_test
+from node.runtime.selftest import QUESTION, SelfTest, self_test
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
 from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
@@ -121,7 +121,7 @@ class TorchBackend:
                         return
                 yield Step(tuple(ids), text)
 
-    async def _self_test(self, one: Resident) -> Tested:
+    async def _self_test(self, one: Resident) -> SelfTest:
         """The way of every job, for a model that is not sold yet."""
         model = one.manifest.id
 

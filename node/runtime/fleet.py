@@ -12,9 +12,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -30,12 +30,14 @@ from node.runtime.launch import Launcher
 from node.runtime.life import Event, Phase
 from node.runtime.proof import prove
 from node.runtime.resident import Resident
-from node.runtime.selftest import Tested
+from node.runtime.selftest import SelfTest
 from protocol.ids import ModelId
 
 log = logging.getLogger(__name__)
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 """Sees a model being hashed."""
+_LOOK_S: Final = 0.05
+"""How often a job that waits for room looks again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Fleet:
         test: Callable[[Resident], Any],
         watch: Watch = lambda _: nullcontext(lambda _: None),
     ) -> None:
-        """`test` is an async function that runs the self-test job on a model and returns `Tested`."""
+        """`test` is an async function that runs the self-test job on a model and returns `SelfTest`."""
         self._store = store
         self._settings = settings
         self._launch = launch
@@ -125,15 +127,20 @@ class Fleet:
             return one
 
     async def warm(self, one: Resident) -> None:
-        """For a job: a model that is sold is in memory after this. Raises `ModelError`."""
-        while one.phase is Phase.DRAINING and one.ending:
-            await one.changed.wait()
-        if one.phase is Phase.COLD:
-            async with self._changing:
-                if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
-                    raise ModelError(f"{one.manifest.name} has been unloaded")
-                if one.phase is Phase.COLD:
-                    await self._bring_in(one)
+        """For a job: a model that is sold is in memory after this. Waits while others' streams have the room. Raises `ModelError`."""
+        while True:
+            if one.phase is Phase.DRAINING and one.ending:
+                await one.changed.wait()
+            elif one.ready or (one.host is not None and one.host.facts is not None):
+                return  # it runs, or is started again
+            else:
+                async with self._changing:
+                    if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
+                        raise ModelError(one.trouble or f"{one.manifest.name} is not in service")
+                    if one.phase is Phase.COLD:
+                        with suppress(NoRoom):
+                            await self._bring_in(one)
+                await trio.sleep(0 if one.ready else _LOOK_S)
 
     async def unload(self, model: ModelId) -> None:
         """Let a model's streams end, then free its memory."""
@@ -189,6 +196,9 @@ class Fleet:
         except BaseException as error:
             one.host = one.hashing = None
             one.trouble = error.message if isinstance(error, ModelError) else "the load was broken off"
+            if isinstance(error, NoRoom):  # nothing is wrong with it
+                one.on(Event.UNLOAD)
+                one.on(Event.EMPTY)
             one.news(Event.FLUNKED)
             raise
         while one.phase in (Phase.LOADING, Phase.TESTING):
@@ -298,7 +308,7 @@ class Fleet:
     async def _examine(self, one: Resident) -> None:
         """The self-test, and what follows from it."""
         try:
-            tested: Tested = await self._test(one)
+            tested: SelfTest = await self._test(one)
         finally:
             one.examining = False
         one.test = tested

@@ -188,7 +188,7 @@ class EngineHost:
                 try:
                     await self._live(task_status)
                 except EngineLost as lost:
-                    reason, worked = one_line(str(lost))[:500], self.ready and self._heard_of > 0
+                    reason, worked = one_line(str(lost))[:500], self.ready and bool(self._heard_of or self._sent)
                     self._bury(reason)
                 if worked:
                     failed = 0

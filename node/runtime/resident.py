@@ -18,7 +18,7 @@ from node.runtime import walls
 from node.runtime.footprint import UNKNOWN, Footprint
 from node.runtime.host import EngineHost
 from node.runtime.life import Event, Phase, can, move
-from node.runtime.selftest import Tested
+from node.runtime.selftest import SelfTest
 
 
 @dataclass(eq=False, slots=True)
@@ -38,7 +38,7 @@ class Resident:
     capacity: int = 0
     """Tokens of the longest sequence that its engine takes."""
     load_s: float = 0.0
-    test: Tested | None = None
+    test: SelfTest | None = None
     examining: bool = False
     """A self-test is under way. It goes on after a death of the engine, as every stream does."""
     trouble: str = ""

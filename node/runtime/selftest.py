@@ -18,7 +18,7 @@ _UNMEASURED: Final = Speed()
 
 
 @dataclass(frozen=True, slots=True)
-class Tested:
+class SelfTest:
     """How the last self-test of a model went."""
 
     passed: bool
@@ -32,7 +32,7 @@ class Tested:
 
 async def self_test(
     prepare: Callable[[], Prompt], generate: Callable[[Prompt, Params], AsyncGenerator[Step, None]]
-) -> Tested:
+) -> SelfTest:
     """Never raises `ModelError`: a job that fails is a result."""
     at, began = int(time.time()), time.perf_counter()
     first, count, finish = 0.0, 0, None
@@ -43,9 +43,9 @@ async def self_test(
                 count += len(step.token_ids)
                 finish = step.finish_reason or finish
     except ModelError as error:
-        return Tested(False, at, error.message, count)
+        return SelfTest(False, at, error.message, count)
     if not count or finish is None:
-        return Tested(False, at, f"it ended after {count} tokens without a reason", count)
+        return SelfTest(False, at, f"it ended after {count} tokens without a reason", count)
     decoding = time.perf_counter() - began - first
     rate = (count - 1) / decoding if count > 1 and decoding > 0 else 0.0
-    return Tested(True, at, "", count, Speed(round(rate, 2), round(first * 1000, 2)))
+    return SelfTest(True, at, "", count, Speed(round(rate, 2), round(first * 1000, 2)))

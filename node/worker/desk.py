@@ -63,6 +63,8 @@ class OfferDesk:
         self._free_slots = free_slots
         self._now_ms = now_ms
         self._current: VerifiedOffer | None = None
+        self._last: tuple[ModelInfo, ...] = ()
+        """Models of the last offer that had any."""
         self._valid: dict[Hash32, VerifiedOffer] = {}
         self._signing = trio.Lock()
 
@@ -72,13 +74,21 @@ class OfferDesk:
         return self._valid
 
     async def current(self) -> OfferMessage:
-        """The offer of now, signed anew when half of its life is over. Raises `SignerError`."""
+        """The offer of now, signed anew when half of its life is over or other models are sold. Raises `SignerError`."""
         async with self._signing:
             now = self._now_ms()
             held = self._current
-            if held is not None and now < (held.document.issued + held.document.expires) // 2:
+            if held is not None and now < (held.document.issued + held.document.expires) // 2 and not self.outdated:
                 return held.message
             return await self.renew()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the offer of now sells other models than we do."""
+        held, live = self._current, set(map(bytes, self._models))
+        if held is None:
+            return True
+        return {one.model_id for one in held.document.models} != live if live else held.document.free_slots > 0
 
     async def renew(self) -> OfferMessage:
         """Sign a fresh offer, for instance because the free places changed."""
@@ -93,6 +103,8 @@ class OfferDesk:
 
     def _document(self, now: int) -> OfferDocument:
         terms = self._terms
+        # An offer names at least one model. While none is ready, the last ones stand in it, without a place for anybody.
+        self._last = tuple(self._models.values()) or self._last
         return OfferDocument(
             peer_id=str(self._key.peer_id),
             addresses=self._addresses(),
@@ -106,13 +118,13 @@ class OfferDesk:
                 )
                 for one in terms.accepted
             ),
-            models=tuple(self._model(info) for info in self._models.values()),
+            models=tuple(self._model(info) for info in self._last),
             issued=now,
             expires=now + terms.ttl_ms,
             tick_tokens=terms.tick_tokens,
             tick_ms=terms.tick_ms,
             credit_tokens=terms.credit_tokens,
-            free_slots=max(0, self._free_slots()),
+            free_slots=max(0, self._free_slots()) if self._models else 0,
             version=terms.version,
         )
 

@@ -261,6 +261,8 @@ class JobServer:
 
     async def _prepare(self, ask: AskMessage) -> Prompt:
         model, messages = ModelId(ask.model_id), ask.messages
+        if model not in self.backend.models:  # it was when the offer was signed
+            raise Rejected(RefusalReason.BUSY, "the model is not in service now")
         try:
             if sum(len(m.content) for m in messages) < 16_384:
                 return self.backend.prepare(model, messages)
