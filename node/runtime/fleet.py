@@ -127,7 +127,9 @@ class Fleet:
             return one
 
     async def warm(self, one: Resident) -> None:
-        """For a job: a model that is sold is in memory after this. Waits while others' streams have the room. Raises `ModelError`."""
+        """For a job: a model that is sold is in memory after this. Waits while streams of others have the room.
+
+        Raises `ModelError`."""
         while True:
             if one.phase is Phase.DRAINING and one.ending:
                 await one.changed.wait()

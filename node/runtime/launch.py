@@ -78,7 +78,7 @@ class Launcher(Protocol):
 
 
 class _Process:
-    def __init__(self, process: trio.Process) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
         self.pid: int | None = process.pid
         self.tail = b""
@@ -88,8 +88,8 @@ class _Process:
 
     async def epitaph(self) -> str:
         with trio.move_on_after(2):
-            await self._process.wait()
-        code = self._process.returncode
+            await self.reap()
+        code = self._process.poll()
         if code is None:
             how = "its line ended"
         elif code < 0 or code > 128:  # bubblewrap says 128 + signal, as a shell does
@@ -102,14 +102,16 @@ class _Process:
 
     async def listen(self) -> None:
         """Keep the end of what it says, and never let it wait to be heard."""
-        stream = self._process.stderr
-        if stream is None:
+        pipe = self._process.stderr
+        if pipe is None:
             return
-        try:
+        async with trio.lowlevel.FdStream(os.dup(pipe.fileno())) as stream:
             async for block in stream:
                 self.tail = (self.tail + bytes(block))[-_TAIL:]
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
+
+    async def reap(self) -> None:
+        while self._process.poll() is None:
+            await trio.sleep(0.002)
 
 
 class ProcessLauncher:
@@ -126,8 +128,10 @@ class ProcessLauncher:
             SEEN, PYTHONPATH=_tree(), OMP_WAIT_POLICY="PASSIVE", USER="engine", LOGNAME="engine", HOME="/tmp"
         )
         try:
+            # Not trio's: it starts processes from threads that end when they are idle, and the child with them, which is to die
+            # with the thread that started it.
             with theirs:
-                process = await trio.lowlevel.open_process(
+                process = subprocess.Popen(
                     self.command(theirs.fileno(), folder),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -150,9 +154,9 @@ class ProcessLauncher:
         finally:
             child.kill()
             with trio.CancelScope(shield=True):
-                await process.wait()
-                if process.stderr is not None:
-                    await process.stderr.aclose()
+                await child.reap()
+            if process.stderr is not None:
+                process.stderr.close()
 
 
 class BubblewrapLauncher(ProcessLauncher):

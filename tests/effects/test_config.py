@@ -233,6 +233,7 @@ def other_value(name: str, salt: int) -> Any:
         "worker.batch_resolvers": (f"0x{salt + 1:040x}", "committee"),
         "engine.device": f"cuda:{salt}",
         "engine.dtype": ("float32", "bfloat16", "float16", "float32")[salt],
+        "engine.isolation": ("auto", "bwrap", "process", "thread")[salt],
         "keys.signer": ("process", "inline", "process", "inline")[salt],
         "keys.scrypt_n": 1 << (12 + salt),
     }

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -151,6 +152,24 @@ def test_a_child_gets_no_descriptor_but_its_line_and_no_secret(tiny: Path, monke
                 assert limits.split("Max core file size")[1].split()[:2] == ["0", "0"]
 
         trio.run(main)
+
+
+def test_an_engine_outlives_the_threads_that_trio_lends(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies with the thread that started it: that must be one that stays."""
+    started: list[threading.Thread] = []
+    real = subprocess.Popen.__init__
+
+    def popen(self: object, *args: object, **options: object) -> None:
+        started.append(threading.current_thread())
+        real(self, *args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", popen)
+
+    async def main() -> None:
+        async with running(ProcessLauncher(), load(tiny)):
+            assert started == [threading.current_thread()]
+
+    trio.run(main)
 
 
 def test_the_setting_asks_for_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
