@@ -32,6 +32,8 @@ class FakeSettings:
     slots: int = 64
     room: int | None = None
     """Tokens of prompt and answer that fit into its memory; None = any."""
+    in_service: bool = True
+    """False: its model is not sold now, as when an engine is started again."""
 
 
 class FakeBackend:
@@ -48,7 +50,7 @@ class FakeBackend:
 
     @property
     def models(self) -> Mapping[ModelId, ModelInfo]:
-        return {FAKE_MODEL: self._info}
+        return {FAKE_MODEL: self._info} if self.settings.in_service else {}
 
     @property
     def free_slots(self) -> int:

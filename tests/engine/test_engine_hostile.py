@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,9 +15,10 @@ import trio
 from node.errors import ModelError
 from node.runtime import wire
 from node.runtime.child import Line
-from node.runtime.engine.sequence import Sequence
+from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 from node.runtime.host import BURST, EngineHost, Limits
 from node.runtime.launch import Child
+from node.testing.planted import notices
 from protocol.sampling import SamplingParams
 
 LOAD = wire.Load("/nowhere", "cpu", "float32", 1, 1 << 20, 8, 0)
@@ -110,6 +112,22 @@ def death(script: Script, ready: wire.Ready = READY) -> str:
 )
 def test_a_token_that_is_none_of_the_streams_ends_the_engine(lie: Callable[[wire.Submit], wire.Output]) -> None:
     assert "none of the stream's" in death(lambda sock, asked: sock.sendall(say(lie(asked))))
+
+
+def test_a_host_that_believed_its_engine_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M5, planted: no token is checked."""
+
+    def believe(self: EngineHost, stream: Any, output: wire.Output) -> StepOutput:
+        stream.received.append(output.token_id)
+        del self._streams[stream.number]
+        return StepOutput(stream.sequence.id, output.token_id, output.position, FinishReason.LENGTH)
+
+    def lie(sock: socket.socket, asked: wire.Submit) -> None:
+        sock.sendall(say(at(asked, token=97, finish="length")))
+
+    assert "none of the stream's" in death(lie)
+    monkeypatch.setattr(EngineHost, "_checked", believe)
+    assert notices(lambda: death(lie) and None)
 
 
 def test_an_engine_that_runs_ahead_of_its_reader_is_stopped() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +20,14 @@ from node.models.store import ModelStore
 from node.ports import Step
 from node.runtime import backend as backend_module
 from node.runtime.backend import TorchBackend, open_backend
-from node.runtime.fleet import EngineSettings
+from node.runtime.fleet import EngineSettings, Fleet
 from node.runtime.footprint import measure
 from node.runtime.host import Limits
-from node.runtime.launch import ThreadLauncher
+from node.runtime.launch import ProcessLauncher, ThreadLauncher
 from node.runtime.life import Phase
+from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
+from node.testing.planted import notices
 from protocol.messages import ChatMessage, FinishReason, Params
 
 HELLO = [ChatMessage(role="user", content="hello")]
@@ -300,3 +304,40 @@ def _copy(store: ModelStore, models: Models, folder: Path) -> Manifest:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (folder / name).write_bytes((source / name).read_bytes())
     return store.add_folder(folder, "copy")
+
+
+def test_an_engine_that_dies_is_not_noticed_by_other_models(models: Models) -> None:
+    """M4. Two processes; one is killed under a stream of each."""
+
+    async def main() -> None:
+        settings = replace(SETTINGS, isolation="process")
+        async with open_backend(models.store, models.manifests[:2], settings, launch=ProcessLauncher()) as backend:
+            wanted = [await text(stream(backend, models, n)) for n in (0, 1)]
+            killed, other = (backend.fleet.residents[models.manifests[n].id] for n in (0, 1))
+            async with aclosing(stream(backend, models, 0)) as first, aclosing(stream(backend, models, 1)) as second:
+                begun = [(await anext(steps)).text for steps in (first, second)]
+                assert killed.host is not None and killed.host.pid is not None
+                os.kill(killed.host.pid, signal.SIGKILL)
+                assert begun[1] + await text(second) == wanted[1]
+                assert begun[0] + await text(first) == wanted[0]
+            assert killed.host.deaths == 1
+            assert other.host is not None and other.host.deaths == 0
+            while len(backend.models) < 2:  # tested again, sold again
+                await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+def test_a_model_that_is_put_out_under_a_stream_would_be_noticed(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M8, planted: whoever has a stream counts as idle, and its engine is ended at once."""
+    monkeypatch.setattr(Resident, "idle", property(lambda self: self.phase is Phase.READY))
+    assert notices(lambda: test_pins_and_streams_keep_a_model_in_memory(models))
+
+
+def test_a_model_that_is_sold_untested_would_be_noticed(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M7, planted: loaded is good enough."""
+    monkeypatch.setattr(Fleet, "on_sale", lambda self, one: one.phase is not Phase.COLD)
+    with pytest.MonkeyPatch.context() as inner:
+        assert notices(lambda: test_a_model_that_fails_its_test_is_not_sold_and_says_why(models, inner))
