@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import trio
@@ -49,7 +49,7 @@ class OfferDesk:
         self,
         key: Signer,
         terms: Terms,
-        models: Mapping[ModelId, ModelInfo],
+        models: Callable[[], Mapping[ModelId, ModelInfo]],
         speeds: Mapping[ModelId, Speed],
         addresses: Callable[[], tuple[str, ...]],
         free_slots: Callable[[], int],
@@ -65,6 +65,8 @@ class OfferDesk:
         self._current: VerifiedOffer | None = None
         self._last: tuple[ModelInfo, ...] = ()
         """Models of the last offer that had any."""
+        self._made_of: Set[ModelId] = frozenset()
+        """Models that were ready when the offer of now was made."""
         self._valid: dict[Hash32, VerifiedOffer] = {}
         self._signing = trio.Lock()
 
@@ -85,10 +87,7 @@ class OfferDesk:
     @property
     def outdated(self) -> bool:
         """Whether the offer of now sells other models than we do."""
-        held, live = self._current, set(map(bytes, self._models))
-        if held is None:
-            return True
-        return {one.model_id for one in held.document.models} != live if live else held.document.free_slots > 0
+        return self._current is None or self._models().keys() != self._made_of
 
     async def renew(self) -> OfferMessage:
         """Sign a fresh offer, for instance because the free places changed."""
@@ -104,7 +103,8 @@ class OfferDesk:
     def _document(self, now: int) -> OfferDocument:
         terms = self._terms
         # An offer names at least one model. While none is ready, the last ones stand in it, without a place for anybody.
-        self._last = tuple(self._models.values()) or self._last
+        ready = self._models()
+        self._last, self._made_of = tuple(ready.values()) or self._last, frozenset(ready)
         return OfferDocument(
             peer_id=str(self._key.peer_id),
             addresses=self._addresses(),
@@ -124,7 +124,7 @@ class OfferDesk:
             tick_tokens=terms.tick_tokens,
             tick_ms=terms.tick_ms,
             credit_tokens=terms.credit_tokens,
-            free_slots=max(0, self._free_slots()) if self._models else 0,
+            free_slots=max(0, self._free_slots()) if ready else 0,
             version=terms.version,
         )
 

@@ -162,7 +162,7 @@ class Worker:
                 max_tokens=settings.max_tokens,
                 version=settings.version,
             ),
-            backend.models,
+            lambda: backend.models,
             self.speeds,
             lambda: network.addresses,
             lambda: self.server.free_slots,
