@@ -1,4 +1,4 @@
-"""An engine process that was taken over: whatever it says, it can give its own streams tokens and do nothing else."""
+"""M5: an engine process that was taken over, whatever it says, can give its own streams tokens and do nothing else."""
 
 from __future__ import annotations
 

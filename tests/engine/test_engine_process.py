@@ -1,4 +1,4 @@
-"""Engines in processes of their own: what they cannot reach, and that their deaths cost nobody a token.
+"""Engines in processes of their own: what they cannot reach (M6), and that their deaths cost nobody a token (M4).
 
 A hang is a stopped process, want of memory is a limit lowered under a running one: nothing in the product knows of these tests.
 """

@@ -1,4 +1,4 @@
-"""Models under one memory budget: loaded, tested, sold, put out, swapped, and never under a running stream."""
+"""Models under one memory budget: loaded, tested (M7), sold, put out, swapped, and never under a running stream (M8)."""
 
 from __future__ import annotations
 
