@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections import ChainMap
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -13,6 +13,7 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,18 +23,24 @@ from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
 from node.errors import ModelError
-from node.ports import Backend
+from node.ports import Backend, ModelInfo, TaskBackend
+from node.settings import task_price_of
+from node.telemetry.exposition import Source, render
+from node.telemetry.market import MarketState, market_samples
+from node.telemetry.server import Health
 from node.wiring import now_ms, open_chains, token_of
 from node.worker.accepted import Accepted
 from node.worker.batch_quotes import QuoteRules
 from node.worker.batch_run import RunSettings
 from node.worker.batch_service import BatchSettings
 from node.worker.claims import ClaimPolicy
+from node.worker.desk import Speed
 from node.worker.payout import payout_notice
 from node.worker.serve import ServeSettings
+from node.worker.trial import try_tasks
 from node.worker.worker import Worker, WorkerSettings, self_test
 from protocol.claiming import COIN, ClaimTerms
-from protocol.ids import ZERO_ADDRESS, Address
+from protocol.ids import ZERO_ADDRESS, Address, ModelId
 from protocol.pricing import Price
 from protocol.signing import KeyRole
 
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from node.models.manifest import Manifest
     from node.models.store import Progress
     from node.runtime.backend import TorchBackend
+    from node.runtime.hal.devices import Choice, Device
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager["Progress"]]
@@ -54,8 +62,34 @@ class Running:
 
     worker: Worker
     chains: Chains
+    backend: Backend
     models: TorchBackend | None = None
     """The model runtime, where it is ours to manage."""
+
+    def metrics(self) -> bytes:
+        """The page for Prometheus, as it is now."""
+        engine = self.backend.samples() if isinstance(self.backend, Source) else ()
+        return render((*engine, *market_samples(partial(market_state, self.worker))))
+
+    def health(self) -> Health:
+        """Whether this worker takes jobs."""
+        return Health(not self.worker.server.draining, "draining" if self.worker.server.draining else "ok")
+
+
+def market_state(worker: Worker) -> MarketState:
+    stats = worker.server.stats
+    return MarketState(
+        accepted=stats.accepted,
+        finished=stats.finished,
+        output_tokens=stats.output_tokens,
+        refused=stats.refused,
+        ended=stats.ended,
+        streams=worker.server.busy,
+        free_slots=max(0, worker.server.free_slots),
+        draining=worker.server.draining,
+        channels=len(worker.book.channels),
+        journal_records=worker.ledger.head.seq,
+    )
 
 
 def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
@@ -67,6 +101,7 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
             domain=chain.domain,
             token=address,
             price=Price(request=given.price_request, input=given.price_input, output=given.price_output),
+            task_prices=dict(map(task_price_of, given.task_prices)),
             min_allocation=given.claim_min,
             credit_limit=given.global_credit,
             min_job=given.batch_min,
@@ -77,6 +112,7 @@ def accepted_asset(config: Config, chains: Chains, name: str) -> Accepted:
         domain=chain.domain,
         token=address,
         price=Price(request=token.price_request, input=token.price_input, output=token.price_output),
+        task_prices=dict(map(task_price_of, token.task_prices)),
         min_allocation=token.claim_min,
         credit_limit=token.global_credit,
         min_job=token.batch_min,
@@ -145,16 +181,17 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
     )
 
 
-def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[TorchBackend]:
-    """The torch engine on the configured models. Raises `ModelError`."""
+def _runtimes(
+    config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
+) -> tuple[AbstractAsyncContextManager[TorchBackend], AbstractAsyncContextManager[TaskBackend] | None]:
+    """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
     if config.engine.isolation == "thread":
-        # Before torch loads: with OpenMP's default a second busy process makes the engine twenty times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # The engine's thread needs the interpreter between any two kernels; by default the network's may keep it for 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
     from node.runtime.host import Limits
+    from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
 
     store = ModelStore(config.models_dir)
     manifests = [store.resolve(name) for name in config.worker.models] or list(store.list())
@@ -167,11 +204,12 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[T
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
         isolation=config.engine.isolation,
-        memory_budget=config.engine.memory_budget or _machine_bytes(config.engine.device),
+        memory_budget=config.engine.memory_budget,
         pinned=config.engine.pinned,
         lazy=config.engine.lazy,
         limits=Limits(load_s=config.engine.load_ms / 1000, hang_s=config.engine.hang_ms / 1000),
         hidden=tuple(str(path) for path in (config.keys_dir, config.journal("worker")) if path.exists()),
+        trace=config.telemetry.engine_trace,
     )
 
     def watch(manifest: Manifest) -> AbstractContextManager[Progress]:
@@ -179,12 +217,33 @@ def _engine(config: Config, say: Say, bar: Bar) -> AbstractAsyncContextManager[T
         say(f"{manifest.name}: hashing {-(-size // 1_000_000)} MB")
         return bar(f"verifying {manifest.name}", size)
 
-    return open_backend(store, manifests, settings, watch, say=say)
+    others = [manifest for manifest in manifests if is_task_model(store, manifest)]
+    chats = [manifest for manifest in manifests if manifest not in others]
+    task_settings = TaskSettings(
+        device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
+    )
+    tasks = open_tasks(store, others, task_settings, watch) if others else None
+    return open_backend(store, chats, settings, watch, heard, say=say), tasks
 
 
-def _machine_bytes(device: str) -> int:
-    """What the machine has for models, or 0 where only the device knows."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else 0
+def benched(
+    config: Config, worker: Address, models: Mapping[ModelId, ModelInfo], device: Device, say: Say
+) -> dict[ModelId, Speed]:
+    """What stable benchmarks of this worker, device and torch say of the models that are served; see `gristmill bench`."""
+    from importlib import metadata
+
+    from node.runtime.bench.kept import KeptBenchmarks
+
+    kept, torch = KeptBenchmarks(config.benchmarks_dir), metadata.version("torch")
+    found = {}
+    for model, info in models.items():
+        claim = kept.claim(model, info.dtype, device.uuid, worker=worker, torch=torch, now_ms=now_ms())
+        if claim is not None:
+            found[model] = Speed(claim.tokens_per_second, claim.ttft_ms)
+            say(
+                f"{info.name}: the offer claims what was benchmarked, {claim.tokens_per_second} tokens/s for one stream"
+            )
+    return found
 
 
 @asynccontextmanager
@@ -195,17 +254,23 @@ async def open_worker(
     say: Say = lambda _: None,
     bar: Bar = lambda _what, _total: nullcontext(lambda _: None),
     backend: Backend | None = None,
+    tasks: AbstractAsyncContextManager[TaskBackend] | None = None,
 ) -> AsyncIterator[Running]:
     """A worker that serves for the length of the block. `say` hears what is going on, in words; `bar` shows how far
     the models are hashed.
 
     `backend`: a model runtime that is there already; by default the torch engine on the models of the configuration.
+    `tasks`: opens what runs tasks other than chat, beside such a `backend`; by default nothing does.
 
     Raises `ConfigError`, `KeyError_`, `SignerError`, `LedgerError`, `ChainError`, `ModelError`, `NetworkError`: a worker that
     cannot be right does not start.
     """
     from node.network.host import open_host
 
+    choices: list[Choice] = []
+    engine: AbstractAsyncContextManager[TorchBackend] | None = None
+    if backend is None:
+        engine, tasks = _runtimes(config, say, bar, choices.append)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger
@@ -216,9 +281,18 @@ async def open_worker(
             open_host(hot, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
         models = None
-        if backend is None:
-            backend = models = await stack.enter_async_context(_engine(config, say, bar))
-        speeds = models.speeds if models else await self_test(backend)
+        if engine is not None:
+            backend = models = await stack.enter_async_context(engine)
+        for choice in choices:
+            say(f"models run on {choice.device.label}: {choice.why}")
+        tested = models.speeds if models else await self_test(backend)
+        claims = benched(config, hot.address, backend.models, choices[0].device, say) if choices else {}
+        speeds = ChainMap(claims, tested)
+        runtime = await stack.enter_async_context(tasks) if tasks is not None else None
+        if runtime is not None:
+            for model, spent in (await try_tasks(runtime)).items():
+                info = runtime.models[model]
+                say(f"{info.name}: self-test passed, {', '.join(info.tasks)} in {spent * 1000:.0f} ms")
         payout = Address(config.worker.payout) if config.worker.payout else None
         for name in chains.names:
             notice = await payout_notice(chains.named(name), hot.address, payout)
@@ -234,10 +308,11 @@ async def open_worker(
             settings=worker_settings(config, chains),
             now_ms=now_ms,
             speeds=speeds,
+            tasks=runtime,
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chains, models)
+            yield Running(worker, chains, backend, models)
         finally:
             nursery.cancel_scope.cancel()

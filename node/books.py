@@ -74,6 +74,15 @@ async def open_consent(config: Config, key: Key) -> AsyncIterator[Signer]:
 
 
 @asynccontextmanager
+async def open_bench(config: Config, key: Key) -> AsyncIterator[Signer]:
+    """The worker's key for a benchmark, and for nothing else; so the worker may run meanwhile."""
+    from node.signer.policies import bench_policy
+
+    async with open_signers(config, {KeyRole.WORKER: key}, bench_policy(), None) as signers:
+        yield signers[KeyRole.WORKER]
+
+
+@asynccontextmanager
 async def open_signers(
     config: Config, keys: Mapping[KeyRole, Key], policy: Policy, table: Path | None
 ) -> AsyncIterator[Signers]:

@@ -31,7 +31,20 @@ from typing import Any, Final
 
 from node import nesting
 from node.errors import ConfigError
-from node.settings import METADATA, Setting, account, each, matching, one_of, power_of_two, ratio, setting, web_address
+from node.settings import (
+    METADATA,
+    Setting,
+    account,
+    each,
+    endpoint,
+    matching,
+    one_of,
+    power_of_two,
+    ratio,
+    setting,
+    task_price,
+    web_address,
+)
 
 PREFIX: Final = "GRISTMILL_"
 NOT_SETTINGS: Final = frozenset(
@@ -151,6 +164,12 @@ class TokenConfig:
     price_output: int = setting(
         0, "Worker: price of generated tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
     )
+    task_prices: tuple[str, ...] = setting(
+        (),
+        "Worker: as `worker.task_prices`, in this token.",
+        check=each(task_price),
+        values="TASK=REQUEST/INPUT/OUTPUT",
+    )
     global_credit: int = setting(
         0,
         "Worker: most that may be unpaid over all channels in this token together. Needed where the token is accepted.",
@@ -262,6 +281,14 @@ class WorkerConfig:
     )
     price_output: int = setting(
         400_000, "Price of generated tokens.", unit="smallest unit per 1,000,000 tokens", low=0, high=AMOUNT_MAX
+    )
+    task_prices: tuple[str, ...] = setting(
+        (),
+        "Prices of tasks other than chat, per job and per 1,000,000 units of input and of output: tokens and vectors (`embed`), "
+        "tokens and scores (`rerank`), 10 ms of audio and tokens (`transcribe`), tiles of 256 x 256 pixels and characters "
+        "(`ocr`). A task that is not named has the prices of a chat.",
+        check=each(task_price),
+        values="TASK=REQUEST/INPUT/OUTPUT",
     )
     tick_tokens: int = setting(
         64, "Payment falls due at least every so many generated tokens.", unit="tokens", low=1, high=65_536
@@ -436,10 +463,13 @@ class EngineConfig:
     """The model runtime."""
 
     device: str = setting(
-        "cpu",
-        "Where models run.",
-        check=matching(r"cpu|cuda(:\d{1,3})?", "cpu, cuda or cuda:N"),
-        values="cpu, cuda, cuda:N",
+        "auto",
+        "Where models run. `auto` takes the best that is there, in this order: cuda, rocm, xpu, mps, cpu; `start` says which "
+        "and why.",
+        check=matching(
+            r"auto|cpu|mps|(cuda|rocm|xpu)(:\d{1,3})?", "auto, cpu, mps, or cuda, rocm or xpu with or without :N"
+        ),
+        values="auto, cpu, mps, cuda, rocm, xpu, cuda:N, rocm:N, xpu:N",
     )
     dtype: str = setting(
         "float32",
@@ -485,6 +515,24 @@ class EngineConfig:
     )
     load_ms: int = setting(
         600_000, "An engine that has not loaded its model in this time is killed.", unit="ms", low=1000, high=86_400_000
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """What a running worker tells of itself."""
+
+    metrics: str = setting(
+        "",
+        "Where metrics are served for Prometheus: HOST:PORT, or a port alone for 127.0.0.1. Empty: nowhere. Who can reach it can "
+        "read them.",
+        check=endpoint,
+        values="HOST:PORT or PORT",
+    )
+    engine_trace: Path | None = setting(
+        None,
+        "File for a trace of the engine's steps (Chrome's format, for Perfetto); replaced at each start, ends at 256 MiB. Empty: "
+        "none.",
     )
 
 
@@ -557,6 +605,7 @@ class Config:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -600,6 +649,11 @@ class Config:
     @property
     def models_dir(self) -> Path:
         return self.models.folder or self.data_dir / "models"
+
+    @property
+    def benchmarks_dir(self) -> Path:
+        """What `bench` measured and signed."""
+        return self.data_dir / "benchmarks"
 
     @property
     def devnet_state(self) -> Path:

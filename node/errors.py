@@ -134,10 +134,24 @@ class ModelError(NodeError):
     exit_status = 7
 
 
+class DeviceNotFound(NodeError):
+    """What is to compute is not there."""
+
+    code = "device"
+    exit_status = 7
+
+
 class PromptInvalid(ModelError):
     """The request cannot become a prompt: empty, a role out of order, a template that refuses it."""
 
     code = "prompt_invalid"
+
+
+class InputInvalid(ModelError):
+    """The input of a task is not what it was declared as, or more than the model takes: a text too long, an image that does not
+    decode."""
+
+    code = "input_invalid"
 
 
 class InsufficientFunds(NodeError):

@@ -15,8 +15,9 @@ from typing import Any, Final, Protocol
 from node.errors import ContractRefused
 from protocol.escrow import JobState, Outcome, Slash
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
-from protocol.messages import ChatMessage, FinishReason, Params
+from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 from protocol.signing import Signable
+from protocol.tasks import Task, TaskRequest
 from protocol.transactions import SignedTransaction, Transaction
 from protocol.typed_data import ChannelConfig, Domain, Quote
 
@@ -416,6 +417,20 @@ class Chain(Protocol):
 # ----------------------------------------------------------------------------------------------------------- runtime
 
 
+SAMPLING_PARAMS: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "stop",
+)
+"""Fields of `Params` that a runtime with the normative sampler honours: all that decide the tokens (`protocol.sampling`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a runtime says of a model that it has loaded or can load."""
@@ -425,7 +440,13 @@ class ModelInfo:
     context_length: int
     dtype: str
     numerics_class: str
-    """Hash of a golden probe's outputs: equal classes can be compared bit for bit."""
+    """Hash of a golden probe's outputs: equal classes can be compared bit for bit. Empty: nothing can be compared, because the
+    sampler is not the normative one."""
+    params: tuple[str, ...] = SAMPLING_PARAMS
+    """Fields of `Params` that are honoured; what is not here is not offered."""
+    tasks: tuple[Task, ...] = (Task.CHAT,)
+    dimensions: int = 0
+    """Numbers in one vector, for a model that embeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,6 +474,8 @@ class Step:
     text: str
     """The text these ids complete; bytes of an unfinished character wait for the next step."""
     finish_reason: FinishReason | None = None
+    data: bytes = b""
+    """Whole rows of float32, little-endian, for tasks whose answer is numbers (`protocol.tasks.Shape`)."""
 
 
 class Backend(Protocol):
@@ -463,6 +486,10 @@ class Backend(Protocol):
 
     def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
         """Render the template and tokenise. Raises `node.errors.PromptInvalid`."""
+
+    def check_format(self, model: ModelId, wanted: ResponseFormat, resume: Sequence[int] = ()) -> None:
+        """Make a grammar ready for `generate`, which may take seconds: called from any thread. Raises `PromptInvalid` for one
+        that is no good or that the ids delivered before do not follow. Asked only where `ModelInfo.params` names the format."""
 
     def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion; closing the iterator aborts it within a step. `resume`: ids already delivered."""
@@ -477,3 +504,44 @@ class Backend(Protocol):
     @property
     def free_slots(self) -> int:
         """How many more streams can start now."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInput:
+    """A request of another task than chat, made ready."""
+
+    model: ModelId
+    request: TaskRequest
+    units: int
+    """Input units of what came with the ask (`protocol.tasks.UNITS`): tokens as the model's tokenizer counts them, or by
+    `protocol.tasks.shape_of` for media."""
+    content: object = None
+    """The runtime's own, token ids for instance. Nobody else looks at it."""
+
+
+class TaskBackend(Protocol):
+    """A runtime for tasks other than chat."""
+
+    @property
+    def models(self) -> Mapping[ModelId, ModelInfo]: ...
+
+    def prepare(self, model: ModelId, request: TaskRequest) -> TaskInput:
+        """Tokenise and count. Called from any thread. Raises `node.errors.InputInvalid`, also for a text that is longer than the
+        model takes: nothing is ever cut off silently."""
+
+    def run(
+        self, prepared: TaskInput, params: Params, media: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[Step, None]:
+        """Stream the answer; closing the iterator aborts it. Raises `node.errors.ModelError`, and `InputInvalid` for media that
+        turn out to be none.
+
+        `media`: all bytes of audio or image in order, those of the request first; audio in whole samples. Its end is the end of
+        the input. Pulling it is what the client pays for, so nothing is pulled before it is needed. Empty for texts.
+
+        Rows and texts come in the order of the request. The last step has a finish reason: STOP, or LENGTH when
+        `params.max_tokens` ended a text.
+        """
+
+    @property
+    def free_slots(self) -> int:
+        """How many more jobs can start now."""

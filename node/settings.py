@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from protocol.errors import InvalidValue
 from protocol.ids import Address
+from protocol.pricing import PRICE_MAX, Price
+from protocol.tasks import Task
 
 METADATA = "setting"
 
@@ -182,6 +184,22 @@ def web_address(value: str) -> str:
     return value
 
 
+def endpoint(value: str) -> str:
+    """`HOST:PORT`, `[IPV6]:PORT`, or a port alone, which is one of 127.0.0.1; port 0 lets the system choose."""
+    host, port = split_endpoint(value)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_endpoint(value: str) -> tuple[str, int]:
+    """Host and port. Raises `ValueError`."""
+    found = re.fullmatch(
+        r"(?:(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253}))?:)?(\d{1,5})", value.strip(), re.ASCII
+    )
+    if not found or int(found[3]) > 65_535:
+        raise ValueError(f"must be HOST:PORT or PORT, not {_shown(value)}")
+    return found[1] or found[2] or "127.0.0.1", int(found[3])
+
+
 def account(value: str) -> str:
     return str(Address(value))
 
@@ -194,6 +212,26 @@ def ratio(value: str) -> str:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"must be a decimal number or a fraction above 0, not {_shown(value)}") from None
     return value
+
+
+def task_price(value: str) -> str:
+    """``TASK=REQUEST/INPUT/OUTPUT``: three amounts in smallest units, the last two per 1,000,000 units of the task."""
+    try:
+        task_price_of(value)
+    except ValueError:
+        raise ValueError(f"must be like {Task.TRANSCRIBE.value}=0/30000/400000, not {_shown(value)}") from None
+    return value
+
+
+def task_price_of(value: str) -> tuple[Task, Price]:
+    """Raises `ValueError`."""
+    name, _, prices = value.partition("=")
+    if not re.fullmatch(r"\d{1,19}/\d{1,19}/\d{1,19}", prices, re.ASCII):
+        raise ValueError(value)
+    amounts = [int(one) for one in prices.split("/")]
+    if max(amounts) > PRICE_MAX or Task(name) is Task.CHAT:
+        raise ValueError(value)
+    return Task(name), Price(*amounts)
 
 
 def power_of_two(value: int) -> int:

@@ -14,14 +14,15 @@ from msgspec.structs import replace
 
 from protocol.channel import ChannelState
 from protocol.errors import GristmillError, InvalidValue, RefusalReason, RemoteProtocolError
-from protocol.ids import Address, Hash32
+from protocol.ids import Address, Hash32, ModelId
 from protocol.job import Terms, ask_struct
 from protocol.keys import require_signer
 from protocol.messages import AskMessage, amount_from_wire, sampling_params
 from protocol.offers import Asset, ModelOffer, Payment, VerifiedOffer
 from protocol.payment import exposure, unsecured
 from protocol.pricing import Price
-from protocol.selection import changed_params
+from protocol.selection import Request, changed_params, honoured
+from protocol.tasks import CHAT_SHAPE, UNITS, Shape, Task, shape_of, task_of
 from protocol.typed_data import Voucher
 
 DEADLINE_MAX_MS: Final = 24 * 3_600_000
@@ -64,6 +65,7 @@ class Checked:
     """Of the model, in the channel's asset."""
     channel: ChannelState
     cumulative: int
+    shape: Shape = CHAT_SHAPE
 
 
 def check_ask(
@@ -88,18 +90,19 @@ def check_ask(
     model = offer.document.model(ask.model_id)
     if model is None:
         raise Rejected(RefusalReason.MODEL_UNKNOWN)
-    refused = sorted(set(changed_params(ask.params)) - set(model.params))
+    shape = _shape(ask, model)
+    refused = sorted(set(changed_params(ask.params)) - honoured(model, shape.task))
     if refused:
         raise Rejected(RefusalReason.UNSUPPORTED_PARAM, ", ".join(refused))
     try:
         sampling_params(ask.params)
     except InvalidValue as error:
         raise Rejected(RefusalReason.UNSUPPORTED_PARAM, str(error)[:200]) from None
-    if ask.params.max_tokens > model.max_tokens:
+    if not shape.rows and ask.params.max_tokens > model.max_tokens:
         raise Rejected(RefusalReason.MAX_TOKENS_EXCEEDED, f"at most {model.max_tokens}")
     if not now_ms < ask.deadline <= now_ms + DEADLINE_MAX_MS:
         raise Rejected(RefusalReason.DEADLINE_INVALID, "a deadline lies in the next 24 hours")
-    checked = _check_channel(ask, offer, model, channel)
+    checked = _check_channel(ask, offer, model, channel, shape)
     if load.chain_age_ms > load.chain_age_limit_ms:
         raise Rejected(RefusalReason.CHAIN_STALE, f"the chain was last seen {load.chain_age_ms // 1000} s ago")
     if load.free_slots <= 0:
@@ -107,11 +110,25 @@ def check_ask(
     return checked
 
 
+def _shape(ask: AskMessage, model: ModelOffer) -> Shape:
+    """What is asked for, if this model does that."""
+    task = task_of(ask.request)
+    if task not in model.tasks:
+        raise Rejected(RefusalReason.TASK_UNSUPPORTED, f"{task.value} of a model that does {', '.join(model.tasks)}")
+    if ask.resume and task is not Task.CHAT:
+        raise Rejected(RefusalReason.INPUT_INVALID, "only a chat goes on where another worker ended")
+    try:
+        return shape_of(ask.request, model.dimensions)
+    except InvalidValue as error:
+        raise Rejected(RefusalReason.INPUT_INVALID, str(error)[:200]) from None
+
+
 def _check_channel(
     ask: AskMessage,
     offer: VerifiedOffer,
     model: ModelOffer,
     channel: ChannelState | None,
+    shape: Shape,
 ) -> Checked:
     if channel is None:
         raise Rejected(RefusalReason.CHANNEL_UNKNOWN, "open it first")
@@ -132,7 +149,9 @@ def _check_channel(
         require_signer(voucher.digest(domain), ask.voucher_signature, signer, "voucher")
     except RemoteProtocolError as error:
         raise Rejected(RefusalReason.VOUCHER_INVALID, error.detail[:200]) from None
-    return Checked(ask, offer, model, offer.document.accepts[position], model.prices[position], channel, cumulative)
+    return Checked(
+        ask, offer, model, offer.document.accepts[position], model.prices[position], channel, cumulative, shape
+    )
 
 
 def check_prompt(checked: Checked, input_tokens: int, *, running: int, load: Load) -> Terms:
@@ -142,11 +161,13 @@ def check_prompt(checked: Checked, input_tokens: int, *, running: int, load: Loa
     Raises `Rejected`. The terms it returns are what the client must arrive at as well.
     """
     ask, model, channel, document = checked.ask, checked.model, checked.channel, checked.offer.document
-    if input_tokens + ask.params.max_tokens > model.context_length:
-        raise Rejected(
-            RefusalReason.CONTEXT_EXCEEDED,
-            f"{input_tokens} prompt tokens and {ask.params.max_tokens} to generate, context {model.context_length}",
-        )
+    shape = checked.shape
+    most_input = input_tokens if shape.most_units is None else shape.most_units
+    if not Request(ModelId(ask.model_id), most_input, ask.params, shape.task, shape.rows).fits(model.context_length):
+        what = f"{input_tokens} prompt tokens and {ask.params.max_tokens} to generate"
+        if shape.task is not Task.CHAT:
+            what = f"{most_input} of {UNITS[shape.task].input}"
+        raise Rejected(RefusalReason.CONTEXT_EXCEEDED, f"{what}, context {model.context_length}")
     if channel.leaving:
         raise Rejected(RefusalReason.CHANNEL_CLOSING)
     if checked.cumulative > channel.allocated:
@@ -158,11 +179,12 @@ def check_prompt(checked: Checked, input_tokens: int, *, running: int, load: Loa
         ask=ask_struct(ask),
         params=ask.params,
         price=checked.price,
-        input_limit=input_tokens,
+        input_limit=most_input,
         receiver_authorizer=channel.config.receiver_authorizer,
         payer_authorizer=channel.config.payer_authorizer,
         tick_tokens=document.tick_tokens,
         credit_tokens=document.credit_tokens,
+        shape=shape,
     )
     if terms.limit > channel.free:
         raise Rejected(

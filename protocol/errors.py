@@ -87,6 +87,16 @@ class WireCode(IntEnum):
 
     Fix: Ask another worker; the operator looks at the log.
     """
+    BAD_INPUT = 15
+    """Media that break what the ask said of them: more than declared, cut inside a sample, not coming, or not to be decoded.
+
+    Fix: Declare enough, send without long pauses, and check the file.
+    """
+    BAD_OUTPUT = 16
+    """Output that cannot be an answer: rows cut, too few or too many, values that are no numbers, text where numbers belong.
+
+    Fix: Do not pay for more; ask another worker.
+    """
 
 
 class RefusalReason(IntEnum):
@@ -244,6 +254,16 @@ class RefusalReason(IntEnum):
     """There is no result yet.
 
     Fix: Ask for the job's status; ask again when it is done.
+    """
+    TASK_UNSUPPORTED = 35
+    """This worker's model does something else than what is asked of it.
+
+    Fix: Choose a model whose offer lists the task.
+    """
+    INPUT_INVALID = 36
+    """The texts, the audio or the image are nothing that this model can take; the detail says why.
+
+    Fix: Correct what the detail names: a text too long, an image that does not decode, audio that ends inside a sample.
     """
 
     @property

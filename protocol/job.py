@@ -11,7 +11,7 @@ A stream carries one part of one job. The two sides talk at once, so each has a 
 message moves its *sender*, and `REQUIRES` what its sender must have seen from the other side before. A message that crosses
 one that ends the talk is legal by construction, because the table only looks at its sender.
 
-    client  IDLE -ask-> ASKED -(voucher)*-> ... -cancel-> CANCELLED ... -ack-> DONE
+    client  IDLE -ask-> ASKED -(voucher | input)*-> ... -cancel-> CANCELLED ... -ack-> DONE
     worker  IDLE -accept-> STREAMING -(chunk)*-> ... -receipt-> FINISHED        or IDLE -refuse-> REFUSED
     either  -abort-> ABORTED
 """
@@ -28,9 +28,10 @@ import msgspec
 
 from protocol.channel import Role
 from protocol.digest import OutputDigest
-from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
+from protocol.errors import InvalidValue, LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.frames import FrameReader, encode_frame
 from protocol.ids import ZERO_HASH, Address, ChannelId, Hash32, JobId, ModelId
+from protocol.inputs import InputFlow
 from protocol.keys import require_signer
 from protocol.messages import (
     JOB_PROTOCOL,
@@ -41,6 +42,7 @@ from protocol.messages import (
     Cancel,
     Chunk,
     FinishReason,
+    Input,
     JobConversation,
     Params,
     ReceiptMessage,
@@ -54,7 +56,9 @@ from protocol.messages import (
     params_hash,
     request_hash,
 )
+from protocol.payment import LEAST_TICK
 from protocol.pricing import Price, cost
+from protocol.tasks import CHAT_SHAPE, Shape, Task, finite
 from protocol.typed_data import MARKET_DOMAIN, Ask, Domain, Receipt, Refusal, Voucher
 
 
@@ -86,6 +90,7 @@ TABLE: Final[dict[Role, dict[State, dict[MessageType, State]]]] = {
         Client.IDLE: {AskMessage: Client.ASKED, Abort: Client.ABORTED},
         Client.ASKED: {
             VoucherMessage: Client.ASKED,
+            Input: Client.ASKED,
             Cancel: Client.CANCELLED,
             Ack: Client.DONE,
             Abort: Client.ABORTED,
@@ -112,6 +117,7 @@ REQUIRES: Final[dict[MessageType, frozenset[State]]] = {
     Accept: frozenset({Client.ASKED, Client.CANCELLED, Client.ABORTED}),
     Refuse: frozenset({Client.ASKED, Client.CANCELLED, Client.ABORTED}),
     VoucherMessage: frozenset({Worker.STREAMING, Worker.FINISHED, Worker.REFUSED, Worker.ABORTED}),
+    Input: frozenset({Worker.STREAMING, Worker.FINISHED, Worker.ABORTED}),
     Ack: frozenset({Worker.FINISHED}),
 }
 """message -> states of the other side, as its sender has seen them, in which it may be said."""
@@ -135,7 +141,8 @@ class Terms:
     params: Params
     price: Price
     input_limit: int
-    """Client: the most prompt tokens it believes in. Worker: the count itself."""
+    """The most input units that are billed, with all that may still come. Of texts: at the client the most tokens that it
+    believes in, at the worker the count itself."""
     receiver_authorizer: Address
     """Signs the receipt."""
     payer_authorizer: Address
@@ -143,23 +150,49 @@ class Terms:
     tick_tokens: int
     credit_tokens: int
     """Output tokens beyond vouchers: the worker's exposure."""
+    shape: Shape = CHAT_SHAPE
 
     @property
     def limit(self) -> int:
         """The most this part can cost."""
-        return cost(self.price, self.input_limit, self.params.max_tokens)
+        return cost(self.price, self.input_limit, self.output_limit)
+
+    @property
+    def asked_units(self) -> int:
+        """Input units of what comes with the ask: those of media, or else as `input_limit`."""
+        return self.input_limit if self.shape.units is None else self.shape.units
+
+    @property
+    def output_limit(self) -> int:
+        """The most output units: tokens, or rows of numbers."""
+        return self.shape.rows or self.params.max_tokens
 
     def spent(self, input_tokens: int, output_tokens: int) -> int:
         return cost(self.price, input_tokens, output_tokens)
 
+    def produced(self, digest: OutputDigest) -> int:
+        """Output units of what was delivered."""
+        return digest.size // self.shape.row_bytes if self.shape.rows else digest.count
+
     @property
     def tick(self) -> int:
-        """Cost of one tick of output: what one side may be ahead of the other."""
-        return cost(Price(output=self.price.output), 0, self.tick_tokens)
+        """Cost of one tick: what one side may be ahead of the other. A tick of output, or where input is billed as it comes, of
+        whichever is dearer."""
+        return self._ahead(self.tick_tokens)
+
+    @property
+    def least_tick(self) -> int:
+        """Cost of the smallest tick that a client may pay by."""
+        return self._ahead(min(self.tick_tokens, LEAST_TICK))
 
     @property
     def credit(self) -> int:
-        return cost(Price(output=self.price.output), 0, self.credit_tokens)
+        return self._ahead(self.credit_tokens)
+
+    def _ahead(self, units: int) -> int:
+        growing = self.shape.units != self.shape.most_units
+        dearer = max(self.price.output, self.price.input if growing else 0)
+        return cost(Price(output=dearer), 0, units)
 
 
 def ask_struct(message: AskMessage) -> Ask:
@@ -170,7 +203,7 @@ def ask_struct(message: AskMessage) -> Ask:
         channel_id=ChannelId(message.channel_id),
         worker=Address(message.worker),
         model_id=ModelId(message.model_id),
-        request_hash=request_hash(message.messages, message.resume),
+        request_hash=request_hash(message.request, message.resume),
         params_hash=params_hash(message.params),
         offer_hash=Hash32(message.offer_hash),
         deadline=message.deadline,
@@ -264,8 +297,9 @@ class JobClient(_Machine):
         super().__init__()
         self.terms = terms
         self.digest = OutputDigest(terms.ask.job_id, terms.ask.part)
+        self.inputs = InputFlow(terms.shape, terms.ask.request_hash)
         self.input_tokens: int | None = None
-        """Prompt tokens as the worker counts them; bounded by `Terms.input_limit`."""
+        """Input units so far: tokens as the worker counts them, bounded by `Terms.input_limit`, or those of media as we do."""
         self.sequence = 0
         self.started = 0
         self.receipt: Receipt | None = None
@@ -275,29 +309,40 @@ class JobClient(_Machine):
 
     @property
     def output_tokens(self) -> int:
-        return self.digest.count
+        """Output units delivered."""
+        return self.terms.produced(self.digest)
 
     @property
     def spent(self) -> int:
         """Cost of what has been delivered."""
-        return 0 if self.input_tokens is None else self.terms.spent(self.input_tokens, self.digest.count)
+        return 0 if self.input_tokens is None else self.terms.spent(self.input_tokens, self.output_tokens)
+
+    def due(self, further: int = 0) -> int:
+        """`spent`, if the worker took all input that was sent, and so many bytes more."""
+        if self.input_tokens is None or self.terms.shape.units is None:
+            return self.spent
+        return self.terms.spent(self.inputs.units_if(further), self.output_tokens)
+
+    def feed(self, data: bytes, *, last: bool) -> bytes:
+        """The frame of one more piece of input. Raises `InvalidValue` for more than was declared or than the window holds."""
+        message = Input(sequence=self.inputs.sent + 1, data=data, last=last)
+        self._target(self.role, message, LocalProtocolError)
+        self.inputs.add(message)
+        return self.send(message)
 
     def _check(self, message: JobConversation) -> None:
         match message:
             case Accept():
-                if message.input_tokens > self.terms.input_limit:
+                least = self.terms.shape.units
+                if message.input_tokens > self.terms.input_limit or least not in (None, message.input_tokens):
+                    ours = f"at most {self.terms.input_limit}" if least is None else f"{least}"
+                    units = "prompt tokens" if self.terms.shape.task is Task.CHAT else "units of input"
                     raise RemoteProtocolError(
-                        WireCode.BAD_RECEIPT,
-                        f"the worker counts {message.input_tokens} prompt tokens, we count at most {self.terms.input_limit}",
+                        WireCode.BAD_RECEIPT, f"the worker counts {message.input_tokens} {units}, we count {ours}"
                     )
                 self.input_tokens, self.sequence, self.started = message.input_tokens, message.sequence, message.started
             case Chunk():
-                if self.digest.count + len(message.token_ids) > self.terms.params.max_tokens:
-                    raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more tokens than max_tokens")
-                self._text += len(message.text)
-                if self._text > TEXT_PER_TOKEN * (self.digest.count + len(message.token_ids)) + TEXT_SLACK:
-                    raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more text than the tokens can carry")
-                self.digest.extend(message.token_ids, message.text)
+                self._take(message)
             case ReceiptMessage():
                 self.shown = message
                 self.receipt = self._verify(message)
@@ -306,6 +351,38 @@ class JobClient(_Machine):
                 require_signer(refusal.digest(MARKET_DOMAIN), message.signature, self.terms.ask.worker, "refusal")
             case _:
                 pass
+
+    def _take(self, message: Chunk) -> None:
+        """Count a chunk that can be part of an answer to what was asked."""
+        shape = self.terms.shape
+        if shape.rows:
+            self._check_rows(message, shape)
+        elif message.data:
+            raise RemoteProtocolError(WireCode.BAD_OUTPUT, "numbers where text was asked for")
+        elif self.digest.count + len(message.token_ids) > self.terms.params.max_tokens:
+            raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more tokens than max_tokens")
+        elif (
+            self._text + len(message.text) > TEXT_PER_TOKEN * (self.digest.count + len(message.token_ids)) + TEXT_SLACK
+        ):
+            raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more text than the tokens can carry")
+        try:
+            self.inputs.take(message.taken)
+        except InvalidValue as error:
+            raise RemoteProtocolError(WireCode.BAD_OUTPUT, str(error)) from None
+        if shape.units is not None:
+            self.input_tokens = self.inputs.units
+        self._text += len(message.text)
+        self.digest.extend(message.token_ids, message.text, message.data)
+
+    def _check_rows(self, message: Chunk, shape: Shape) -> None:
+        if message.token_ids or message.text:
+            raise RemoteProtocolError(WireCode.BAD_OUTPUT, "text where numbers were asked for")
+        if len(message.data) % shape.row_bytes:
+            raise RemoteProtocolError(WireCode.BAD_OUTPUT, f"rows of another width than {shape.row_bytes // 4}")
+        if self.digest.size + len(message.data) > shape.rows * shape.row_bytes:
+            raise RemoteProtocolError(WireCode.BAD_OUTPUT, f"more than the {shape.rows} rows that were asked for")
+        if not finite(message.data):
+            raise RemoteProtocolError(WireCode.BAD_OUTPUT, "values that are no numbers")
 
     def _verify(self, message: ReceiptMessage) -> Receipt:
         """The receipt must follow, field by field, from what we asked, what we received and what was agreed."""
@@ -317,11 +394,11 @@ class JobClient(_Machine):
             "channel_id": ask.channel_id,
             "sequence": self.sequence,
             "model_id": ask.model_id,
-            "request_hash": ask.request_hash,
+            "request_hash": self.inputs.request_hash,
             "params_hash": ask.params_hash,
             "output_digest": self.digest.value,
             "input_tokens": self.input_tokens,
-            "output_tokens": self.digest.count,
+            "output_tokens": self.output_tokens,
             "cost": self.spent,
             "started": self.started,
             "commitment": ZERO_HASH,
@@ -333,11 +410,21 @@ class JobClient(_Machine):
                 )
         if receipt.finished < receipt.started:
             raise RemoteProtocolError(WireCode.BAD_RECEIPT, "receipt ends before it starts")
-        full = self.digest.count >= self.terms.params.max_tokens
+        full = self.output_tokens >= self.terms.output_limit
+        if self.terms.shape.task is not Task.CHAT:
+            self._verify_end(receipt.finish_reason, full)
         if receipt.finish_reason == FinishReason.CANCELLED and self.states[Role.CLIENT] is Client.ASKED and full:
             raise RemoteProtocolError(WireCode.BAD_RECEIPT, "a complete answer is not a cancelled one")
         require_signer(receipt.digest(self.terms.domain), message.signature, self.terms.receiver_authorizer, "receipt")
         return receipt
+
+    def _verify_end(self, reason: int, full: bool) -> None:
+        """Half an answer is not passed off as a whole one: what a chat cannot be asked for, these tasks can."""
+        whole = full if self.terms.shape.rows else self.inputs.exhausted
+        if reason in (FinishReason.STOP, FinishReason.STOP_STRING) and not whole:
+            raise RemoteProtocolError(WireCode.BAD_RECEIPT, "the answer ends before the input does")
+        if reason == FinishReason.LENGTH and (not full or self.terms.shape.rows):
+            raise RemoteProtocolError(WireCode.BAD_RECEIPT, "the answer ends before max_tokens")
 
 
 class JobWorker(_Machine):
@@ -359,19 +446,32 @@ class JobWorker(_Machine):
         frame = self.send(Accept(input_tokens=input_tokens, sequence=sequence, started=started))
         self.terms = terms
         self.digest = OutputDigest(terms.ask.job_id, terms.ask.part)
+        self.inputs = InputFlow(terms.shape, terms.ask.request_hash)
         self.input_tokens, self.sequence, self.started, self.cumulative = input_tokens, sequence, started, cumulative
         return frame
 
-    def deliver(self, token_ids: tuple[int, ...], text: str) -> bytes:
+    def deliver(self, token_ids: tuple[int, ...], text: str, data: bytes = b"") -> bytes:
         """The frame of one chunk; it counts from here on."""
-        frame = self.send(Chunk(token_ids=token_ids, text=text))
-        self.digest.extend(token_ids, text)
+        frame = self.send(Chunk(token_ids=token_ids, text=text, data=data, taken=self.inputs.taken))
+        self.digest.extend(token_ids, text, data)
         return frame
+
+    def take(self, until: int) -> tuple[bytes, bytes]:
+        """Take input messages up to this number: their bytes, and the frame that says so. Billed from here on."""
+        frame = self.send(Chunk(token_ids=(), text="", taken=until))
+        data = self.inputs.take(until)
+        self.input_tokens = self.inputs.units
+        return data, frame
+
+    @property
+    def output_tokens(self) -> int:
+        """Output units delivered; 0 before the first agreement."""
+        return 0 if self.terms is None else self.terms.produced(self.digest)
 
     @property
     def spent(self) -> int:
         """Cost of what has been delivered; 0 before the first agreement."""
-        return 0 if self.terms is None else self.terms.spent(self.input_tokens, self.digest.count)
+        return 0 if self.terms is None else self.terms.spent(self.input_tokens, self.output_tokens)
 
     def make_receipt(self, finish_reason: FinishReason, finished: int) -> Receipt:
         """The receipt of everything delivered so far; the driver signs and journals it before it sends it."""
@@ -384,11 +484,11 @@ class JobWorker(_Machine):
             channel_id=ask.channel_id,
             sequence=self.sequence,
             model_id=ask.model_id,
-            request_hash=ask.request_hash,
+            request_hash=self.inputs.request_hash,
             params_hash=ask.params_hash,
             output_digest=self.digest.value,
             input_tokens=self.input_tokens,
-            output_tokens=self.digest.count,
+            output_tokens=self.output_tokens,
             cost=self.spent,
             commitment=ZERO_HASH,
             started=self.started,
@@ -397,6 +497,11 @@ class JobWorker(_Machine):
         )
 
     def _check(self, message: JobConversation) -> None:
+        if isinstance(message, Input) and self.terms is not None:
+            try:
+                self.inputs.add(message)
+            except InvalidValue as error:
+                raise RemoteProtocolError(WireCode.BAD_INPUT, str(error)) from None
         if not isinstance(message, VoucherMessage | Ack) or self.terms is None:
             return
         cumulative = amount_from_wire(message.cumulative)

@@ -2,9 +2,10 @@
 
 Four conversations, each one protocol id and one union of messages:
 
-- ``/gristmill/offer/2``: `GetOffer` -> `OfferMessage`
+- ``/gristmill/offer/3``: `GetOffer` -> `OfferMessage`
 - ``/gristmill/channel/2``: `OpenChannel` or `QueryChannel` -> `ChannelStatus`; `RequestClose` -> `CloseConsent`
-- ``/gristmill/job/2``: `AskMessage`, then vouchers one way and chunks the other, ended by receipt and ack (`protocol.job`)
+- ``/gristmill/job/3``: `AskMessage`, then vouchers and perhaps input one way and chunks the other, ended by receipt and ack
+  (`protocol.job`)
 - ``/gristmill/batch/1``: `RequestQuote` -> `QuoteMessage`; `OpenJob`, `QueryJob`, `AcceptJob` or `RequestCancel` -> `JobStatus`;
   `GetResult` -> `ResultChunk`; or `BatchRefusal` to any of them
 
@@ -23,19 +24,24 @@ import msgspec
 from protocol.errors import InvalidValue, LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32
 from protocol.sampling import SamplingParams
+from protocol.tasks import INPUT_BYTES, TaskRequest
+from protocol.tasks import TEXT_LIMIT as TEXT_LIMIT
+from protocol.tasks import ChatMessage as ChatMessage
 from protocol.typed_data import ChannelConfig, Quote
 
-OFFER_PROTOCOL: Final = "/gristmill/offer/2"
+OFFER_PROTOCOL: Final = "/gristmill/offer/3"
 CHANNEL_PROTOCOL: Final = "/gristmill/channel/2"
-JOB_PROTOCOL: Final = "/gristmill/job/2"
+JOB_PROTOCOL: Final = "/gristmill/job/3"
 BATCH_PROTOCOL: Final = "/gristmill/batch/1"
-OFFER_TOPIC: Final = "/gristmill/offers/2"
+OFFER_TOPIC: Final = "/gristmill/offers/3"
 
-TEXT_LIMIT: Final = 512 * 1024
-"""Characters in one request, all messages together (a frame is 1 MiB)."""
 OFFER_LIMIT: Final = 32 * 1024
 """Bytes of one offer document."""
+GRAMMAR_LIMIT: Final = 16 * 1024
+"""Characters of a grammar that binds an answer."""
 TOKENS_PER_CHUNK: Final = 4096
+DATA_PER_CHUNK: Final = 256 * 1024
+"""Bytes of numbers in one chunk."""
 TOKENS_LIMIT: Final = 131_072
 """Tokens one part may generate, or resume from."""
 SPEC_LIMIT: Final = 3_670_016
@@ -87,9 +93,12 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 # ------------------------------------------------------------------------------------------------------------ values
 
 
-class ChatMessage(_Value, frozen=True):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, _Meta(max_length=TEXT_LIMIT)]
+class ResponseFormat(_Value, frozen=True):
+    """A grammar that the answer's text must follow: rule 0 of `protocol.sampling`."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: Annotated[str, _Meta(min_length=1, max_length=GRAMMAR_LIMIT)]
+    """The JSON schema, the regular expression or the grammar."""
 
 
 class Params(_Value, frozen=True):
@@ -112,6 +121,8 @@ class Params(_Value, frozen=True):
     stop: Annotated[tuple[Annotated[str, _Meta(min_length=1, max_length=64)], ...], _Meta(max_length=16)] = ()
     seed: Annotated[int, _Meta(ge=0, le=2**63 - 1)] = 0
     """Fixed by the client's signature, so that every draw can be replayed."""
+    response_format: ResponseFormat | msgspec.UnsetType = msgspec.UNSET
+    """Left out when the text is free, so that what was signed before there were grammars keeps its hash."""
 
 
 class ChannelConfigWire(_Value, frozen=True):
@@ -233,14 +244,24 @@ class AskMessage(_Message, frozen=True, tag="ask"):
     model_id: Bytes32
     offer_hash: Bytes32
     deadline: Millis
-    messages: Annotated[tuple[ChatMessage, ...], _Meta(min_length=1, max_length=1024)]
+    request: TaskRequest
     params: Params
     signature: SignatureBytes
     """The session key's, over `typed_data.Ask`."""
     cumulative: Bytes16
     voucher_signature: SignatureBytes
     resume: Annotated[tuple[TokenId, ...], _Meta(max_length=TOKENS_LIMIT)] = ()
-    """Token ids that earlier parts delivered; generation goes on after them. Billed as input."""
+    """Token ids that earlier parts delivered; generation goes on after them. Billed as input. Only for chats."""
+
+
+class Input(_Message, frozen=True, tag="input"):
+    """Client: more of the media that the ask announced. Paid for before it is sent; `tasks.INPUT_WINDOW` ahead at most."""
+
+    sequence: Annotated[int, _Meta(ge=1, le=2**32 - 1)]
+    """From 1, without a gap."""
+    data: Annotated[bytes, _Meta(max_length=INPUT_BYTES)]
+    last: bool = False
+    """Nothing follows. Only this one may be empty."""
 
 
 class VoucherMessage(_Message, frozen=True, tag="voucher"):
@@ -265,6 +286,7 @@ class Accept(_Message, frozen=True, tag="accept"):
     """Worker: taken. Sent before prefill, so the client knows the prompt's price before the first token."""
 
     input_tokens: Count32
+    """Input units of what came with the ask (`tasks.UNITS`): of a chat, tokens of the prompt."""
     sequence: Annotated[int, _Meta(ge=1, le=2**63 - 1)]
     """The number the receipt will carry."""
     started: Millis
@@ -281,10 +303,14 @@ class Refuse(_Message, frozen=True, tag="refuse"):
 
 
 class Chunk(_Message, frozen=True, tag="chunk"):
-    """Worker: some tokens, coalesced over 10 to 20 ms."""
+    """Worker: some output, coalesced over 10 to 20 ms, or news of the input."""
 
     token_ids: Annotated[tuple[TokenId, ...], _Meta(max_length=TOKENS_PER_CHUNK)]
     text: Annotated[str, _Meta(max_length=64 * 1024)]
+    data: Annotated[bytes, _Meta(max_length=DATA_PER_CHUNK)] = b""
+    """Whole rows of float32, little-endian, of a task that answers with numbers."""
+    taken: Count32 = 0
+    """How many `Input` messages the worker has taken by now: billed, covered by its receipt, and room for as many more."""
 
 
 class ReceiptMessage(_Message, frozen=True, tag="receipt"):
@@ -432,7 +458,7 @@ class Abort(_Message, frozen=True, tag="abort"):
 
 OfferConversation = GetOffer | OfferMessage | Abort
 ChannelConversation = OpenChannel | QueryChannel | ChannelStatus | RequestClose | CloseConsent | Abort
-JobConversation = AskMessage | VoucherMessage | Cancel | Ack | Accept | Refuse | Chunk | ReceiptMessage | Abort
+JobConversation = AskMessage | Input | VoucherMessage | Cancel | Ack | Accept | Refuse | Chunk | ReceiptMessage | Abort
 BatchConversation = (
     RequestQuote
     | QuoteMessage
@@ -585,9 +611,9 @@ def sampling_params(params: Params) -> SamplingParams:
     )
 
 
-def request_hash(messages: tuple[ChatMessage, ...], resume: tuple[int, ...] = ()) -> Hash32:
-    """What the receipt binds as the request: sha256 over a tag and the canonical msgpack of messages and resumed ids."""
-    return Hash32(hashlib.sha256(b"gristmill/request/1" + _pack((messages, resume))).digest())
+def request_hash(request: TaskRequest, resume: tuple[int, ...] = ()) -> Hash32:
+    """What the ask signs as the request: sha256 over a tag and the canonical msgpack of the request and resumed ids."""
+    return Hash32(hashlib.sha256(b"gristmill/request/2" + _pack((request, resume))).digest())
 
 
 def params_hash(params: Params) -> Hash32:

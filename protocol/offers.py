@@ -31,6 +31,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.pricing import PRICE_MAX, Price
+from protocol.tasks import WIDTH_LIMIT, Task
 from protocol.typed_data import MARKET_DOMAIN, Domain, Offer
 
 OFFER_TTL_MAX_MS: Final = 3_600_000
@@ -86,7 +87,7 @@ class ModelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prices: Annotated[tuple[Price, ...], _Meta(min_length=1, max_length=ACCEPTS_MAX)]
     """One for each of `OfferDocument.accepts`, in that order and each in that asset's smallest unit."""
     context_length: Annotated[int, _Meta(ge=1, le=2**24)]
-    """Prompt and output tokens together."""
+    """What it bounds depends on the task (`tasks.UNITS`); for a chat, prompt and output tokens together."""
     max_tokens: Annotated[int, _Meta(ge=1, le=2**20)]
     dtype: Annotated[str, _Meta(max_length=16)]
     """What the weights are computed in: quantisation is declared, because a client must know what it buys."""
@@ -97,6 +98,10 @@ class ModelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured by this worker for one stream; 0 = not measured. A claim, until receipts confirm it."""
     ttft_ms: Annotated[float, _Meta(ge=0, le=1e9)] = 0.0
     """Measured time to first token of a short prompt; 0 = not measured."""
+    tasks: Annotated[tuple[Task, ...], _Meta(min_length=1, max_length=16)] = (Task.CHAT,)
+    """What may be asked of it; prices are per unit of the task."""
+    dimensions: Annotated[int, _Meta(ge=0, le=WIDTH_LIMIT)] = 0
+    """Numbers in one vector; 0 for a model that does not embed."""
 
 
 class OfferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -203,6 +208,8 @@ def _wrong(document: OfferDocument) -> str:
         return "an offer names each asset once: two prices for one would be no price"
     if any(len(model.prices) != len(document.accepts) for model in document.models):
         return "a model has one price for each payment that is accepted"
+    if any((Task.EMBED in model.tasks) != (model.dimensions > 0) for model in document.models):
+        return "a model that embeds says how many numbers a vector has, and no other does"
     return ""
 
 

@@ -6,7 +6,12 @@ for money over a round trip, and the client never has more than one tick (and, b
 
 from __future__ import annotations
 
+from typing import Final
+
 from protocol.channel import ChannelState, Part, Role
+
+LEAST_TICK: Final = 8
+"""Units of the smallest tick that a client may pay by, where the worker is slow: what it adds is measured by this one."""
 
 
 def first_voucher(state: ChannelState, running: int, input_cost: int, tick: int) -> int:

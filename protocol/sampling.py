@@ -6,6 +6,7 @@ decodes with another model is seen. There is no state: a token's noise depends o
 
 The rule, in order. All arithmetic is IEEE-754 binary64; logits are widened exactly from whatever the model produced.
 
+0.  constraint   l[i] = -inf                                       for each token that the job's grammar forbids here
 1.  bias         l[i] += bias[i]                                   for each declared token id
 2.  repetition   l[i] = l[i] / r if l[i] > 0 else l[i] * r         for each i in prompt or generated
 3.  frequency    l[i] -= f * n[i]                                  n[i] = occurrences in generated
@@ -25,6 +26,9 @@ key = (seed low 32 bits, seed high 32 bits) and counter = (i div 4, position low
 `position` is the index of the token being chosen in prompt + generated, counted from 0, so that a stream continued
 elsewhere from its delivered tokens draws the same noise.
 
+What a grammar forbids follows from grammar, tokenizer and generated tokens alone, so rule 0 can be checked by whoever has
+those; it decides about end-of-sequence tokens too. The n answers to one request differ in their seeds alone: `seed_of`.
+
 exp and ln may differ in the last place between machines. Two scores closer than `SCORE_TOLERANCE` are therefore a tie
 that an auditor accepts either way; the chance of meeting one is of the order of 1e-12 per token.
 
@@ -36,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +48,9 @@ from protocol.errors import InvalidValue
 
 DOMAIN: Final = 0x474D5331
 """Fourth counter word: "GMS1". Keeps these draws apart from any other use of the same seed."""
+
+SEED_DOMAIN: Final = 0x474D5332
+"""Fourth counter word of `seed_of`: "GMS2"."""
 
 WEIGHT_UNIT: Final = 1 << 40
 """Integer weight of the most likely token in rules 8 and 9. A vocabulary of 2^22 tokens still sums below 2^63."""
@@ -137,16 +144,35 @@ def gumbel(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log((word + 0.5) / 4294967296.0))
 
 
-def adjust(
-    logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
-) -> list[float]:
-    """Rules 1 to 4.
+def seed_of(seed: int, index: int) -> int:
+    """Seed of answer `index` among the n to one request, whose signed seed is that of answer 0. Below 2^63, as on the wire."""
+    _within("seed", seed, 0, (1 << 64) - 1)
+    _within("index", index, 0, _MASK)
+    if index == 0:
+        return seed
+    low, high, _, _ = philox((index, 0, 0, SEED_DOMAIN), (seed & _MASK, seed >> 32))
+    return (low | high << 32) & ((1 << 63) - 1)
 
-    Raises `InvalidValue` when a logit is NaN or +inf, when all are -inf, or when a bias is outside the vocabulary.
+
+def adjust(
+    logits: Sequence[float],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    allowed: Collection[int] | None = None,
+) -> list[float]:
+    """Rules 0 to 4. `allowed`: the ids that rule 0 leaves, None for all.
+
+    Raises `InvalidValue` when a logit is NaN or +inf, forbidden or not, when all that are allowed are -inf, or when a bias is
+    outside the vocabulary.
     """
     out = [float(x) for x in logits]
-    if any(math.isnan(x) or x == math.inf for x in out) or all(x == -math.inf for x in out):
-        raise InvalidValue("logits must be numbers below +inf, and one of them finite")
+    if any(math.isnan(x) or x == math.inf for x in out):
+        raise InvalidValue("logits must be numbers below +inf")
+    if allowed is not None:
+        out = [x if token in allowed else -math.inf for token, x in enumerate(out)]
+    if all(x == -math.inf for x in out):
+        raise InvalidValue("of the logits that are allowed one must be finite")
     for token, bias in params.logit_bias:
         if token >= len(out):
             raise InvalidValue(f"logit_bias names token {token}; the vocabulary ends at {len(out) - 1}")
@@ -186,9 +212,15 @@ def _weight(score: float, top: float) -> int:
     return math.floor(math.exp(score - top) * WEIGHT_UNIT)
 
 
-def sample(logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> int:
-    """The token that follows prompt + generated. `logits` holds one value per token id. Errors as `adjust`."""
-    adjusted = adjust(logits, params, prompt, generated)
+def sample(
+    logits: Sequence[float],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    allowed: Collection[int] | None = None,
+) -> int:
+    """The token that follows prompt + generated. `logits` holds one value per token id. Arguments and errors as `adjust`."""
+    adjusted = adjust(logits, params, prompt, generated, allowed)
     if params.greedy:
         return _first_largest(adjusted, range(len(adjusted)))
     scores = [value / params.temperature for value in adjusted]

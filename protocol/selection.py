@@ -20,6 +20,7 @@ from protocol.ids import Address, ModelId, PeerId
 from protocol.messages import Params
 from protocol.offers import Asset, ModelOffer, Payment, VerifiedOffer
 from protocol.pricing import Price, cost
+from protocol.tasks import UNITS, Task
 
 Amount = int | Fraction
 """Money in some unit of account; whole where that unit is the token's own."""
@@ -32,8 +33,10 @@ class Exclusion(StrEnum):
     """It does not sell the model."""
     OFFER_EXPIRED = "offer_expired"
     """Its time is over; the worker's next offer will do."""
+    TASK_UNSUPPORTED = "task_unsupported"
+    """The model does something else."""
     CONTEXT_EXCEEDED = "context_exceeded"
-    """Prompt and `max_tokens` together are longer than its context."""
+    """Prompt and `max_tokens` together are longer than its context; for other tasks, the input is more than it takes."""
     MAX_TOKENS_EXCEEDED = "max_tokens_exceeded"
     """`max_tokens` is over what it sells in one part."""
     UNSUPPORTED_PARAM = "unsupported_param"
@@ -62,8 +65,25 @@ class Request:
 
     model: ModelId
     input_tokens: int
-    """An upper estimate when no tokenizer is at hand."""
+    """Input units; an upper estimate when no tokenizer is at hand."""
     params: Params
+    task: Task = Task.CHAT
+    rows: int = 0
+    """Rows of numbers in a complete answer; 0: the answer is text of up to `params.max_tokens`."""
+
+    @property
+    def output_limit(self) -> int:
+        return self.rows or self.params.max_tokens
+
+    def fits(self, context_length: int) -> bool:
+        """Whether the input is within a model's context. What is bounded text by text only the worker can tell."""
+        match self.task:
+            case Task.CHAT:
+                return self.input_tokens + self.params.max_tokens <= context_length
+            case Task.TRANSCRIBE | Task.OCR:
+                return self.input_tokens <= context_length
+            case _:
+                return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +94,12 @@ class PriceLimit:
     input: int | None = None
     output: int | None = None
 
-    def admits(self, price: Price, rate: Amount = 1) -> bool:
-        """`rate`: what one unit of the price is worth in the unit of the limits."""
-        pairs = ((self.request, price.request), (self.input, price.input), (self.output, price.output))
+    def admits(self, price: Price, rate: Amount = 1, *, tokens: bool = True) -> bool:
+        """`rate`: what one unit of the price is worth in the unit of the limits. `tokens`: whether what is priced are tokens;
+        limits on the price of tokens say nothing about seconds of audio."""
+        pairs = [(self.request, price.request)]
+        if tokens:
+            pairs += [(self.input, price.input), (self.output, price.output)]
         return all(most is None or asked * rate <= most for most, asked in pairs)
 
 
@@ -173,6 +196,11 @@ def changed_params(params: Params) -> tuple[str, ...]:
     )
 
 
+def honoured(model: ModelOffer, task: Task) -> frozenset[str]:
+    """Names of the parameters that may be changed: how to draw tokens says nothing to a task that draws none."""
+    return frozenset(model.params) if task is Task.CHAT else frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class _Fit:
     """A pair that nothing excludes, before it is compared with others."""
@@ -250,11 +278,13 @@ def _exclusions(
     if model is None:
         reasons.append(Exclusion.MODEL_UNKNOWN)
     else:
-        if request.input_tokens + request.params.max_tokens > model.context_length:
+        if request.task not in model.tasks:
+            reasons.append(Exclusion.TASK_UNSUPPORTED)
+        elif not request.fits(model.context_length):
             reasons.append(Exclusion.CONTEXT_EXCEEDED)
-        if request.params.max_tokens > model.max_tokens:
+        if not request.rows and request.params.max_tokens > model.max_tokens:
             reasons.append(Exclusion.MAX_TOKENS_EXCEEDED)
-        if set(changed_params(request.params)) - set(model.params):
+        if set(changed_params(request.params)) - honoured(model, request.task):
             reasons.append(Exclusion.UNSUPPORTED_PARAM)
     if not offer.valid_at(now_ms):
         reasons.append(Exclusion.OFFER_EXPIRED)
@@ -281,8 +311,8 @@ def _pairs(
         if position is None:
             continue
         payment, price = document.accepts[position], model.prices[position]
-        most = cost(price, request.input_tokens, request.params.max_tokens)
-        reasons = _against(offer, payment, price, most, purse, policy)
+        most = cost(price, request.input_tokens, request.output_limit)
+        reasons = _against(offer, payment, price, most, purse, policy, tokens=UNITS[request.task].priced_as_tokens)
         against += reasons
         if not reasons:
             fitting.append(_Fit(offer, model, payment, price, most, seen.tokens_per_second, tier, most * rate))
@@ -294,18 +324,20 @@ def _pairs(
 
 
 def _against(
-    offer: VerifiedOffer, payment: Payment, price: Price, most: int, purse: Purse, policy: Policy
+    offer: VerifiedOffer, payment: Payment, price: Price, most: int, purse: Purse, policy: Policy, *, tokens: bool
 ) -> list[Exclusion]:
     reasons = []
     dear = purse.max_cost is not None and most > purse.max_cost
     if policy.max_price is None:
-        dear = dear or not purse.max_price.admits(price)
+        dear = dear or not purse.max_price.admits(price, tokens=tokens)
     if policy.max_cost is not None or policy.max_price not in (None, NO_LIMIT):
         if purse.rate is None:
             reasons.append(Exclusion.NOT_COMPARABLE)
         else:
             dear = dear or (policy.max_cost is not None and most * purse.rate > policy.max_cost)
-            dear = dear or (policy.max_price is not None and not policy.max_price.admits(price, purse.rate))
+            dear = dear or (
+                policy.max_price is not None and not policy.max_price.admits(price, purse.rate, tokens=tokens)
+            )
     if dear:
         reasons.append(Exclusion.PRICE_TOO_HIGH)
     if not purse.holds(offer.worker, payment, most):

@@ -22,6 +22,7 @@ from protocol.typed_data import (
     Acceptance,
     Allocation,
     Ask,
+    Benchmark,
     ChannelConfig,
     Close,
     Domain,
@@ -139,6 +140,7 @@ KINDS: Final[tuple[type[Any], ...]] = (
     Acceptance,
     Transaction,
     IdentityMessage,
+    Benchmark,
 )
 """What can be asked for. The position is the number on the signer's line."""
 
@@ -234,7 +236,7 @@ class DomainRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: str
     chain_id: Annotated[int, _Meta(ge=0, le=2**63 - 1)]
-    """0 with the zero contract is `MARKET_DOMAIN`, for offers and refusals alone."""
+    """0 with the zero contract is `MARKET_DOMAIN`, for offers, refusals and benchmarks alone."""
     contract: Bytes20
 
 

@@ -43,6 +43,7 @@ from protocol.typed_data import (
     MARKET_DOMAIN,
     Acceptance,
     Ask,
+    Benchmark,
     Close,
     HotKey,
     Offer,
@@ -56,7 +57,9 @@ from protocol.typed_data import (
 DAY_S: Final = 86_400
 CONSENT_MAX_S: Final = DAY_S
 """A hot key's consent to be registered is good for a day at most."""
-MARKET_KINDS: Final = (Offer, Refusal)
+BENCHMARK_AGE_MAX_S: Final = 600
+"""A benchmark is signed when it ends, and not for a time long past: its time stamps are to mean something."""
+MARKET_KINDS: Final = (Offer, Refusal, Benchmark)
 """Signed in `MARKET_DOMAIN` and nowhere else, whatever a policy names; and nothing else is signed there."""
 MAX_GAS: Final = 1 << 24
 """Of one transaction (EIP-7825)."""
@@ -194,6 +197,18 @@ def _refusal(book: Rulebook, marks: Marks, asked: Request, now: int) -> Changes:
     return ()
 
 
+def _benchmark(book: Rulebook, marks: Marks, asked: Request, now: int) -> Changes:
+    measured: Benchmark = asked.struct
+    _ours(book, asked.role, measured.worker)
+    if not measured.started < measured.finished <= measured.started + DAY_S * 1000:
+        raise SigningRefused(SigningReason.TIME, "a benchmark ends after it begins, within a day")
+    if measured.finished > now * 1000 + CLOCK_SKEW_MS:
+        raise SigningRefused(SigningReason.TIME, "a benchmark from the future")
+    if measured.finished < (now - BENCHMARK_AGE_MAX_S) * 1000:
+        raise SigningRefused(SigningReason.TIME, f"a benchmark that ended more than {BENCHMARK_AGE_MAX_S} s ago")
+    return ()
+
+
 def _consent(book: Rulebook, marks: Marks, asked: Request, now: int) -> Changes:
     consent: HotKey = asked.struct
     _ours(book, asked.role, consent.hot_key)
@@ -291,6 +306,7 @@ RULES: Final[Mapping[KeyRole, Mapping[type, Rule]]] = {
         Close: _close,
         Offer: _offer,
         Refusal: _refusal,
+        Benchmark: _benchmark,
         HotKey: _consent,
         Quote: _quote,
         Submission: _submission,

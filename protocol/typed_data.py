@@ -55,8 +55,8 @@ class Domain:
 
 
 MARKET_DOMAIN: Final = Domain(0, ZERO_ADDRESS)
-"""Domain of what a worker says to the whole market and what moves no money: `Offer` and `Refusal`. Chain id 0 and the zero
-contract are no chain and no contract, so nothing signed here is good on one, and nothing of a chain is good here."""
+"""Domain of what a worker says to the whole market and what moves no money: `Offer`, `Refusal`, `Benchmark`. Chain id 0 and the
+zero contract are no chain and no contract, so nothing signed here is good on one, and nothing of a chain is good here."""
 
 
 class Struct:
@@ -314,6 +314,26 @@ class Refusal(Struct):
 
 
 @dataclass(frozen=True, slots=True)
+class Benchmark(Struct):
+    """Signature frame of a benchmark document (`protocol.benchmark`): what this worker's device was measured to do. Domain:
+    `MARKET_DOMAIN`, because it is a statement to everybody and moves nothing."""
+
+    TYPE: ClassVar[str] = "Benchmark(address worker,bytes32 documentHash,bytes32 nonce,uint64 started,uint64 finished)"
+    worker: Address
+    document_hash: Hash32
+    nonce: Hash32
+    """What the measurement was seeded with: a verifier's number or the hash of a recent block, so that it cannot be older."""
+    started: int
+    """Unix milliseconds by the worker's clock."""
+    finished: int
+
+    def _encode(self) -> bytes:
+        return (
+            _address(self.worker) + self.document_hash + self.nonce + _uint(self.started, 64) + _uint(self.finished, 64)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class HotKey(Struct):
     """A hot key's consent to be registered by an owner. Domain: the Workers contract."""
 
@@ -436,6 +456,7 @@ STRUCTS: Final = (
     Receipt,
     Offer,
     Refusal,
+    Benchmark,
     HotKey,
     Quote,
     Order,

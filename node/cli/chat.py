@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.cli.answer import tell
 from node.cli.connected import client_options, run
 from node.cli.main import Command, Shared
 from node.cli.params import AMOUNT, text_of
@@ -35,6 +35,18 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least likelihood, relative to the best token.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the normative sampler.")
 @click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
+@click.option(
+    "--json-schema",
+    "schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Bind the answer to this JSON schema.",
+)
+@click.option("--regex", help="Bind the answer to this regular expression.")
+@click.option(
+    "--grammar",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Bind the answer to this Lark grammar.",
+)
 @click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit of the default token.")
 @click.option(
     "--wait", "wait_s", type=click.FloatRange(0, 600), default=0.0, help="Seconds to wait for a worker to appear."
@@ -47,6 +59,9 @@ def command(
     text: str | None,
     system: str | None,
     file: Path | None,
+    schema: Path | None,
+    regex: str | None,
+    grammar: Path | None,
     max_cost: int | None,
     wait_s: float,
     workers: tuple[str, ...],
@@ -58,6 +73,7 @@ def command(
     and the last line holds the verified receipt.
     """
     messages = _messages(text, system, file)
+    params.update(_format(schema, regex, grammar))
 
     async def work(client: Client) -> None:
         from protocol.selection import Policy
@@ -71,66 +87,32 @@ def command(
 async def chat(
     shared: Shared, client: Client, model: str, messages: list[dict[str, str]], policy: Any, params: dict[str, Any]
 ) -> None:
-    output = shared.output
-    opened, allocation = await client.open_channel(model, messages, policy=policy, **params)
-    chain = client.wallet.chains.of(opened.domain)
-    before = await chain.head()
-    stream = client.chat(model, messages, policy=policy, **params)
-    async with stream:
-        async for chunk in stream:
-            if output.json:
-                output.row({"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)})
-            else:
-                output.write(chunk.text)
-    after = await chain.head()
-    if not output.json:
-        output.write("\n")
-    for contradiction in client.evidence.told:
-        output.say(contradiction)
-    receipt = stream.receipt
-    if receipt is None:
-        return
-    timings = stream.timings
-    channel = client.book.channels[receipt.channel_id]
-    summary = {
-        "worker": stream.worker,
-        "model": str(receipt.model_id),
-        "usage": {"input_tokens": receipt.input_tokens, "output_tokens": receipt.output_tokens},
-        "cost": str(receipt.cost),
-        "finish_reason": stream.finish_reason,
-        "seconds": {
-            "accepted": timings.accepted,
-            "first_token": timings.first_token,
-            "ask_to_first_token": timings.first_token - timings.asked,
-            "total": timings.finished,
-        },
-        "channel": stream.channel_id,
-        "chain": client.wallet.chains.name(channel.domain),
-        "token": str(channel.config.token),
-        "allocation_transaction": allocation or stream.allocation_transaction or None,
-        "blocks": {"before": before.number, "after": after.number},
-        "receipt": receipt_data(receipt),
-        "receipt_signature": stream.receipt_signature,
-    }
-    if output.json:
-        output.row(summary)
-        return
-    info = await client.wallet.chains.of(channel.domain).token_info(channel.config.token)
-    speed = receipt.output_tokens / max(timings.finished - timings.first_token, 1e-9)
-    output.say(
-        f"\nworker   {stream.worker}\n"
-        f"usage    {receipt.input_tokens} tokens in, {receipt.output_tokens} out, {speed:.1f} tokens/s, "
-        f"first token after {1000 * (timings.first_token - timings.asked):.0f} ms\n"
-        f"cost     {info.show(receipt.cost)}\n"
-        f"receipt  number {receipt.sequence} on channel {stream.channel_id}, verified"
-    )
+    opened = await client.open_channel(model, messages, policy=policy, **params)
+    await tell(shared, client, client.chat(model, messages, policy=policy, **params), opened)
 
 
-def receipt_data(receipt: Any) -> dict[str, Any]:
-    """A receipt in the form of `--json`: hashes as hex, amounts as decimal strings."""
-    data = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
-    data["cost"] = str(receipt.cost)
-    return {name: "0x" + value.hex() if isinstance(value, bytes) else value for name, value in data.items()}
+_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "Lark grammar"}
+
+
+def _format(schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, Any]:
+    """The parameter `response_format`, when one was asked for."""
+    given = [
+        (kind, value)
+        for kind, value in (("json_schema", schema), ("regex", regex), ("lark", grammar))
+        if value is not None
+    ]
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise click.UsageError("an answer follows one of --json-schema, --regex and --grammar")
+    kind, value = given[0]
+    try:
+        text = value.read_text("utf-8") if isinstance(value, Path) else value
+        if kind == "json_schema":
+            json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{value} is no {_NAMES[kind]}: {error}") from None
+    return {"response_format": {"kind": kind, "text": text}}
 
 
 def _messages(text: str | None, system: str | None, file: Path | None) -> list[dict[str, str]]:

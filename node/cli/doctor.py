@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -139,12 +140,13 @@ def _torch(_: Shared) -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("torch", "warn", "torch is not installed: no worker here", "pip install 'gristmill[worker]'")
         return
-    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # what `node.runtime` sets where nothing is set
+    if policy.upper() != "PASSIVE":
         yield Finding(
             "threads",
             "warn",
-            "OMP_WAIT_POLICY is not PASSIVE: idle threads of torch burn a core",
-            "export OMP_WAIT_POLICY=PASSIVE",
+            f"OMP_WAIT_POLICY is {policy}: idle threads of torch burn a core",
+            "unset OMP_WAIT_POLICY",
         )
 
 
@@ -210,12 +212,24 @@ def _keystore(shared: Shared) -> Iterator[Finding]:
 
 
 def _device(shared: Shared) -> Iterator[Finding]:
-    device = shared.config.engine.device
-    if device.startswith("cuda") and not Path("/dev/nvidiactl").exists():
-        fix = "set engine.device to cpu, or install the NVIDIA driver"
-        yield Finding("device", "fail", f"engine.device is {device}, and there is no NVIDIA driver", fix)
-    else:
-        yield Finding("device", "pass", f"models run on {device}")
+    if find_spec("torch") is None:  # told above
+        return
+    from node.runtime.hal.devices import Kind
+    from node.runtime.hal.probe import chosen, read
+    from node.runtime.hal.readings import Unavailable
+
+    try:
+        choice = chosen(shared.config.engine.device)
+    except NodeError as error:
+        yield Finding("device", "fail", error.message, error.hint)
+        return
+    yield Finding("device", "pass", f"models run on {choice.device.label}: {choice.why}")
+    extra = {Kind.CUDA: "pip install 'gristmill[nvidia]'", Kind.ROCM: "pip install 'gristmill[amd]'"}
+    if choice.device.kind in extra:
+        reading = read(choice.device)
+        known = not isinstance(reading, Unavailable)
+        detail = f"{reading.temperature_c} C, driver {reading.driver}" if known else str(reading)
+        yield Finding("sensors", "pass" if known else "warn", detail, "" if known else extra[choice.device.kind])
 
 
 def _models(shared: Shared) -> Iterator[Finding]:

@@ -49,7 +49,9 @@ def list_offers(shared: Shared, client: Client) -> None:
                 "model": model.name,
                 "model_id": str(ModelId(model.model_id)),
                 "prices": prices,
+                "tasks": [task.value for task in model.tasks],
                 "context_length": model.context_length,
+                "dimensions": model.dimensions,
                 "dtype": model.dtype,
                 "numerics_class": model.numerics_class,
                 "tokens_per_second": model.tokens_per_second,
@@ -63,7 +65,8 @@ def list_offers(shared: Shared, client: Client) -> None:
                 if payment.asset in means
             ]
             text = (
-                f"{offer.peer_id}  {model.name}  {' or '.join(ours) or 'in nothing that we pay with'}  "
+                f"{offer.peer_id}  {model.name}  {', '.join(model.tasks)}  "
+                f"{' or '.join(ours) or 'in nothing that we pay with'}  "
                 f"{model.tokens_per_second} tokens/s  {model.dtype}  {offer.document.free_slots} free"
             )
             shared.output.row(data, text)
@@ -85,10 +88,13 @@ def _price(client: Client, payment: Payment, price: Price) -> dict[str, Any]:
 
 
 def explain(shared: Shared, client: Client, model: str) -> None:
-    from protocol.messages import ChatMessage, Params
+    from protocol.messages import Params
     from protocol.selection import Policy
+    from protocol.tasks import Task, sample_request
 
-    selection = client.explain(model, (ChatMessage("user", "Hello"),), Params(), Policy())
+    known = client.known(model)
+    request = sample_request(known.tasks[0] if known else Task.CHAT)
+    selection = client.explain(model, request, Params(), Policy())
     for rank, candidate in enumerate(selection.ranked, 1):
         data = {
             "worker": candidate.offer.peer_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Any, TextIO
 
 import click
@@ -48,6 +49,20 @@ class HashType(click.ParamType):
             self.fail(f"{str(value)[:80]!r} is no hash: {error}", param, ctx)
 
 
+class NumberType(click.ParamType):
+    """A decimal number that is not negative, exactly."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        if isinstance(value, Fraction):
+            return value
+        text = str(value)
+        if not re.fullmatch(r"\d{1,15}(\.\d{1,18})?", text, re.ASCII):
+            self.fail(f"{text[:60]!r} is no decimal number of 0 or more", param, ctx)
+        return Fraction(text)
+
+
 class AmountType(click.ParamType):
     """A whole number of a token's smallest unit; `_` may group digits."""
 
@@ -76,6 +91,7 @@ class DurationType(click.ParamType):
 
 
 ADDRESS = AddressType()
+NUMBER = NumberType()
 AMOUNT = AmountType()
 CHANNEL = ChannelType()
 DURATION = DurationType()

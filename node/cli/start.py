@@ -20,6 +20,7 @@ from node.signer.sources import KeyFile
 if TYPE_CHECKING:
     import trio
 
+    from node.app import Running
     from node.chains import Chains
     from node.runtime.backend import TorchBackend
     from node.store.channels import ChannelBook
@@ -36,6 +37,12 @@ DRAIN_SECONDS = 30.0
     "--bootstrap", "p2p.bootstrap", multiple=True, metavar="MULTIADDR", help="Connect to this peer; repeatable."
 )
 @setting_option("--model", "worker.models", multiple=True, metavar="MODEL", help="Serve this model; repeatable.")
+@setting_option(
+    "--metrics",
+    "telemetry.metrics",
+    metavar="HOST:PORT",
+    help="Serve metrics for Prometheus there; a port alone: on 127.0.0.1.",
+)
 @password_options
 @click.option(
     "--drain", "drain_s", type=float, default=DRAIN_SECONDS, help="Seconds that running jobs get after SIGTERM."
@@ -103,6 +110,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
         handlers = {"status": status, "claim": claim, "drain": drain, **model_handlers(shared, running.models)}
         path = shared.config.data_dir / "control.sock"
         nursery.start_soon(control.serve, path, handlers)
+        metrics = await _metrics(shared, running, nursery) if shared.config.telemetry.metrics else None
         addresses = list(worker.network.addresses)
         ready.set()
         output.row(
@@ -112,14 +120,34 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
                 "peer_id": worker.key.peer_id,
                 "account": worker.key.address,
                 "addresses": addresses,
+                "metrics": metrics,
             },
-            "\n".join([f"ready   {worker.key.peer_id}", *(f"listens {address}" for address in addresses)]),
+            "\n".join(
+                [
+                    f"ready   {worker.key.peer_id}",
+                    *(f"listens {address}" for address in addresses),
+                    *([f"metrics http://{metrics}/metrics"] if metrics else []),
+                ]
+            ),
         )
         await stop.wait()
         output.say(f"draining: {worker.server.busy} jobs under way")
         clean = await worker.drain(drain_s)
         output.row({"event": "stopped", "clean": clean}, "stopped" if clean else "stopped with jobs under way")
         nursery.cancel_scope.cancel()
+
+
+async def _metrics(shared: Shared, running: Running, nursery: trio.Nursery) -> str:
+    """Serve the metrics; returns where. Raises `NetworkError`."""
+    from functools import partial
+
+    from node.settings import split_endpoint
+    from node.telemetry.server import MetricsServer
+
+    host, port = split_endpoint(shared.config.telemetry.metrics)
+    server = MetricsServer(running.metrics, running.health)
+    where: str = await nursery.start(partial(server.serve, host, port))
+    return where
 
 
 async def report(worker: Worker, models: TorchBackend | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from node.client.chat import ChatStream
     from node.client.client import Client
     from node.client.sync import sync_client
+    from node.client.tasks import Ranking, Scored, Vectors
     from node.client.values import ChatChunk, PartRecord, Usage
 
 _HOME = {
@@ -18,11 +19,24 @@ _HOME = {
     "ChatStream": "node.client.chat",
     "ChatChunk": "node.client.values",
     "PartRecord": "node.client.values",
+    "Ranking": "node.client.tasks",
+    "Scored": "node.client.tasks",
     "Usage": "node.client.values",
+    "Vectors": "node.client.tasks",
     "sync_client": "node.client.sync",
 }
 
-__all__ = ["ChatChunk", "ChatStream", "Client", "PartRecord", "Usage", "sync_client"]
+__all__ = [
+    "ChatChunk",
+    "ChatStream",
+    "Client",
+    "PartRecord",
+    "Ranking",
+    "Scored",
+    "Usage",
+    "Vectors",
+    "sync_client",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""One chat: choose, ask, stream, verify.
+"""One chat, or any other task: choose, ask, stream, verify.
 
 A `ChatStream` is used as ``async with client.chat(...) as stream: async for chunk in stream``. A task of its own reads the
 network and pays (`node.client.part`), so that a slow reader of chunks delays nobody's money; what is buffered is bounded.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -34,8 +34,9 @@ from protocol.channel import ChannelState
 from protocol.errors import LocalProtocolError, RefusalReason
 from protocol.ids import ChannelId, JobId, PeerId
 from protocol.job import JobClient, Terms, ask_struct
-from protocol.messages import JOB_PROTOCOL, AskMessage, Cancel, ChatMessage, FinishReason, Params
+from protocol.messages import JOB_PROTOCOL, AskMessage, Cancel, FinishReason, Params
 from protocol.selection import Candidate
+from protocol.tasks import Shape, Task, TaskRequest, shape_of, task_of
 from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
@@ -66,14 +67,14 @@ ROOM_ATTEMPTS = 64
 """How often one chat looks for room on a channel: at each look at least one other chat has got its own."""
 
 
-def _tick_tokens(candidate: Candidate, settings: ClientSettings) -> int:
+def _tick_tokens(candidate: Candidate, settings: ClientSettings, shape: Shape) -> int:
     """How much output to pay ahead: what the worker delivers in its `tick_ms`, and no more than its tick or ours.
 
     To pay a slow worker 64 tokens ahead is to lend it the price of many seconds of nothing.
     """
     document, speed = candidate.offer.document, candidate.tokens_per_second
     most = min(document.tick_tokens, settings.tick_tokens)
-    if not speed:
+    if not speed or shape.task is not Task.CHAT:  # a speed in tokens says nothing of rows, nor of audio
         return most
     return min(most, max(settings.min_tick_tokens, math.ceil(speed * document.tick_ms / 1000)))
 
@@ -85,13 +86,20 @@ class ChatStream:
         self,
         client: Client,
         model: str,
-        messages: tuple[ChatMessage, ...],
+        request: TaskRequest,
         params: Params,
         choose: Callable[[], list[Candidate]],
+        *,
+        media: AsyncIterable[bytes] | None = None,
+        extra_s: float = 0.0,
     ) -> None:
+        """`media`: what follows the ask, for a request that declares more than it carries. `extra_s`: seconds beyond the usual
+        deadline."""
         self._client = client
         self._model = model
-        self._messages = messages
+        self._request = request
+        self._media = media
+        self._extra_ms = int(extra_s * 1000)
         self._params = params
         self._choose = choose
         self._send, self._receive = trio.open_memory_channel[ChatChunk](256)
@@ -144,17 +152,34 @@ class ChatStream:
                 raise self._error from None
             raise StopAsyncIteration from None
 
+    async def open_channel(self) -> tuple[ChannelState, bytes]:
+        """Open the channel that this will need, before it is entered. See `Client.open_channel`."""
+        return await self._client.open_one(self._model, self._choose)
+
     async def text(self) -> str:
         """The whole answer."""
         return "".join([chunk.text async for chunk in self])
 
     async def _cancel(self) -> None:
+        await self._say_cancel()
+        self._receive.close()
+
+    async def _say_cancel(self) -> None:
         if self._link is not None:
             try:
                 await self._link.send(Cancel())
             except (LocalProtocolError, StreamClosed):
                 pass  # it is over already
-        self._receive.close()
+
+    @property
+    def task(self) -> Task:
+        """What was asked for."""
+        return task_of(self._request)
+
+    @property
+    def deadline_ms(self) -> int:
+        """From the ask on."""
+        return self._client.settings.deadline_ms + self._extra_ms
 
     # --------------------------------------------------------------------------------------------------- asking
 
@@ -219,13 +244,14 @@ class ChatStream:
     async def _ask(self, candidate: Candidate) -> None:
         client, offer = self._client, candidate.offer
         price, params = candidate.price, self._params
-        input_limit = client.count_tokens(candidate.model, self._messages, params.max_tokens)
-        needed = pricing.cost(price, input_limit, params.max_tokens)
+        input_limit = client.input_units(candidate.model, self._request, params.max_tokens)
+        shape = shape_of(self._request, candidate.model.dimensions)
+        needed = pricing.cost(price, input_limit, shape.rows or params.max_tokens)
         peer = await client.reach(offer)
         stream = await client.network.open_stream(peer, JOB_PROTOCOL)
         try:
             channel = await self._room_for(candidate, needed)
-            part = self._part(candidate, channel, input_limit, stream)
+            part = self._part(candidate, channel, input_limit, shape, stream)
             # Nothing waits between the look at what is free and its reservation: another chat cannot come between.
             ask = await part.journal_ask()
         except BaseException:
@@ -249,9 +275,11 @@ class ChatStream:
             hint="raise client.allocation, or run fewer chats at once",
         )
 
-    def _part(self, candidate: Candidate, channel: ChannelState, input_limit: int, stream: ByteStream) -> Part:
+    def _part(
+        self, candidate: Candidate, channel: ChannelState, input_limit: int, shape: Shape, stream: ByteStream
+    ) -> Part:
         client, offer, params = self._client, candidate.offer, self._params
-        deadline = client.now_ms() + client.settings.deadline_ms
+        deadline = client.now_ms() + self.deadline_ms
         draft = AskMessage(
             job_id=bytes(self.job_id),
             part=0,
@@ -260,7 +288,7 @@ class ChatStream:
             model_id=candidate.model.model_id,
             offer_hash=bytes(offer.hash),
             deadline=deadline,
-            messages=self._messages,
+            request=self._request,
             params=params,
             signature=bytes(65),
             cumulative=bytes(16),
@@ -275,7 +303,8 @@ class ChatStream:
             input_limit=input_limit,
             receiver_authorizer=channel.config.receiver_authorizer,
             payer_authorizer=channel.config.payer_authorizer,
-            tick_tokens=_tick_tokens(candidate, client.settings),
+            tick_tokens=_tick_tokens(candidate, client.settings, shape),
             credit_tokens=offer.document.credit_tokens,
+            shape=shape,
         )
         return Part(self, candidate, terms, draft, stream)

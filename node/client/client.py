@@ -14,7 +14,7 @@ Imports neither torch nor the worker. Everything a `Client` holds is handed to i
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from node.client.evidence import Evidence
 from node.client.job_quotes import JobWish
 from node.client.jobs import ClientJobs, Confirm, Job
 from node.client.settings import ClientSettings
+from node.client.tasks import Ranking, Vectors, embed, ocr, rerank, sound, transcribe
 from node.client.vouchers import Vouchers
 from node.client.wallet import ClientWallet
 from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
@@ -40,7 +41,9 @@ from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import Asset, ModelOffer, VerifiedOffer
+from protocol.sampling import seed_of
 from protocol.selection import Candidate, Exclusion, History, Policy, Purse, Request, Selection, choose
+from protocol.tasks import ChatRequest, EmbedRequest, RerankRequest, TaskRequest, shape_of, task_of
 from protocol.workload import PLACE
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ TokenCounter = Callable[[ModelId, Sequence[ChatMessage]], int | None]
 TEMPLATE_TOKENS = 256
 """Allowance for what a chat template adds around the messages when we cannot count exactly."""
 TOKENS_PER_MESSAGE = 16
+MAX_ANSWERS = 128
+"""To one request, at once."""
 
 
 class Client:
@@ -152,9 +157,80 @@ class Client:
         Entering it raises `NoWorker` (with the reasons, per worker), `InsufficientFunds`, `Refused`, `WorkerFault`,
         `Timeout`, `NetworkError` or `ChainError`; iterating it raises `WorkerFault`, `VerificationFailed` or `Timeout`.
         """
-        typed = _messages(messages)
-        wanted = _params(params)
-        return ChatStream(self, model, typed, wanted, lambda: self.select(model, typed, wanted, policy or Policy()))
+        return self.run(model, ChatRequest(_messages(messages)), policy=policy, **params)
+
+    def run(
+        self,
+        model: str,
+        request: TaskRequest,
+        media: AsyncIterable[bytes] | None = None,
+        *,
+        policy: Policy | None = None,
+        seconds: float = 0.0,
+        **params: Any,
+    ) -> ChatStream:
+        """Any task as a stream, raising as `chat` does, and `ConfigError` for what cannot be asked.
+
+        `media`: what follows the ask, where the request declares more than it carries. `seconds`: how much longer than
+        `client.deadline_ms` that may take.
+        """
+        asked, wanted = sound(request), _params(params)
+        return ChatStream(
+            self,
+            model,
+            asked,
+            wanted,
+            lambda: self.select(model, asked, wanted, policy or Policy()),
+            media=media,
+            extra_s=seconds,
+        )
+
+    async def embed(self, model: str, texts: Sequence[str], *, policy: Policy | None = None) -> Vectors:
+        """A vector for each text, with the receipt. Raises as a chat does."""
+        return await embed(self, model, texts, policy=policy)
+
+    async def rerank(
+        self, model: str, query: str, documents: Sequence[str], *, policy: Policy | None = None
+    ) -> Ranking:
+        """The documents by how well they answer the query, best first, with the receipt. Raises as a chat does."""
+        return await rerank(self, model, query, documents, policy=policy)
+
+    def transcribe(
+        self,
+        model: str,
+        audio: bytes | AsyncIterable[bytes],
+        *,
+        max_seconds: float | None = None,
+        policy: Policy | None = None,
+        max_tokens: int | None = None,
+    ) -> ChatStream:
+        """What is said, as it is heard. `audio`: the bytes of a WAV file, raw samples (16 bits, little-endian, mono, 16 kHz),
+        or such samples as they come; then at most `max_seconds` of them. Raises as `chat` does, and `ConfigError`."""
+        return transcribe(self, model, audio, max_seconds=max_seconds, policy=policy, max_tokens=max_tokens)
+
+    def ocr(
+        self, model: str, image: bytes, *, policy: Policy | None = None, max_tokens: int | None = None
+    ) -> ChatStream:
+        """What is written in a PNG or JPEG image, line by line. Raises as `chat` does, and `ConfigError`."""
+        return ocr(self, model, image, policy=policy, max_tokens=max_tokens)
+
+    def answers(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        n: int,
+        *,
+        policy: Policy | None = None,
+        **params: Any,
+    ) -> tuple[ChatStream, ...]:
+        """`n` answers to one request: as many chats, each a job of its own, that differ in their seeds by
+        `protocol.sampling.seed_of`. Run side by side they share the prompt's work where a worker caches prefixes."""
+        if not 1 <= n <= MAX_ANSWERS:
+            raise ConfigError(f"from 1 to {MAX_ANSWERS} answers can be asked for, not {n}")
+        seed = _params(params).seed
+        return tuple(
+            self.chat(model, messages, policy=policy, **{**params, "seed": seed_of(seed, index)}) for index in range(n)
+        )
 
     async def post_job(
         self,
@@ -190,9 +266,12 @@ class Client:
         Returns the channel and the hash of the transaction by which the worker submitted our allocation (empty when the
         channel was there). Raises as entering a chat does.
         """
-        typed, wanted = _messages(messages), _params(params)
+        return await self.chat(model, messages, policy=policy, **params).open_channel()
+
+    async def open_one(self, model: str, select: Callable[[], list[Candidate]]) -> tuple[ChannelState, bytes]:
+        """A channel to the first of these that there is money for; as `open_channel`."""
         short: InsufficientFunds | None = None
-        for candidate in await self.funded(lambda: self.select(model, typed, wanted, policy or Policy())):
+        for candidate in await self.funded(select):
             await self.reach(candidate.offer)
             try:
                 return await self.wallet.ensure_channel(candidate.offer, candidate.payment, candidate.cost)
@@ -208,14 +287,14 @@ class Client:
             await self.wallet.look()
             return select()
 
-    def select(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
+    def select(self, model: str, request: TaskRequest, params: Params, policy: Policy) -> list[Candidate]:
         """Workers for a request and what each would be paid with, best first. Raises `NoWorker` or `InsufficientFunds`."""
-        return self._ranked(model, self.explain(model, messages, params, policy))
+        return self._ranked(model, self.explain(model, request, params, policy))
 
     def takers(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
         """As `select`, whatever our vaults hold and whatever a chat may cost: for a batch job, which has limits of its own."""
         purses = [replace(purse, available=None, max_cost=None) for purse in self.wallet.purses()]
-        return self._ranked(model, self.explain(model, messages, params, policy, purses))
+        return self._ranked(model, self.explain(model, ChatRequest(messages), params, policy, purses))
 
     def _ranked(self, model: str, selection: Selection) -> list[Candidate]:
         if selection.ranked:
@@ -249,7 +328,7 @@ class Client:
     def explain(
         self,
         model: str,
-        messages: tuple[ChatMessage, ...],
+        request: TaskRequest,
         params: Params,
         policy: Policy,
         purses: Sequence[Purse] | None = None,
@@ -257,11 +336,24 @@ class Client:
         """The whole choice: ranks and scores, and why not, per worker."""
         offers = self.offers.current()
         model_id = self._model_id(model, offers)
-        known = next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
-        tokens = self.count_tokens(known, messages, params.max_tokens) if known else 0
-        request = Request(model_id, tokens, params)
+        known = self._known(model_id, offers)
+        units = self.input_units(known, request, params.max_tokens) if known else 0
+        rows = 0 if known is None else shape_of(request, known.dimensions or 1).rows
+        wanted = Request(model_id, units, params, task_of(request), rows)
         purses = self.wallet.purses() if purses is None else purses
-        return choose(offers, request, purses, policy, self.history, self.now_ms())
+        return choose(offers, wanted, purses, policy, self.history, self.now_ms())
+
+    def input_units(self, model: ModelOffer, request: TaskRequest, max_tokens: int = 0) -> int:
+        """The most input units that a request can be billed: exact for media, and for texts as `count_tokens` is for messages."""
+        match request:
+            case ChatRequest(messages=messages):
+                return self.count_tokens(model, messages, max_tokens)
+            case EmbedRequest(texts=texts):
+                return sum(_text_tokens(model, text) for text in texts)
+            case RerankRequest(query=query, documents=documents):
+                return sum(_text_tokens(model, query) + _text_tokens(model, document) for document in documents)
+            case _:
+                return shape_of(request).most_units or 0
 
     def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> int:
         """Prompt tokens: exact where the model's tokenizer is at hand, else an upper bound.
@@ -278,6 +370,14 @@ class Client:
             return exact, True
         size = sum(len(m.content.encode()) + TOKENS_PER_MESSAGE for m in messages)
         return min(size + TEMPLATE_TOKENS, max(0, model.context_length - max_tokens)), False
+
+    def known(self, model: str) -> ModelOffer | None:
+        """What some worker says of a model, if any offers it."""
+        offers = self.offers.current()
+        return self._known(self._model_id(model, offers), offers)
+
+    def _known(self, model_id: ModelId, offers: Sequence[VerifiedOffer]) -> ModelOffer | None:
+        return next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
 
     def model_id(self, model: str) -> ModelId:
         """Of a name or an id; all zero when nobody offers a model of that name. Raises `ConfigError` when it is ambiguous."""
@@ -340,6 +440,11 @@ class Client:
     def failed(self, peer: PeerId) -> None:
         seen = self.history.get(peer, History())
         self.history[peer] = replace(seen, failures=seen.failures + 1, last_failure_ms=self.now_ms())
+
+
+def _text_tokens(model: ModelOffer, text: str) -> int:
+    """No worker takes a text that is longer than the model's context, and none has more tokens than bytes."""
+    return min(len(text.encode()) + TOKENS_PER_MESSAGE, model.context_length)
 
 
 def _listed(numbers: Sequence[int]) -> str:

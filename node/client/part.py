@@ -7,13 +7,16 @@ verified receipt before the ack. Nothing unverified is paid; a part that breaks 
 from __future__ import annotations
 
 import logging
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
+from node.client import feed
 from node.client.values import ChatChunk, PartRecord, Usage
 from node.errors import NetworkError, NodeError, Refused, Timeout, VerificationFailed, WorkerFault
+from node.groups import plain_errors
 from node.network.drive import JobStream
 from node.ports import ByteStream, StreamClosed
 from node.store.faults import fault_point
@@ -36,6 +39,7 @@ from protocol.messages import (
 )
 from protocol.payment import first_voucher, last_voucher, next_voucher
 from protocol.selection import Candidate
+from protocol.tasks import INPUT_WINDOW, Task
 from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
@@ -61,6 +65,12 @@ class Part:
         self.key = (terms.ask.job_id, terms.ask.part)
         self.link = JobStream(stream, self.machine, patience_s=self.client.settings.stall_ms / 1000)
         self._overflow: ChatChunk | None = None
+        self._paying = trio.Lock()
+        """Vouchers leave in the order of their amounts, whoever asks for them."""
+        self._unfed: NodeError | None = None
+        """Why no more input could be sent."""
+        self._taken = trio.Event()
+        """Set, and replaced, when the worker has taken input."""
 
     async def begin(self, ask: AskMessage) -> None:
         """Send the journaled ask and wait for the answer; then the rest goes on in a task of its own."""
@@ -95,7 +105,7 @@ class Part:
         """
         client, terms = self.client, self.terms
         opened = client.book.begin([JobOpened(self.channel_id, *self.key, 0, terms.limit)])
-        input_cost = terms.spent(terms.input_limit, 0)
+        input_cost = terms.spent(terms.asked_units, 0)
 
         def target(state: ChannelState) -> int:
             return first_voucher(state, client.meter.running(self.channel_id), input_cost, terms.tick)
@@ -120,12 +130,18 @@ class Part:
         chat, client = self.chat, self.client
         try:
             try:
-                with chat._scope:
-                    await self._pump()
+                with chat._scope, plain_errors():
+                    async with trio.open_nursery() as nursery:
+                        if self.terms.shape.streamed:
+                            nursery.start_soon(self._feed, nursery.cancel_scope)
+                        await self._pump()
+                        nursery.cancel_scope.cancel()
+                    if self._unfed is not None:
+                        raise self._unfed
                 if chat._scope.cancelled_caught:
                     raise StreamClosed("the caller left")
             except (StreamClosed, RemoteProtocolError, trio.TooSlowError) as error:
-                chat._error = self._blame(error)
+                chat._error = chat._error or self._blame(error)
                 client.failed(self.peer)
                 await self._broken(error)
             except BaseException:
@@ -144,7 +160,7 @@ class Part:
 
     async def _pump(self) -> None:
         chat, client, machine = self.chat, self.client, self.machine
-        deadline = trio.current_time() + client.settings.deadline_ms / 1000
+        deadline = trio.current_time() + chat.deadline_ms / 1000
         wait_ms = client.settings.first_token_ms
         while True:
             with trio.fail_at(min(deadline, trio.current_time() + wait_ms / 1000)):
@@ -152,13 +168,16 @@ class Part:
             wait_ms = client.settings.stall_ms
             match message:
                 case Chunk():
-                    if not chat.timings.first_token:
+                    said = bool(message.token_ids or message.text or message.data)
+                    if said and not chat.timings.first_token:
                         chat.timings.first_token = self._elapsed()
                     chat.usage = Usage(machine.input_tokens or 0, machine.output_tokens)
                     chat.cost = machine.spent
-                    client.meter.set(self.channel_id, self.key, machine.spent)
-                    chunk = ChatChunk(message.text, message.token_ids, chat.usage, chat.cost)
-                    self._offer(chunk)
+                    client.meter.set(self.channel_id, self.key, machine.due())
+                    self._taken.set()
+                    self._taken = trio.Event()
+                    if said:
+                        self._offer(ChatChunk(message.text, message.token_ids, chat.usage, chat.cost, message.data))
                     await self._pay()
                     await self._room()
                 case ReceiptMessage():
@@ -187,8 +206,33 @@ class Part:
             except trio.BrokenResourceError:
                 pass
 
+    async def _feed(self, scope: trio.CancelScope) -> None:
+        """Send what follows the ask: paid for first, and no further ahead of the worker than the window allows."""
+        pieces = feed.pieces(self.chat._media, self.terms.shape)
+        try:
+            async with aclosing(pieces):
+                async for data, last in pieces:
+                    while self.machine.inputs.untaken + len(data) > INPUT_WINDOW:
+                        await self._taken.wait()
+                    self.client.meter.set(self.channel_id, self.key, self.machine.due(len(data)))
+                    await self._pay()
+                    fault_point("send.input")
+                    await self.link.send_frame(self.machine.feed(data, last=last))
+        except (LocalProtocolError, StreamClosed):
+            pass  # it is over; whoever reads the stream hears why
+        except feed.SourceFailed as error:
+            self.chat._error = error.__cause__
+            await self.chat._say_cancel()
+        except NodeError as error:  # our own journal or signer
+            self._unfed = error
+            scope.cancel()
+
     async def _pay(self) -> None:
         """Write a voucher when the last one no longer covers half a tick."""
+        async with self._paying:
+            await self._pay_in_turn()
+
+    async def _pay_in_turn(self) -> None:
         client = self.client
 
         def target(state: ChannelState) -> int | None:
@@ -234,7 +278,9 @@ class Part:
         elif two_faced:  # what was delivered is paid, and nobody is asked again who signs one number twice
             client.failed(self.peer)
         else:
-            client.succeeded(self.peer, receipt.output_tokens, self._elapsed() - chat.timings.first_token)
+            chatted = self.terms.shape.task is Task.CHAT  # other units say nothing about the speed of the next chat
+            tokens = receipt.output_tokens if chatted else 0
+            client.succeeded(self.peer, tokens, self._elapsed() - chat.timings.first_token)
         fault_point("send.ack")
         try:
             await self.link.send(Ack(cumulative=amount_to_wire(signed.cumulative), signature=signed.signature))
@@ -271,6 +317,7 @@ class Part:
             unsold = isinstance(error, RemoteProtocolError) and error.code is WireCode.BACKEND
             spent = 0 if unsold and not self.machine.output_tokens else self.machine.spent
             await self._journal_end(spent)
+            self.chat.cost = spent
             if self.machine.shown is not None:
                 await self.client.evidence.refused(self.client.book.channels[self.channel_id], self.machine.shown)
             self.chat.parts.append(PartRecord(self.peer, self.channel_id, None, b"", spent))
@@ -291,7 +338,8 @@ class Part:
                 f"{self.peer} did not go on in time", hint="another worker may be faster; see `gristmill offers`"
             )
         if isinstance(error, RemoteProtocolError):
-            if error.code in (WireCode.BAD_RECEIPT, WireCode.BAD_SIGNATURE) and self.machine.receipt is None:
+            wrong = (WireCode.BAD_RECEIPT, WireCode.BAD_SIGNATURE, WireCode.BAD_OUTPUT)
+            if error.code in wrong and self.machine.receipt is None:
                 return VerificationFailed(f"{self.peer}: {error.detail}. It is not paid for more.")
             return WorkerFault(f"{self.peer} broke off: {error}")
         return WorkerFault(

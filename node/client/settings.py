@@ -8,6 +8,7 @@ from fractions import Fraction
 from protocol.batch import Timing
 from protocol.ids import Address
 from protocol.offers import Asset
+from protocol.payment import LEAST_TICK
 from protocol.selection import NO_LIMIT, PriceLimit
 from protocol.typed_data import Domain
 
@@ -48,7 +49,7 @@ class ClientSettings:
     """How long our own view of the chain may take to show what the worker says is locked."""
     tick_tokens: int = 64
     """Most output paid ahead, whatever tick an offer names: what one worker can take and not deliver."""
-    min_tick_tokens: int = 8
+    min_tick_tokens: int = LEAST_TICK
     """Paid ahead to a slow worker too, where an offer's `tick_ms` would be less."""
     attempts: int = 3
     """Workers tried before the first token."""

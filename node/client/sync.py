@@ -11,7 +11,7 @@ with sync_client(config) as client:
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import TracebackType
@@ -22,6 +22,7 @@ import trio
 from node.client.chat import ChatStream
 from node.client.client import Client
 from node.client.connect import connect
+from node.client.tasks import Ranking, Vectors
 from node.client.values import ChatChunk
 from node.ports import TxResult
 from protocol.offers import Asset
@@ -49,10 +50,33 @@ class SyncClient:
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> SyncChatStream:
         return SyncChatStream(self._client.chat(model, messages, **options), self._call)
 
+    def embed(self, model: str, texts: Sequence[str], **options: Any) -> Vectors:
+        made: Vectors = self._call(lambda: self._client.embed(model, texts, **options))
+        return made
+
+    def rerank(self, model: str, query: str, documents: Sequence[str], **options: Any) -> Ranking:
+        made: Ranking = self._call(lambda: self._client.rerank(model, query, documents, **options))
+        return made
+
+    def transcribe(self, model: str, audio: bytes | Iterable[bytes], **options: Any) -> SyncChatStream:
+        """`audio`: as `Client.transcribe`, or an iterable of samples as they come, which is read in a thread of its own."""
+        source = audio if isinstance(audio, bytes | bytearray | memoryview) else _lifted(audio)
+        return SyncChatStream(self._client.transcribe(model, source, **options), self._call)
+
+    def ocr(self, model: str, image: bytes, **options: Any) -> SyncChatStream:
+        return SyncChatStream(self._client.ocr(model, image, **options), self._call)
+
     @property
     def client(self) -> Client:
         """The trio client, for reading its state."""
         return self._client
+
+
+async def _lifted(source: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """A blocking source, one piece at a time."""
+    iterator = iter(source)
+    while (data := await trio.to_thread.run_sync(next, iterator, None, abandon_on_cancel=True)) is not None:
+        yield data
 
 
 class SyncChatStream:

@@ -24,6 +24,8 @@ class ChatChunk:
     """So far."""
     cost: int
     """So far, smallest unit."""
+    data: bytes = b""
+    """Rows of float32, of a task that answers with numbers."""
 
 
 @dataclass(frozen=True, slots=True)

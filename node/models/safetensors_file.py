@@ -61,12 +61,19 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def write_float32(file: BinaryIO, shapes: dict[str, tuple[int, ...]], arrays: Iterable[tuple[str, Array]]) -> None:
-    """Write float32 tensors in the order of `shapes`; `arrays` yields (name, array) in that order, one at a time."""
+    """`write_tensors` of float32."""
+    write_tensors(file, "F32", shapes, arrays)
+
+
+def write_tensors(
+    file: BinaryIO, dtype: str, shapes: dict[str, tuple[int, ...]], arrays: Iterable[tuple[str, Array]]
+) -> None:
+    """Write tensors of one type in the order of `shapes`; `arrays` yields (name, array) in that order, one at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors start on a cache line

@@ -35,6 +35,9 @@ OPTIONAL: Final = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+WITHOUT_TOKENIZER: Final = frozenset({"ppocr"})
+"""Model types that read no text; their weights are ONNX files."""
+_WEIGHTS: Final = (".safetensors", ".onnx")
 _ASIDE: Final = ".aside-"
 MAX_TEXT_FILE: Final = 64 << 20
 """Largest file that is not weights (a tokenizer of 256k tokens has about 32 MB)."""
@@ -164,7 +167,7 @@ class ModelStore:
         """Check a staged folder, write its manifest, sync everything, and give it its name by one rename."""
         names = _accepted(staged)
         config = _config(staged)
-        dtypes = {dtype for file in names if file.endswith(".safetensors") for dtype, _ in _header(staged / file)}
+        dtypes = set[str]().union(*(_dtypes(staged / file) for file in names))
         manifest = Manifest(
             name=name,
             architecture=str(config["model_type"]),
@@ -211,21 +214,23 @@ class ModelStore:
 
 def _accepted(folder: Path) -> list[str]:
     """File names of a model folder, sorted, after refusing what must not enter."""
+    _check_plain(folder)
     present = set(os.listdir(folder))
-    weights = {file for file in present if file.endswith(".safetensors")}
-    for required in REQUIRED:
-        if required not in present:
+    for file in present:
+        if not file.endswith(_WEIGHTS) and (folder / file).stat().st_size > MAX_TEXT_FILE:
+            raise ModelError(f"{file} is larger than {MAX_TEXT_FILE >> 20} MB")
+    required, suffix = REQUIRED, ".safetensors"
+    if "config.json" in present and _json(folder / "config.json").get("model_type") in WITHOUT_TOKENIZER:
+        required, suffix = ("config.json",), ".onnx"
+    weights = {file for file in present if file.endswith(suffix)}
+    for one in required:
+        if one not in present:
             raise ModelError(
-                f"{required} is missing", hint="a model folder needs config.json, tokenizer.json, *.safetensors"
+                f"{one} is missing", hint="a model folder needs config.json, tokenizer.json, *.safetensors"
             )
     if not weights:
-        raise ModelError(
-            "no *.safetensors file", hint="other weight formats can run code when loaded; convert them first"
-        )
-    _check_names(folder, {*REQUIRED, *OPTIONAL, *weights})
-    for file in present - weights:
-        if (folder / file).stat().st_size > MAX_TEXT_FILE:
-            raise ModelError(f"{file} is larger than {MAX_TEXT_FILE >> 20} MB")
+        raise ModelError(f"no *{suffix} file", hint="other weight formats can run code when loaded; convert them first")
+    _check_names(folder, {*required, *OPTIONAL, *weights})
     for file in present & {"config.json", "tokenizer_config.json"}:
         if "auto_map" in _json(folder / file):
             raise ModelError(
@@ -234,10 +239,15 @@ def _accepted(folder: Path) -> list[str]:
     return sorted(present)
 
 
-def _check_names(folder: Path, allowed: set[str]) -> None:
+def _check_plain(folder: Path) -> None:
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.is_symlink() or not entry.is_file():
             raise ModelError(f"{entry.name} is not a plain file", hint="copy the files themselves, no links or folders")
+
+
+def _check_names(folder: Path, allowed: set[str]) -> None:
+    _check_plain(folder)
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.name not in allowed:
             raise ModelError(
                 f"{entry.name!r} does not belong in a model folder",
@@ -262,8 +272,16 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    return list(read_header(path).values())
+def _dtypes(path: Path) -> set[str]:
+    """Of the weights in a file, after checking that it is what its name says; none for a file that is no weights."""
+    if path.suffix == ".safetensors":
+        return {dtype for dtype, _ in read_header(path).values()}
+    if path.suffix == ".onnx":
+        from node.models.onnx_file import OnnxFile  # needs numpy
+
+        with OnnxFile(path) as file:
+            return file.dtypes
+    return set()
 
 
 def _describe(path: Path, progress: Progress | None) -> FileEntry:

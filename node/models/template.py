@@ -8,22 +8,16 @@ A call that passes its deadline kills the child; the next call starts another.
 from __future__ import annotations
 
 import json
-import os
-import selectors
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from node.errors import ModelError, PromptInvalid
+from node.models.child import Child
 
 MAX_TEMPLATE: Final = 1 << 18
 MAX_INPUT: Final = 8 << 20
-MAX_ANSWER: Final = 64 << 20
-START_SECONDS: Final = 30.0
 
 _CHILD: Final = Path(__file__).with_name("template_child.py")
 
@@ -43,7 +37,7 @@ class Renderer:
         self._constants = dict(constants)
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation; `messages` hold ``role`` and ``content``."""
@@ -80,15 +74,9 @@ class Renderer:
         if self._child is not None and self._child.poll() is None:
             return
         self._kill()
-        # -I: neither the environment nor the current folder decides what is imported.
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
-        )
-        self._call(b"", START_SECONDS)  # it says when it is ready: a slow start of Python is not the template's fault
+        self._child = Child(_CHILD)
+        if not self._child.ready():
+            raise ModelError("the template process did not start")
         try:
             answer = self._call(json.dumps({"template": self._template}).encode() + b"\n", self._seconds)
         except PromptInvalid as error:
@@ -98,53 +86,16 @@ class Renderer:
             raise ModelError(f"the chat template does not compile: {answer.get('error')}")
 
     def _call(self, line: bytes, seconds: float) -> dict[str, Any]:
-        child = self._child
-        if child is None or child.stdin is None or child.stdout is None:
-            raise ModelError("the template process is not running")
-        received = _exchange(child.stdin.fileno(), child.stdout.fileno(), line, time.monotonic() + seconds)
-        if not received.endswith(b"\n"):
-            self._kill()
+        answer = None if self._child is None else self._child.call(line, seconds)
+        if answer is None:
             raise PromptInvalid(f"the chat template was stopped: over {seconds:g} s or out of memory")
-        answer: dict[str, Any] = json.loads(received)
         return answer
 
     def _kill(self) -> None:
         child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                pipe.close()
+        if child is not None:
+            child.end()
 
     def __del__(self) -> None:
         if getattr(self, "_child", None) is not None:
             self._kill()
-
-
-def _exchange(to_child: int, from_child: int, data: bytes, deadline: float) -> bytes:
-    """Write `data` and read one line, both until `deadline`; what came by then is returned."""
-    received = bytearray()
-    os.set_blocking(to_child, False)
-    with selectors.DefaultSelector() as selector:
-        selector.register(from_child, selectors.EVENT_READ)
-        if data:
-            selector.register(to_child, selectors.EVENT_WRITE)
-        while (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
-                if key.fd == to_child:
-                    try:
-                        data = data[os.write(to_child, data[:65536]) :]
-                    except BlockingIOError:
-                        continue
-                    except BrokenPipeError:
-                        return bytes(received)
-                    if not data:
-                        selector.unregister(to_child)
-                else:
-                    block = os.read(from_child, 1 << 16)
-                    received += block
-                    if not block or block.endswith(b"\n") or len(received) > MAX_ANSWER:
-                        return bytes(received)
-    return bytes(received)

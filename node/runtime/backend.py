@@ -6,11 +6,15 @@ torch is loaded by the engine's process, not by the node's.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import trio
+from msgspec import UnsetType
 
 from node.errors import ModelError
 from node.groups import plain_errors
@@ -25,8 +29,13 @@ from node.runtime.launch import Launcher, launcher
 from node.runtime.resident import Resident
 from node.runtime.selftest import QUESTION, SelfTest, self_test
 from node.runtime.stops import StopStrings
+from node.telemetry.exposition import Sample
 from protocol.ids import ModelId
-from protocol.messages import ChatMessage, FinishReason, Params, sampling_params
+from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat, sampling_params
+
+if TYPE_CHECKING:
+    from node.runtime.engine.engine import Engine
+    from node.runtime.hal.devices import Choice
 
 _FINISH = {EngineFinish.STOP: FinishReason.STOP, EngineFinish.LENGTH: FinishReason.LENGTH}
 
@@ -48,6 +57,19 @@ class TorchBackend:
     def speeds(self) -> Mapping[ModelId, Speed]:
         """By the last self-test of each model; changes as they do."""
         return self.fleet.speeds
+
+    def samples(self) -> Iterator[Sample]:
+        """What all engines count, for `node.telemetry`."""
+        for one in self.fleet.residents.values():
+            if one.metrics is not None:
+                yield from one.metrics.samples()
+
+    def check_format(self, model: ModelId, wanted: ResponseFormat, resume: Sequence[int] = ()) -> None:
+        """Raises `PromptInvalid`."""
+        grammars = self.fleet.get(model).grammars
+        if grammars is None:
+            raise ModelError(f"model {model} is not loaded")
+        grammars.start(wanted, resume)
 
     @property
     def free_slots(self) -> int:
@@ -97,9 +119,13 @@ class TorchBackend:
             max_tokens=params.max_tokens,
             generated_ids=tuple(resume),
         )
+        wanted = None if isinstance(params.response_format, UnsetType) else params.response_format
+        if wanted is not None:  # the engine takes only what was found good here, in time and memory
+            await trio.to_thread.run_sync(self.check_format, prompt.model, wanted, tuple(resume))
+        host = one.engine()
         detokenizer = self.tokenizer(prompt.model).detokenizer(resume)
         stops = StopStrings(params.stop)
-        async with aclosing(one.engine().generate(sequence)) as batches:
+        async with aclosing(host.generate(sequence, wanted)) as batches:
             async for outputs in batches:
                 ids: list[int] = []
                 text = ""
@@ -114,6 +140,7 @@ class TorchBackend:
                         text += stops.push(detokenizer.finish())
                         text += stops.finish()
                     if stops.hit:
+                        host.satisfied(sequence.id)
                         yield Step(tuple(ids), text, FinishReason.STOP_STRING)
                         return
                     if output.finish_reason is not None:
@@ -146,12 +173,23 @@ async def open_backend(
     models: Sequence[Manifest],
     settings: EngineSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
+    heard: Callable[[Choice], None] = lambda _: None,
     *,
     launch: Launcher | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[TorchBackend]:
-    """Load and test models, each with an engine of its own, for the length of the block. A model that fails is left out, and
-    `say` hears of it. Raises `ModelError` when none is left, also for bytes that their id does not commit to (M1)."""
+    """Load and test models, each with an engine of its own, for the length of the block. `heard` is told which device they run
+    on, and why. A model that fails is left out, and `say` hears of it.
+
+    Raises `DeviceNotFound`, and `ModelError` when no model is left, also for bytes that their id does not commit to (M1).
+    """
+    from node.runtime.hal.probe import chosen
+
+    choice = await trio.to_thread.run_sync(chosen, settings.device)
+    heard(choice)
+    device = choice.device.torch_name
+    budget = settings.memory_budget or (_machine_bytes() if device == "cpu" else 0)
+    settings = replace(settings, device=device, memory_budget=budget)
     launch = launch or await launcher(settings.isolation)
     with plain_errors():
         async with trio.open_nursery() as nursery:
@@ -161,9 +199,20 @@ async def open_backend(
                 yield backend
             finally:
                 for one in backend.fleet.residents.values():
-                    if one.tokenizer is not None:
-                        one.tokenizer.close()
+                    one.close()
                 nursery.cancel_scope.cancel()
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_engine(folder: Path, settings: EngineSettings) -> Engine:
+    """An engine on the model in that folder, in this thread, for measurements. `settings.device` is one of torch's names.
+    Raises `EngineError`."""
+    from node.runtime.engine.engine import Engine
+
+    return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
 
 
 async def _load_all(backend: TorchBackend, models: Sequence[Manifest], say: Callable[[str], None], evict: bool) -> None:

@@ -12,16 +12,22 @@ from __future__ import annotations
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
 from node.runtime import wire
+from node.runtime.constraints import Constraints
 from node.runtime.stepper import StepEngine, Stepper
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader
+
+if TYPE_CHECKING:
+    from node.runtime.engine.sequence import StepOutput
 
 _READ: Final = 1 << 18
 
@@ -29,6 +35,7 @@ _READ: Final = 1 << 18
 class LoadedEngine(StepEngine, Protocol):
     vocab_size: int
     context_length: int
+    eos_ids: frozenset[int]
 
     def numerics_probe(self) -> bytes: ...
 
@@ -83,9 +90,10 @@ def serve(line: Line, load: LoadEngine, walls: Callable[[wire.Load], wire.Walls 
             engine = load(first[0], line.send)
             line.send(wire.Loading("probing"))
             stepper = Stepper(engine, first[0].window)
+            constraints = Constraints(Path(first[0].folder), engine.eos_ids)
             line.send(_ready(engine, stepper, found))
             while True:
-                _turn(line, stepper)
+                _turn(line, stepper, constraints)
         except LineEnded:
             raise
         except Exception as error:  # the boundary of the process: whatever it is, the operator must see it
@@ -99,32 +107,64 @@ def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> 
         context_length=engine.context_length,
         vocab_size=engine.vocab_size,
         numerics_class=engine.numerics_probe().hex()[:32],
+        eos_ids=tuple(sorted(engine.eos_ids)),
         capacity=stepper.capacity,
         room=stepper.room,
         walls=walls,
     )
 
 
-def _turn(line: Line, stepper: Stepper) -> None:
+def _turn(line: Line, stepper: Stepper, constraints: Constraints) -> None:
     """Obey what has come, then make one step."""
     changed = False
     for message in line.receive(wait=stepper.blocked):
-        changed |= _obey(line, stepper, message)
-    outputs = [] if stepper.blocked else stepper.step()
-    if outputs or changed:
-        told = tuple(
-            wire.Output(int(str(o.id)), o.token_id, o.position, o.finish_reason or "", o.logprob) for o in outputs
+        changed |= _obey(line, stepper, constraints, message)
+    if stepper.blocked:
+        if changed:
+            line.send(wire.Stepped((), stepper.room, stepper.submits))
+        return
+    began = time.perf_counter()
+    outputs = stepper.step()
+    seconds = time.perf_counter() - began
+    line.send(
+        wire.Stepped(
+            outputs=tuple(_output(output, why) for output, why in outputs),
+            room=stepper.room,
+            submits=stepper.submits,
+            seconds=seconds,
+            stats=_stats(stepper.engine),
         )
-        line.send(wire.Stepped(told, stepper.room, stepper.submits))
+    )
 
 
-def _obey(line: Line, stepper: Stepper, message: wire.ToEngine) -> bool:
+def _output(output: StepOutput, why: str) -> wire.Output:
+    return wire.Output(
+        number=int(str(output.id)),
+        token_id=output.token_id,
+        position=output.position,
+        finish=output.finish_reason or "",
+        logprob=output.logprob,
+        top_logprobs=output.top_logprobs,
+        why=why,
+    )
+
+
+def _stats(engine: object) -> wire.Stats | None:
+    """The engine's counters, where it has any."""
+    stats = getattr(engine, "stats", None)
+    if stats is None:
+        return None
+    return wire.Stats(**{name: getattr(stats, name) for name in wire.Stats.__struct_fields__ if hasattr(stats, name)})
+
+
+def _obey(line: Line, stepper: Stepper, constraints: Constraints, message: wire.ToEngine) -> bool:
     """True when the room may have changed."""
     from node.runtime.engine.errors import EngineError
     from node.runtime.engine.sequence import Sequence
 
     match message:
         case wire.Submit():
+            wanted, generated = message.response_format, message.generated_ids
             sequence = Sequence(
                 id=message.number,
                 prompt_ids=message.prompt_ids,
@@ -135,6 +175,8 @@ def _obey(line: Line, stepper: Stepper, message: wire.ToEngine) -> bool:
                 logprobs=message.logprobs,
             )
             try:
+                if wanted is not None:
+                    sequence = replace(sequence, constraint=constraints.start(wanted, generated))
                 stepper.submit(sequence, message.ahead)
             except EngineError as error:
                 line.send(wire.Refused(message.number, str(error)[:1000]))

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -22,7 +23,7 @@ from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
-from node.ports import ModelInfo, Speed
+from node.ports import SAMPLING_PARAMS, ModelInfo, Speed
 from node.runtime import wire
 from node.runtime.footprint import measure
 from node.runtime.host import EngineHost, Limits
@@ -31,6 +32,8 @@ from node.runtime.life import Event, Phase
 from node.runtime.proof import prove
 from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
+from node.telemetry.engine import EngineMetrics
+from node.telemetry.steps import StepTrace
 from protocol.ids import ModelId
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ _LOOK_S: Final = 0.05
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     device: str = "cpu"
+    """`auto`, or a kind of `node.runtime.hal` with or without an index."""
     dtype: str = "float32"
     threads: int = 1
     cache_bytes: int = 1 << 30
@@ -59,6 +63,8 @@ class EngineSettings:
     limits: Limits = field(default_factory=Limits)
     hidden: tuple[str, ...] = ()
     """Paths that no engine should be able to read."""
+    trace: Path | None = None
+    """Where each model's steps are traced: its name is put before the file's suffix unless it is the only one."""
 
 
 class Fleet:
@@ -177,10 +183,8 @@ class Fleet:
         return one
 
     def _forget(self, model: ModelId) -> None:
-        one = self.residents.pop(model)
+        self.residents.pop(model).close()
         self.speeds.pop(model, None)
-        if one.tokenizer is not None:
-            one.tokenizer.close()
 
     async def _bring_in(self, one: Resident, *, evict: bool = True, keep: Resident | None = None) -> None:
         """Load and test. Whatever is raised, the model holds no memory then, or will hold none once its streams have ended."""
@@ -225,7 +229,18 @@ class Fleet:
             hidden=settings.hidden,
         )
         seen = _Seen()
-        one.host = EngineHost(self._launch, load, limits=settings.limits, heard=lambda: self._heard(one, seen))
+        if one.metrics is None:
+            one.metrics = EngineMetrics(one.manifest.name, one.manifest.context_length)
+        if one.trace is None and settings.trace is not None:
+            one.trace = _open_trace(settings.trace, one.manifest.name, alone=len(self.residents) == 1)
+        one.host = EngineHost(
+            self._launch,
+            load,
+            limits=settings.limits,
+            heard=lambda: self._heard(one, seen),
+            metrics=one.metrics,
+            observers=[one.trace] if one.trace else [],
+        )
         one.scope = trio.CancelScope()
         await self._nursery.start(self._keep, one)
 
@@ -298,13 +313,17 @@ class Fleet:
     def _met(self, one: Resident, host: EngineHost) -> None:
         facts = host.facts
         if facts is not None:
+            from node.runtime.grammar import Grammars
+
             one.capacity, one.load_s = facts.capacity, host.load_s
+            one.grammars = one.grammars or Grammars(one.folder, facts.eos_ids)
             one.info = ModelInfo(
                 id=one.manifest.id,
                 name=one.manifest.name,
                 context_length=facts.context_length,
                 dtype=self._settings.dtype,
                 numerics_class=facts.numerics_class,
+                params=(*SAMPLING_PARAMS, "response_format"),
             )
 
     async def _examine(self, one: Resident) -> None:
@@ -339,6 +358,13 @@ class NoRoom(ModelError):
             f"{max(budget - used, 0)} of {budget} are free",
             hint="lower engine.kv_bytes, raise engine.memory_budget, or unload a model",
         )
+
+
+def _open_trace(path: Path, name: str, *, alone: bool) -> StepTrace:
+    try:
+        return StepTrace(path if alone else path.with_name(f"{path.stem}-{name}{path.suffix}"), name)
+    except OSError as error:
+        raise ModelError(f"the trace cannot be written to {path}: {error.strerror}") from None
 
 
 @dataclass(slots=True)

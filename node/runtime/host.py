@@ -16,21 +16,26 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 import msgspec
 import trio
 
-from node.errors import ModelError
+from node.errors import ModelError, PromptInvalid
 from node.groups import plain_errors
 from node.runtime import wire
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 from node.runtime.launch import Child, Launcher
+from node.telemetry.engine import EngineMetrics, EngineStats
+from node.telemetry.requests import RequestTiming
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader
+from protocol.messages import ResponseFormat
 from protocol.sampling import SamplingParams
 from protocol.tame import one_line
 
@@ -58,10 +63,19 @@ class Limits:
     backoff_max_s: float = 60.0
 
 
+class StepObserver(Protocol):
+    """Hears of every step; must be quick and must not raise."""
+
+    def stepped(self, stats: EngineStats | None, began: float, ended: float) -> None:
+        """`began`, `ended`: seconds of `time.perf_counter`, as the step's message came."""
+
+
 @dataclass(eq=False, slots=True)
 class _Stream:
     number: int
     sequence: Sequence
+    response_format: ResponseFormat | None
+    timing: RequestTiming
     received: list[int] = field(default_factory=list)
     """Every token that the engine sent."""
     outputs: deque[StepOutput] = field(default_factory=deque)
@@ -74,6 +88,8 @@ class _Stream:
     submitted: bool = False
     deaths: int = 0
     error: str = ""
+    fault: str = ""
+    """Which limit its grammar passed."""
     news: trio.Event = field(default_factory=trio.Event)
 
     @property
@@ -96,8 +112,13 @@ class EngineHost:
         *,
         limits: Limits | None = None,
         heard: Callable[[], None] = lambda: None,
+        metrics: EngineMetrics | None = None,
+        observers: Several[StepObserver] = (),
     ) -> None:
-        """`heard` is called when the engine's stage, failure or readiness changed."""
+        """`heard` is called when the engine's stage, failure or readiness changed; `observers` hear of every step."""
+        self.metrics = metrics or EngineMetrics("", 1)
+        self._observers = (self.metrics, *observers)
+        self._satisfied: set[object] = set()
         self._launch = launch
         self._load = load
         self._limits = limits or Limits()
@@ -106,8 +127,9 @@ class EngineHost:
         self._streams: dict[int, _Stream] = {}
         self._room = 0
         self._sent = self._acknowledged = 0
-        self._unheard: deque[int] = deque()
-        """Tokens of the submits that `_room` does not count yet."""
+        self._unheard: deque[_Stream] = deque()
+        """Submits that `_room` does not count yet."""
+        self._step_ended = 0.0
         self._out = bytearray()
         self._writable = trio.Event()
         self._sock: socket.socket | None = None
@@ -145,17 +167,27 @@ class EngineHost:
 
     def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
         """Whether a sequence of this size would be taken now, by what the engine said last less what it has not counted yet."""
-        return prompt_tokens + max_tokens <= self._room - sum(self._unheard)
+        return prompt_tokens + max_tokens <= self._room - sum(stream.tokens for stream in self._unheard)
 
     def could_fit(self, tokens: int) -> bool:
         """Whether an idle engine would take a sequence of so many tokens, prompt and answer together."""
         return self.facts is not None and tokens <= self.facts.capacity
 
-    async def generate(self, sequence: Sequence) -> AsyncGenerator[list[StepOutput], None]:
-        """The sequence's tokens as they come; closing the generator aborts it within a step. Raises `ModelError`."""
+    def satisfied(self, sequence_id: object) -> None:
+        """The receiver has all that it wanted, a stop string for instance: when it leaves now, that is no abort."""
+        self._satisfied.add(sequence_id)
+
+    async def generate(
+        self, sequence: Sequence, response_format: ResponseFormat | None = None
+    ) -> AsyncGenerator[list[StepOutput], None]:
+        """The sequence's tokens as they come; closing the generator aborts it within a step. `response_format`: a grammar that
+        was found good. Raises `ModelError`, and `PromptInvalid` for a grammar that passed a limit after all."""
         if self.stopped or self.failure:
             raise ModelError(self.failure or "the model runtime is stopping")
-        stream = _Stream(next(self._numbers), sequence)
+        timing = self.metrics.begin(
+            arrived=time.perf_counter(), prompt_tokens=len(sequence.prompt_ids), max_tokens=sequence.max_tokens
+        )
+        stream = _Stream(next(self._numbers), sequence, response_format, timing)
         self._streams[stream.number] = stream
         try:
             if self.ready:
@@ -170,12 +202,17 @@ class EngineHost:
                 stream.outputs.clear()
                 stream.consumed += len(outputs)
                 self._credit(stream)
+                if stream.fault and outputs[-1].finish_reason is FinishReason.ERROR:
+                    raise PromptInvalid(f"the client's grammar passed a limit: {one_line(stream.fault)}"[:300])
                 yield outputs
                 if outputs[-1].finish_reason is not None:
                     return
         finally:
-            if self._streams.pop(stream.number, None) is not None and stream.submitted:
-                self._send(wire.Abort(stream.number))
+            if self._streams.pop(stream.number, None) is not None:
+                if stream.submitted:
+                    self._send(wire.Abort(stream.number))
+                timing.end("stop" if sequence.id in self._satisfied else "abort", time.perf_counter())
+            self._satisfied.discard(sequence.id)
 
     # ---------------------------------------------------------------------------------------------------- the engine
 
@@ -262,8 +299,7 @@ class EngineHost:
             try:
                 self._submit(stream)
             except ModelError as error:
-                del self._streams[stream.number]
-                stream.tell(error.message)
+                self._end(stream, error.message)
         self._heard()
 
     async def _serve(self, reader: FrameReader) -> None:
@@ -318,9 +354,16 @@ class EngineHost:
             case wire.Stepped():
                 if not self._acknowledged <= message.submits <= self._sent:
                     raise EngineLost("it counts sequences that it was not given")
+                now = time.perf_counter()
                 for _ in range(message.submits - self._acknowledged):
-                    self._unheard.popleft()
+                    taken = self._unheard.popleft()
+                    if taken.number in self._streams and not taken.timing.taken:
+                        taken.timing.take(now)
                 self._acknowledged, self._room = message.submits, message.room
+                if message.seconds:
+                    began, self._step_ended = max(now - message.seconds, self._step_ended), now
+                    for observer in self._observers:
+                        observer.stepped(message.stats, began, now)
                 fresh: dict[_Stream, list[StepOutput]] = {}
                 for output in message.outputs:
                     stream = self._streams.get(output.number)
@@ -328,12 +371,15 @@ class EngineHost:
                         fresh.setdefault(stream, []).append(self._checked(stream, output))
                 for stream, outputs in fresh.items():
                     stream.outputs.extend(outputs)
+                    _time(stream.timing, outputs, now)
+                    if len(stream.received) - stream.consumed >= self._load.window:
+                        stream.timing.pause()
                     self._credit(stream)
                     stream.tell()
             case wire.Refused():
-                refused = self._streams.pop(message.number, None)
+                refused = self._streams.get(message.number)
                 if refused is not None:
-                    refused.tell(f"the engine refused the sequence: {one_line(message.reason)}")
+                    self._end(refused, f"the engine refused the sequence: {one_line(message.reason)}")
             case wire.Pong():
                 pass
             case wire.Failed():
@@ -357,9 +403,10 @@ class EngineHost:
         if not sound:
             raise EngineLost(f"token {output.token_id} at {output.position} is none of the stream's")
         stream.received.append(output.token_id)
+        stream.fault = output.why
         if reason is not None:
             del self._streams[stream.number]
-        return StepOutput(sequence.id, output.token_id, output.position, reason, output.logprob)
+        return StepOutput(sequence.id, output.token_id, output.position, reason, output.logprob, output.top_logprobs)
 
     # ---------------------------------------------------------------------------------------------------- what we say
 
@@ -378,12 +425,13 @@ class EngineHost:
                 len(stream.received) - stream.consumed,
                 None if sequence.eos_ids is None else tuple(sequence.eos_ids),
                 sequence.logprobs,
+                stream.response_format,
             )
         )
         stream.submitted = True
         stream.first = stream.credited = stream.consumed
         self._sent += 1
-        self._unheard.append(stream.tokens)
+        self._unheard.append(stream)
 
     def _credit(self, stream: _Stream) -> None:
         """Let the engine know what was read: when half of the window is, or when it holds the stream."""
@@ -439,15 +487,32 @@ class EngineHost:
                 stream.submitted = False
                 stream.deaths += 1
                 if stream.deaths >= MAX_DEATHS:
-                    del self._streams[stream.number]
-                    stream.tell(f"the engine died {stream.deaths} times while this sequence ran, last: {reason}")
+                    self._end(stream, f"the engine died {stream.deaths} times while this sequence ran, last: {reason}")
 
     def _end_all(self, reason: str) -> None:
         for stream in list(self._streams.values()):
-            del self._streams[stream.number]
-            stream.tell(reason)
+            self._end(stream, reason)
+
+    def _end(self, stream: _Stream, reason: str) -> None:
+        """By an error."""
+        del self._streams[stream.number]
+        stream.timing.end("error", time.perf_counter())
+        stream.tell(reason)
 
 
 def _lasting(facts: wire.Ready) -> wire.Ready:
     """What must be the same of every engine of one model."""
     return msgspec.structs.replace(facts, room=0, walls=None)
+
+
+_OUTCOMES: Final = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ERROR: "error"}
+
+
+def _time(timing: RequestTiming, outputs: list[StepOutput], now: float) -> None:
+    """What one step brought one stream."""
+    count = sum(1 for output in outputs if output.token_id >= 0)
+    if count:
+        timing.tokens(count, now)
+    reason = outputs[-1].finish_reason
+    if reason is not None:
+        timing.end(_OUTCOMES[reason], now)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -19,6 +19,11 @@ from node.runtime.footprint import UNKNOWN, Footprint
 from node.runtime.host import EngineHost
 from node.runtime.life import Event, Phase, can, move
 from node.runtime.selftest import SelfTest
+from node.telemetry.engine import EngineMetrics
+from node.telemetry.steps import StepTrace
+
+if TYPE_CHECKING:
+    from node.runtime.grammar import Grammars
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +40,9 @@ class Resident:
     info: ModelInfo | None = None
     """Of the last engine that was ready."""
     tokenizer: Tokenizer | None = None
+    grammars: Grammars | None = None
+    metrics: EngineMetrics | None = None
+    trace: StepTrace | None = None
     capacity: int = 0
     """Tokens of the longest sequence that its engine takes."""
     load_s: float = 0.0
@@ -97,6 +105,12 @@ class Resident:
         if self.host is None:
             raise ModelError(self.trouble or f"{self.manifest.name} is {self.phase}")
         return self.host
+
+    def close(self) -> None:
+        """End what it keeps beside its engine."""
+        for one in (self.tokenizer, self.grammars, self.trace):
+            if one is not None:
+                one.close()
 
     def report(self) -> dict[str, Any]:
         """For `status`."""

@@ -34,6 +34,7 @@ class Stepper:
         self._ahead: dict[Hashable, int] = {}
         self._start: dict[Hashable, int] = {}
         self._produced: dict[Hashable, int] = {}
+        self._constraints: dict[Hashable, object] = {}
         self.submits = 0
         """Sequences handed in so far, refused ones too."""
 
@@ -62,6 +63,7 @@ class Stepper:
         self.engine.submit(sequence)
         self._ahead[sequence.id] = self._start[sequence.id] = ahead
         self._produced[sequence.id] = 0
+        self._constraints[sequence.id] = sequence.constraint
 
     def abort(self, number: Hashable) -> None:
         self.engine.abort(number)
@@ -72,20 +74,24 @@ class Stepper:
         if number in self._ahead:
             self._ahead[number] = self._start[number] + self._produced[number] - count
 
-    def step(self) -> list[StepOutput]:
-        """One step of everything that is not held. Raises what the engine raises, which then is of no more use."""
-        outputs = self.engine.step(hold=self.held)
-        for output in outputs:
+    def step(self) -> list[tuple[StepOutput, str]]:
+        """One step of everything that is not held: what it brought, each with the reason why a grammar ended it, if one did.
+        Raises what the engine raises, which then is of no more use."""
+        outputs = []
+        for output in self.engine.step(hold=self.held):
             self._ahead[output.id] += 1
             self._produced[output.id] += 1
+            why = ""
             if output.finish_reason is not None:
+                why = str(getattr(self._constraints[output.id], "failure", ""))[:300]
                 self._forget(output.id)
+            outputs.append((output, why))
         if self.engine.idle:
             self.engine.check_integrity()
         return outputs
 
     def _forget(self, number: Hashable) -> None:
-        for books in (self._ahead, self._start, self._produced):
+        for books in (self._ahead, self._start, self._produced, self._constraints):
             books.pop(number, None)
 
 

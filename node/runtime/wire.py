@@ -13,6 +13,7 @@ from typing import Annotated, Final
 import msgspec
 
 from protocol.frames import encode_frame
+from protocol.messages import ResponseFormat
 from protocol.sampling import SamplingParams
 
 TO_ENGINE: Final = 16 << 20
@@ -29,6 +30,7 @@ Count = Annotated[int, _Meta(ge=0, le=2**48)]
 _Ids = Annotated[tuple[Token, ...], _Meta(max_length=1 << 21)]
 _Text = Annotated[str, _Meta(max_length=4096)]
 _Word = Annotated[str, _Meta(max_length=64)]
+_Seconds = Annotated[float, _Meta(ge=0, le=1e9)]
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -64,7 +66,9 @@ class Submit(_Message):
     """Tokens of `generated_ids` that the reader has yet to take."""
     eos_ids: _Ids | None = None
     """None: the model's own."""
-    logprobs: bool = False
+    logprobs: Annotated[int, _Meta(ge=0, le=64)] = 0
+    response_format: ResponseFormat | None = None
+    """A grammar that the node has found good."""
 
 
 class Abort(_Message):
@@ -111,6 +115,8 @@ class Ready(_Message):
     context_length: Annotated[int, _Meta(ge=1, le=1 << 30)]
     vocab_size: Annotated[int, _Meta(ge=1, le=2**31 - 1)]
     numerics_class: Annotated[str, _Meta(pattern="^[0-9a-f]{32}$")]
+    eos_ids: Annotated[tuple[Token, ...], _Meta(max_length=256)]
+    """Tokens that end an answer."""
     capacity: Count
     """Tokens of the longest sequence that an idle engine takes."""
     room: Count
@@ -126,6 +132,30 @@ class Output(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     position: Count
     finish: Annotated[str, _Meta(max_length=16)] = ""
     logprob: float | None = None
+    top_logprobs: Annotated[tuple[tuple[Token, float], ...], _Meta(max_length=64)] = ()
+    why: Annotated[str, _Meta(max_length=300)] = ""
+    """With `finish` "error": which limit the stream's grammar passed, where it was that."""
+
+
+class Stats(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the engine counts (`node.telemetry.engine.EngineStats`)."""
+
+    running: Count = 0
+    waiting: Count = 0
+    kv_blocks_used: Count = 0
+    kv_blocks_total: Count = 0
+    prefix_queries: Count = 0
+    prefix_hits: Count = 0
+    prompt_tokens: Count = 0
+    generation_tokens: Count = 0
+    guessed_tokens: Count = 0
+    accepted_tokens: Count = 0
+    preemptions: Count = 0
+    steps: Count = 0
+    step_tokens: Count = 0
+    schedule_seconds: _Seconds = 0.0
+    forward_seconds: _Seconds = 0.0
+    sample_seconds: _Seconds = 0.0
 
 
 class Stepped(_Message):
@@ -136,6 +166,9 @@ class Stepped(_Message):
     """Tokens of the longest sequence that would be taken now."""
     submits: Number
     """How many `Submit` that counts."""
+    seconds: _Seconds = 0.0
+    """How long the step took; 0: there was none."""
+    stats: Stats | None = None
 
 
 class Refused(_Message):

@@ -4,7 +4,8 @@ A policy is closed: what a role does not do, its signer does not sign.
 - A worker speaks for its channels and jobs, and to the market; its transactions go to our contracts.
 - A client's keys spend the tokens that the configuration names, so much a day; money leaves the vault for the payer's own account
   only, or for accounts that a person has named for this run.
-- The hot key's consent to be registered, which decides where its earnings go, is signed for `gristmill payout set` alone.
+- The hot key's consent to be registered, which decides where its earnings go, is signed for `gristmill payout set` alone; a
+  benchmark for `gristmill bench` alone.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Spending:
 def consent_policy(deployments: Sequence[Deployment]) -> Policy:
     """For a command by which a person registers the worker: its hot key consents, and signs nothing else."""
     return Policy(domains=tuple(rule for d in deployments for rule in _rules(("HotKey",), d.chain_id, d.workers)))
+
+
+def bench_policy() -> Policy:
+    """For `gristmill bench`: the hot key signs what was measured, and nothing else."""
+    return Policy(domains=tuple(_rules(("Benchmark",), MARKET_DOMAIN.chain_id, ZERO_ADDRESS)))
 
 
 def worker_policy(deployments: Sequence[Deployment], *, day_fees: Mapping[int, int] = NO_LIMITS) -> Policy:

@@ -44,6 +44,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.offers import VerifiedOffer
+from protocol.tasks import ChatRequest
 from protocol.typed_data import MARKET_DOMAIN, Domain, Refusal, Voucher
 
 STRANGER = PrivateKey(bytes(31) + b"\x07")
@@ -87,7 +88,7 @@ def corrupt(worker: Worker, cheat: str) -> None:
     honest = worker.server.handle
 
     async def handle(stream: ByteStream) -> None:
-        await honest(TamperedStream(stream, CHEATS[cheat](worker)))
+        await honest(TamperedStream(stream, (CHEATS | TASK_CHEATS)[cheat](worker)))
 
     worker.network.handle(JOB_PROTOCOL, handle)
 
@@ -204,6 +205,29 @@ CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxyType(
 """Everything a worker may try on one stream, by name."""
 
 
+def _rows(change: Callable[[bytes], bytes]) -> Callable[[Worker], Tamper]:
+    """Other numbers than the runtime gave, in every chunk that has some."""
+    return lambda _: _only(Chunk, lambda m: (msgspec.structs.replace(m, data=change(m.data)),) if m.data else (m,))
+
+
+TASK_CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxyType(
+    {
+        "too few vectors": lambda _: _only(Chunk, lambda m: () if m.data else (m,)),
+        "too many vectors": _rows(lambda data: data * 2),
+        "vectors of NaN": _rows(lambda data: b"\x00\x00\xc0\x7f" * (len(data) // 4)),
+        "vectors of another width": _rows(lambda data: data[:-4]),
+        "other vectors than signed": _rows(lambda data: bytes(len(data))),
+        "text beside vectors": lambda _: _only(Chunk, lambda m: (msgspec.structs.replace(m, text="buy more"),)),
+        "another request in the receipt": _in_receipt(request_hash=bytes(32)),
+        "more input than was sent": lambda _: _only(Chunk, lambda m: (msgspec.structs.replace(m, taken=m.taken + 9),)),
+        "more units than the media have": lambda _: _only(
+            Accept, lambda m: (msgspec.structs.replace(m, input_tokens=m.input_tokens + 1),)
+        ),
+    }
+)
+"""What a worker may try on tasks other than chat besides."""
+
+
 # ----------------------------------------------------------------------------------------------------------- clients
 
 
@@ -289,7 +313,7 @@ class Hand:
             model_id=self.offer.document.models[0].model_id,
             offer_hash=bytes(self.offer.hash),
             deadline=self.client.now_ms() + 60_000,
-            messages=(ChatMessage(role="user", content="hello there"),),
+            request=ChatRequest(messages=(ChatMessage(role="user", content="hello there"),)),
             params=Params(max_tokens=40),
             signature=bytes(65),
             cumulative=voucher.cumulative,

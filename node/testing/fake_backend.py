@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
 from node.errors import ModelError, PromptInvalid
-from node.ports import ModelInfo, Prompt, Step
+from node.ports import SAMPLING_PARAMS, ModelInfo, Prompt, Step
 from protocol.ids import ModelId
-from protocol.messages import ChatMessage, FinishReason, Params
+from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 
 FAKE_MODEL = ModelId.of_manifest(b"gristmill fake model")
 
@@ -30,6 +30,8 @@ class FakeSettings:
     fail_after: int | None = None
     """Raise `ModelError` after so many tokens."""
     slots: int = 64
+    formats: frozenset[str] | None = None
+    """Grammars that it says it follows; its words are the same. None: it does not offer the parameter."""
     room: int | None = None
     """Tokens of prompt and answer that fit into its memory; None = any."""
     in_service: bool = True
@@ -50,7 +52,8 @@ class FakeBackend:
 
     @property
     def models(self) -> Mapping[ModelId, ModelInfo]:
-        return {FAKE_MODEL: self._info} if self.settings.in_service else {}
+        honoured = SAMPLING_PARAMS if self.settings.formats is None else (*SAMPLING_PARAMS, "response_format")
+        return {FAKE_MODEL: replace(self._info, params=honoured)} if self.settings.in_service else {}
 
     @property
     def free_slots(self) -> int:
@@ -63,6 +66,10 @@ class FakeBackend:
         if not any(m.content.strip() for m in messages):
             raise PromptInvalid("the messages are empty")
         return Prompt(model, tuple(len(word) for word in text.split()))
+
+    def check_format(self, model: ModelId, wanted: ResponseFormat, resume: Sequence[int] = ()) -> None:
+        if self.settings.formats is None or wanted.text not in self.settings.formats:
+            raise PromptInvalid("the fake model follows no grammar that it was not told of")
 
     def fits(self, prompt: Prompt, max_tokens: int) -> bool:
         return self.settings.room is None or len(prompt.token_ids) + max_tokens <= self.settings.room

@@ -32,7 +32,7 @@ from node.errors import NodeError
 from node.groups import plain_errors
 from node.network.discovery import OfferBook
 from node.network.memory import MemoryHub, open_hub
-from node.ports import ByteStream, Chain, StreamHandler
+from node.ports import ByteStream, Chain, StreamHandler, TaskBackend
 from node.signer.journal import attach, known_channels
 from node.signer.local import LocalSigners
 from node.signer.table import Table
@@ -132,9 +132,10 @@ class Market:
         name: str = "",
         chains: Sequence[str] = ("default",),
         on: Chain | None = None,
+        tasks: TaskBackend | None = None,
     ) -> Worker:
         """A worker that serves, on these chains. The same `name` reopens the same key and journal. `on`: a chain of the caller's
-        instead, opened for `key(name)`, with coins on it."""
+        instead, opened for `key(name)`, with coins on it. `tasks`: what it does beyond chat."""
         name = name or f"worker {next(self._names)}"
         hot = key(name)
         ledgers = self.ledgers(() if on else chains)
@@ -156,6 +157,7 @@ class Market:
             backend=backend or FakeBackend(),
             settings=settings or self.settings(),
             now_ms=self.now_ms,
+            tasks=tasks,
         )
         await self.nursery.start(self._run, worker)
         for protocol, handler in worker.network.handlers.items():

@@ -8,8 +8,8 @@ Journal, fence, network, chain, keys and signatures are the node's own, wired as
 them; only the language model is the fake one. Each line of stdout is an event in JSON: `ready` with how long it took; of the
 client `paid` for each answer whose receipt it has verified and acknowledged, `failed` with the error's code for any other end;
 `ended` with the error that ended the process, if one did. They run until SIGTERM. What a client asks for without pause is its
-`--load`: chats; batch jobs, with `settled` for each that is verified and paid for; or chats on channels that it closes again and
-again, with `closed` for each; or nothing.
+`--load`: chats; live sound; batch jobs, with `settled` for each that is verified and paid for; or chats on channels that it
+closes again and again, with `closed` for each; or nothing.
 
 `serve` starts them as forks of itself, because importing libp2p takes seconds and a test kills hundreds. Each line of stdin is a
 start, `{"argv": [...], "env": {...}, "out": FILE}`; it answers `{"pid"}`, and `{"pid", "status"}` when one has ended (negative:
@@ -27,7 +27,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -43,6 +44,7 @@ from node.store import faults
 from node.store.ledger import Pending
 from node.store.writer import Writer
 from node.testing.fake_backend import FakeBackend, FakeSettings
+from node.testing.fake_tasks import FakeTasks, FakeTaskSettings
 from protocol.errors import GristmillError
 from protocol.ids import PeerId
 from protocol.keys import PrivateKey
@@ -70,7 +72,8 @@ def key(config: Config, name: str) -> PrivateKey:
 
 async def worker(config: Config, began: float) -> None:
     backend = FakeBackend(FakeSettings(tokens=TOKENS, seconds_per_token=0.002))
-    async with open_worker(config, key(config, "worker"), backend=backend) as running:
+    tasks = nullcontext(FakeTasks(FakeTaskSettings(seconds_per_step=0.002)))
+    async with open_worker(config, key(config, "worker"), backend=backend, tasks=tasks) as running:
         say(event="ready", ms=int((time.monotonic() - began) * 1000), records=running.worker.ledger.head.seq)
         await until_sigterm()
         await running.worker.drain(5)
@@ -95,6 +98,21 @@ async def _ask(node: Client, text: str) -> None:
     receipt = stream.receipt
     if receipt is not None:
         say(event="paid", job=str(receipt.job_id), sequence=receipt.sequence, cost=receipt.cost)
+
+
+async def _speak_for_ever(node: Client, addresses: list[str], number: int) -> None:
+    async def source() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            await trio.sleep(0.002)
+            yield bytes(3_200)
+
+    async def speak(n: int) -> None:
+        async with node.transcribe("fake-transcribe", source(), max_seconds=10) as stream:
+            await stream.text()
+        if stream.receipt is not None:
+            say(event="paid", job=str(stream.receipt.job_id), sequence=stream.receipt.sequence, cost=stream.cost)
+
+    await _for_ever(node, addresses, speak)
 
 
 async def _order_for_ever(node: Client, addresses: list[str], number: int) -> None:
@@ -127,7 +145,13 @@ async def _rest(node: Client, addresses: list[str], number: int) -> None:
     await trio.sleep_forever()
 
 
-_LOADS = {"chat": _ask_for_ever, "batch": _order_for_ever, "close": _close_for_ever, "rest": _rest}
+_LOADS = {
+    "chat": _ask_for_ever,
+    "sound": _speak_for_ever,
+    "batch": _order_for_ever,
+    "close": _close_for_ever,
+    "rest": _rest,
+}
 
 
 async def _for_ever(node: Client, addresses: list[str], do: Callable[[int], Awaitable[None]]) -> None:

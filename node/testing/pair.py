@@ -13,6 +13,7 @@ The idea is h11's ConnectionPair.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -44,6 +45,7 @@ from protocol.messages import (
     ChatMessage,
     Chunk,
     FinishReason,
+    Input,
     JobConversation,
     Params,
     ReceiptMessage,
@@ -52,6 +54,7 @@ from protocol.messages import (
     amount_to_wire,
 )
 from protocol.pricing import Price
+from protocol.tasks import INPUT_BYTES, INPUT_WINDOW, ChatRequest, Task, TaskRequest, shape_of
 from protocol.typed_data import MARKET_DOMAIN, ChannelConfig, Domain, Refusal, Voucher
 
 
@@ -104,24 +107,30 @@ class JobPair:
         price: Price | None = None,
         input_tokens: int = 9,
         base: int = 1000,
+        request: TaskRequest | None = None,
+        dimensions: int = 0,
     ) -> None:
-        """`base`: vouchers of earlier jobs on the channel; `input_tokens`: what both sides count in the prompt."""
+        """`base`: vouchers of earlier jobs on the channel; `input_tokens`: what both sides count in a prompt or in texts.
+        `request`: by default a chat; `dimensions` of a vector when it is to embed."""
         self.parties = parties or Parties()
         self.random = random or Random(0)
-        self.input_tokens, self.base = input_tokens, base
+        chat = ChatRequest(messages=(ChatMessage(role="user", content="What turns a mill?"),))
+        self.shape = shape_of(request or chat, dimensions)
+        self.input_tokens, self.base = input_tokens if self.shape.units is None else self.shape.units, base
         self.signed = base
         """Highest voucher the client has signed."""
-        self.ask = self._ask(params or Params(max_tokens=32))
+        self.ask = self._ask(params or Params(max_tokens=32), request or chat)
         self.terms = Terms(
             domain=self.parties.domain,
             ask=ask_struct(self.ask),
             params=self.ask.params,
             price=price or Price(request=5, input=300_000, output=2_500_000),
-            input_limit=input_tokens,
+            input_limit=input_tokens if self.shape.most_units is None else self.shape.most_units,
             receiver_authorizer=self.parties.worker.address,
             payer_authorizer=self.parties.session.address,
             tick_tokens=8,
             credit_tokens=8,
+            shape=self.shape,
         )
         self.client = JobClient(self.terms)
         self.worker = JobWorker()
@@ -131,6 +140,7 @@ class JobPair:
         self._say: dict[MessageType, Callable[[], bytes]] = {
             AskMessage: lambda: self.client.send(self.ask),
             VoucherMessage: self._voucher,
+            Input: self._input,
             Cancel: lambda: self.client.send(Cancel()),
             Ack: self._ack,
             Accept: self._accept,
@@ -191,12 +201,26 @@ class JobPair:
     def _sensible(self, kind: MessageType) -> bool:
         """Beyond the table: what an honest driver would not say because it has nothing to say."""
         if kind is VoucherMessage:
-            return self.base + self.client.spent > self.signed
+            return self.base + self.client.due() > self.signed
+        if kind is Input:
+            return not self.client.inputs.ended and self.client.inputs.untaken < INPUT_WINDOW - INPUT_BYTES
         if kind is Chunk:
-            return self.worker.digest.count < self.terms.params.max_tokens
+            return self.worker.output_tokens < self.terms.output_limit or self._waiting
+        if kind is ReceiptMessage:  # what is not finished is not called so; a chat may end where it likes
+            chat = self.shape.task is Task.CHAT or self.worker.states[Role.CLIENT] is Client.CANCELLED
+            return chat or (self._full if self.shape.rows else self.worker.inputs.exhausted)
         return True
 
-    def _ask(self, params: Params) -> AskMessage:
+    @property
+    def _waiting(self) -> bool:
+        """Whether input has been heard that is not taken."""
+        return self.worker.terms is not None and self.worker.inputs.taken < self.worker.inputs.sent
+
+    @property
+    def _full(self) -> bool:
+        return self.worker.output_tokens >= self.terms.output_limit
+
+    def _ask(self, params: Params, request: TaskRequest) -> AskMessage:
         parties = self.parties
         unsigned = AskMessage(
             job_id=JobId(self.random.randbytes(32)),
@@ -206,7 +230,7 @@ class JobPair:
             model_id=ModelId.of_manifest(b"a model"),
             offer_hash=Hash32(self.random.randbytes(32)),
             deadline=1_800_000_000_000,
-            messages=(ChatMessage(role="user", content="What turns a mill?"),),
+            request=request,
             params=params,
             signature=bytes(65),
             cumulative=amount_to_wire(self.base),
@@ -216,7 +240,8 @@ class JobPair:
         return msgspec.structs.replace(unsigned, signature=signature)
 
     def _raise_voucher(self) -> tuple[bytes, bytes]:
-        self.signed = max(self.signed, self.base + self.client.spent)
+        ended = self.client.receipt is not None
+        self.signed = max(self.signed, self.base + (self.client.spent if ended else self.client.due()))
         return amount_to_wire(self.signed), self.parties.voucher(self.signed)
 
     def _voucher(self) -> bytes:
@@ -226,7 +251,7 @@ class JobPair:
         return self.client.send(Ack(*self._raise_voucher()))
 
     def _accept(self) -> bytes:
-        terms = replace(self.terms, input_limit=self.input_tokens)
+        terms = self.terms if self.shape.most_units is not None else replace(self.terms, input_limit=self.input_tokens)
         return self.worker.agree(
             terms, input_tokens=self.input_tokens, sequence=7, started=1_700_000_000_000, cumulative=self.base
         )
@@ -238,15 +263,27 @@ class JobPair:
             Refuse(reason=RefusalReason.BUSY, detail="no free slot", at=refusal.at, signature=signature)
         )
 
+    def _input(self) -> bytes:
+        left = self.shape.size - self.shape.given - self.client.inputs.sent_bytes
+        size = min(left, 2 * self.random.randint(0, 5000))
+        return self.client.feed(self.random.randbytes(size), last=not size or self.random.random() < 0.2)
+
     def _chunk(self) -> bytes:
-        room = self.terms.params.max_tokens - self.worker.digest.count
+        if self._waiting and (self._full or self.random.random() < 0.5):
+            flow = self.worker.inputs
+            return self.worker.take(self.random.randint(flow.taken + 1, flow.sent))[1]
+        room = self.terms.output_limit - self.worker.output_tokens
+        if self.shape.rows:
+            rows = self.random.randint(1, min(room, 3))
+            numbers = [self.random.uniform(-1, 1) for _ in range(rows * self.shape.row_bytes // 4)]
+            return self.worker.deliver((), "", struct.pack(f"<{len(numbers)}f", *numbers))
         ids = tuple(self.random.randrange(1 << 17) for _ in range(self.random.randint(1, min(room, 6))))
         return self.worker.deliver(ids, "".join(self.random.choice("mill ée€𝄞") for _ in ids))
 
     def _receipt(self) -> bytes:
         if self.worker.states[Role.CLIENT] is Client.CANCELLED:
             reason = FinishReason.CANCELLED
-        elif self.worker.digest.count >= self.terms.params.max_tokens:
+        elif self._full and not self.shape.rows:
             reason = FinishReason.LENGTH
         else:
             reason = FinishReason.STOP

@@ -25,7 +25,7 @@ from node.store.batch_keeper import ChainClock, JobsChain
 from node.store.errors import ResultsFull
 from node.store.results import Results
 from node.worker.allowance import Allowance, Limits
-from node.worker.desk import HONOURED, Speed
+from node.worker.desk import Speed
 from protocol.admission import Rejected
 from protocol.errors import RefusalReason
 from protocol.escrow.jobs import MAX_DURATION, MAX_WINDOW, MIN_WINDOW
@@ -219,9 +219,12 @@ class QuoteDesk:
         model = self._backend.models.get(ModelId(spec.model_id))
         if model is None:
             raise Rejected(RefusalReason.MODEL_UNKNOWN, f"model {ModelId(spec.model_id)} is not served here")
-        unknown = set(changed_params(spec.params)) - set(HONOURED)
+        unknown = set(changed_params(spec.params)) - set(model.params)
         if unknown:
             raise Rejected(RefusalReason.UNSUPPORTED_PARAM, ", ".join(sorted(unknown)))
+        if "response_format" in changed_params(spec.params):
+            # A grammar may pass a limit in the midst of an answer: a client could make us break a promise that is staked.
+            raise Rejected(RefusalReason.UNSUPPORTED_PARAM, "response_format: not in batch jobs")
         if spec.params.max_tokens > min(self.rules.max_tokens, model.context_length):
             raise Rejected(
                 RefusalReason.MAX_TOKENS_EXCEEDED, f"{spec.params.max_tokens} tokens for one input are too many"

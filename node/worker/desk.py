@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -12,20 +12,8 @@ from node.worker.accepted import AcceptedAssets
 from protocol.ids import Hash32, ModelId
 from protocol.messages import OfferMessage
 from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, offer_frame, open_offer
+from protocol.tasks import Task
 from protocol.typed_data import MARKET_DOMAIN
-
-HONOURED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "stop",
-)
-"""Parameters that our engine honours, all of `protocol.sampling`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +28,15 @@ class Terms:
     min_withdraw_delay: int
     max_tokens: int
     version: str
+
+
+def merged(chats: Mapping[ModelId, ModelInfo], others: Mapping[ModelId, ModelInfo]) -> dict[ModelId, ModelInfo]:
+    """What both runtimes serve. A model that is in both does what either does for it; its tasks share one price."""
+    models = {**chats, **others}
+    for both in chats.keys() & others.keys():
+        tasks = tuple(dict.fromkeys((*chats[both].tasks, *others[both].tasks)))
+        models[both] = replace(chats[both], tasks=tasks, dimensions=others[both].dimensions)
+    return models
 
 
 class OfferDesk:
@@ -133,12 +130,14 @@ class OfferDesk:
         return ModelOffer(
             model_id=bytes(info.id),
             name=info.name,
-            prices=tuple(one.price for one in self._terms.accepted),
+            prices=tuple(one.price_of(info.tasks[0]) for one in self._terms.accepted),
             context_length=info.context_length,
             max_tokens=min(self._terms.max_tokens, info.context_length),
             dtype=info.dtype,
             numerics_class=info.numerics_class,
-            params=HONOURED,
+            params=info.params if Task.CHAT in info.tasks else (),
             tokens_per_second=speed.tokens_per_second,
             ttft_ms=speed.ttft_ms,
+            tasks=info.tasks,
+            dimensions=info.dimensions,
         )

@@ -26,6 +26,9 @@ class KeptResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_ids: tuple[int, ...]
     text: str
     receipt: ReceiptMessage
+    data: bytes = b""
+    streamed: bool = False
+    """Media followed the ask: nobody keeps them, so it is not served again, and not charged again either."""
 
 
 def result_key(channel_id: bytes, job_id: bytes, part: int) -> Hash32:

@@ -12,47 +12,54 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
 
-from node.errors import ModelError, SignerError, SignerRefused
+from node.errors import InputInvalid, ModelError, SignerError, SignerRefused
 from node.groups import plain_errors
 from node.network.drive import JobStream
-from node.ports import Prompt, Step, StreamClosed
+from node.ports import Prompt, Step, StreamClosed, TaskInput
 from node.store.faults import fault_point
 from node.store.results import KEEP_MS
 from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, if_it_fits, result_key
+from node.worker.output import sellable
 from protocol.admission import Checked
 from protocol.channel import Change, JobEnded, JobOpened, Part, VoucherAdded
 from protocol.errors import RemoteProtocolError, WireCode
 from protocol.ids import JobId
 from protocol.job import JobWorker, Terms, ask_struct, receipt_to_wire
 from protocol.messages import (
+    DATA_PER_CHUNK,
     Abort,
     Accept,
     Cancel,
     FinishReason,
+    Input,
     ReceiptMessage,
     VoucherMessage,
     encode,
 )
 from protocol.payment import unsecured
+from protocol.tasks import media_of
 from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
     from node.worker.serve import JobServer
 
 log = logging.getLogger(__name__)
+SLOWEST: Final = 16_000
+"""Bytes a second below which streamed input holds a place for nothing: audio comes at twice that."""
 
 
 class ServedPart:
     """One accepted part, from the journal entry that opens it to the one that ends it."""
 
     def __init__(
-        self, server: JobServer, link: JobStream[JobWorker], checked: Checked, prompt: Prompt, terms: Terms
+        self, server: JobServer, link: JobStream[JobWorker], checked: Checked, work: Prompt | TaskInput, terms: Terms
     ) -> None:
         self.server = server
         self.link = link
@@ -61,12 +68,13 @@ class ServedPart:
         self.ask = checked.ask
         self.channel_id = checked.channel.channel_id
         self.key: Part = (JobId(self.ask.job_id), self.ask.part)
-        self.prompt = prompt
+        self.work = work
         self.terms = terms
         self.pending: deque[Step] = deque()
-        self.pending_tokens = 0
+        self.pending_units = 0
         self.sent_ids: list[int] = []
         self.sent_text: list[str] = []
+        self.sent_data: list[bytes] = []
         self.finish: FinishReason | None = None
         """Set by whoever ends the part first."""
         self.produced = False
@@ -75,6 +83,10 @@ class ServedPart:
         self.failure = ""
         """What our runtime did."""
         self.accept = b""
+        self._opened = trio.Event()
+        self._news: deque[bytes] = deque()
+        """Frames that say what was taken. One task writes: a write that is cancelled would cost the stream."""
+        self._waited = 0.0
         self._wake = trio.Event()
 
     async def run(self) -> ReceiptMessage | None:
@@ -120,15 +132,17 @@ class ServedPart:
         changes: list[Change] = [JobOpened(self.channel_id, *self.key, sequence, self.terms.limit)]
         if self.checked.cumulative > state.cumulative:
             changes.append(VoucherAdded(self.channel_id, self.checked.cumulative, self.ask.voucher_signature))
-        server.meter.set(self.channel_id, self.key, self.terms.spent(self.terms.input_limit, 0))
+        units = self.terms.asked_units
+        server.meter.set(self.channel_id, self.key, self.terms.spent(units, 0))
         await book.change(changes)
         self.accept = self.machine.agree(
             self.terms,
-            input_tokens=self.terms.input_limit,
+            input_tokens=units,
             sequence=sequence,
             started=server.now_ms(),
             cumulative=self.checked.cumulative,
         )
+        self._opened.set()
 
     # ------------------------------------------------------------------------------------------------- producing
 
@@ -136,18 +150,98 @@ class ServedPart:
         """Pull the engine; stop pulling when a tick's worth waits to be delivered."""
         limit = self.terms.tick_tokens
         try:
-            async with aclosing(self.server.backend.generate(self.prompt, self.ask.params, self.ask.resume)) as steps:
+            async with aclosing(self._media()) as media, aclosing(self._steps(media)) as steps:
                 async for step in steps:
                     self.pending.append(step)
-                    self.pending_tokens += len(step.token_ids)
+                    self.pending_units += self._units(step)
                     self.notify()
-                    while self.pending_tokens >= limit:
+                    while self.pending_units >= limit:
                         await self._changed()
+        except InputInvalid as error:
+            self.fault = RemoteProtocolError(WireCode.BAD_INPUT, str(error))
+            self._end(FinishReason.CANCELLED)
         except ModelError as error:
             log.error("the model runtime failed: %s", error)
             self.failure = str(error)
         self.produced = True
         self.notify()
+
+    async def _steps(self, media: AsyncGenerator[bytes, None]) -> AsyncGenerator[Step, None]:
+        """What the runtime gives for the request, whichever it is."""
+        server, params = self.server, self.ask.params
+        if isinstance(self.work, Prompt):
+            raw = server.backend.generate(self.work, params, self.ask.resume)
+            async with aclosing(raw):
+                async for step in raw:
+                    yield step
+        elif server.tasks is not None:
+            raw = server.tasks.run(self.work, params, media)
+            async with aclosing(raw), aclosing(sellable(raw, self.terms, lambda: self._exhausted)) as steps:
+                async for step in steps:
+                    yield step
+
+    def _units(self, step: Step) -> int:
+        """Output units: rows, or tokens."""
+        shape = self.terms.shape
+        return len(step.data) // shape.row_bytes if shape.rows else len(step.token_ids)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Whether the runtime has had all of the input."""
+        return not self.terms.shape.streamed or (self._opened.is_set() and self.machine.inputs.exhausted)
+
+    # ------------------------------------------------------------------------------------------------------ input
+
+    async def _media(self) -> AsyncGenerator[bytes, None]:
+        """Audio or image, from the ask and what follows it, as the runtime asks for it. What is pulled here is billed."""
+        given = media_of(self.ask.request)
+        if given:
+            yield given
+        if self.terms.shape.streamed:
+            await self._opened.wait()
+        while not self._exhausted:
+            data = await self._take()
+            if data:
+                yield data
+
+    async def _take(self) -> bytes:
+        """Input that is there and paid for, taken and said to be. Whoever sends none, or too slowly, loses the place."""
+        inputs, began = self.machine.inputs, trio.current_time()
+        stall = self.server.settings.stall_ms / 1000
+        patience = min(stall, stall + inputs.taken_bytes / SLOWEST - self._waited)
+        while self.finish is not None or (until := self._payable()) == inputs.taken:
+            if not await self._changed(until=began + patience):
+                unpaid = inputs.untaken > 0
+                code = WireCode.UNPAID if unpaid else WireCode.BAD_INPUT
+                self.fault = RemoteProtocolError(code, "no voucher came in time" if unpaid else "input came too slowly")
+                self._end(FinishReason.CANCELLED)
+                await trio.sleep_forever()  # until the part is closed
+        self._waited += trio.current_time() - began
+        data, frame = self.machine.take(until)
+        self.server.meter.set(self.channel_id, self.key, self.machine.spent)
+        self._news.append(frame)
+        self.notify()
+        return data
+
+    async def _tell(self) -> None:
+        """Say what was taken, before anything that was said of the stream after it."""
+        while self._news:
+            fault_point("send.taken")
+            await self.link.send_frame(self._news.popleft())
+
+    def _payable(self) -> int:
+        """Up to which message the input that waits fits into the credit window."""
+        state = self.server.book.channels[self.channel_id]
+        others = self.server.meter.running(self.channel_id, without=self.key)
+        inputs = self.machine.inputs
+        until, size = inputs.taken, inputs.taken_bytes
+        for data in inputs.waiting:
+            size += len(data)
+            cost = self.terms.spent(self.terms.shape.units_with(size), self.machine.output_tokens)
+            if unsecured(state, others + cost) > self.terms.credit:
+                break
+            until += 1
+        return until
 
     # ------------------------------------------------------------------------------------------------ delivering
 
@@ -157,13 +251,14 @@ class ServedPart:
         last = stalled = -1.0
         deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
         while self.finish is None:
+            await self._tell()
             over = trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving
             if over or server.blind(self.channel_id):
                 self._end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody may be able to pay for it
                 continue
             if not self.pending:
                 if self.produced:
-                    if not self.sent_ids:
+                    if not self.machine.output_tokens:
                         self.failure = self.failure or "the model ended before its first token"
                     self._end(FinishReason.CANCELLED)  # the runtime stopped without a reason of the model's
                 else:
@@ -172,6 +267,7 @@ class ServedPart:
             wait = last + server.settings.coalesce_ms / 1000 - trio.current_time()
             if wait > 0:
                 await trio.sleep(wait)
+            await self._tell()
             batch = self._affordable()
             if batch:
                 await self._send(batch)
@@ -183,19 +279,20 @@ class ServedPart:
                 log.info("job %s: no voucher in time, ending unpaid", self.key[0])
                 self.fault = RemoteProtocolError(WireCode.UNPAID, "no voucher came in time")
                 self._end(FinishReason.CANCELLED)
+        await self._tell()
 
     def _affordable(self) -> list[Step]:
         """The waiting steps that fit into the credit window and into one chunk, in order."""
         state = self.server.book.channels[self.channel_id]
         others = self.server.meter.running(self.channel_id, without=self.key)
-        count = before = self.machine.digest.count
+        count = before = self.machine.output_tokens
         batch: list[Step] = []
-        text = 0
+        text = size = 0
         for step in self.pending:
-            count, text = count + len(step.token_ids), text + len(step.text)
-            if batch and (count - before > CHUNK_TOKENS or text > CHUNK_TEXT):
+            count, text, size = count + self._units(step), text + len(step.text), size + len(step.data)
+            if batch and (count - before > CHUNK_TOKENS or text > CHUNK_TEXT or size > DATA_PER_CHUNK):
                 break
-            cost = self.terms.spent(self.terms.input_limit, count)
+            cost = self.terms.spent(self.machine.input_tokens, count)
             if unsecured(state, others + cost) > self.terms.credit:
                 break
             batch.append(step)
@@ -204,13 +301,15 @@ class ServedPart:
     async def _send(self, batch: list[Step]) -> None:
         ids = tuple(token for step in batch for token in step.token_ids)
         text = "".join(step.text for step in batch)
-        for _ in batch:
+        data = b"".join(step.data for step in batch)
+        for step in batch:
             self.pending.popleft()
-        self.pending_tokens -= len(ids)
-        if ids or text:
-            frame = self.machine.deliver(ids, text)
+            self.pending_units -= self._units(step)
+        if ids or text or data:
+            frame = self.machine.deliver(ids, text, data)
             self.sent_ids.extend(ids)
             self.sent_text.append(text)
+            self.sent_data.append(data)
             self.server.meter.set(self.channel_id, self.key, self.machine.spent)
             fault_point("send.chunk")
             await self.link.send_frame(frame)
@@ -221,12 +320,14 @@ class ServedPart:
     # ------------------------------------------------------------------------------------------------- listening
 
     async def _listen(self) -> None:
-        """Vouchers, cancel, abort, or silence."""
+        """Vouchers, input, cancel, abort, or silence."""
         try:
             while True:
                 message = await self.link.receive()
                 if isinstance(message, VoucherMessage):
-                    await self.server.take_voucher(self.ask, message)
+                    await self.server.take_voucher(self.ask, message, self.terms.least_tick)
+                elif isinstance(message, Input):
+                    self.notify()
                 elif isinstance(message, Cancel | Abort):
                     break
         except StreamClosed:
@@ -248,7 +349,7 @@ class ServedPart:
         # nothing, hang up, and again on the same channel. As it is, the debt stands and the next ask must pay it.
         server, machine = self.server, self.machine
         self.finish = self.finish or FinishReason.CANCELLED
-        if self.failure and not self.fault and not self.sent_ids:
+        if self.failure and not self.fault and not machine.output_tokens:
             server.meter.drop(self.channel_id, self.key)
             await server.book.change([JobEnded(self.channel_id, *self.key, 0, 0, b"")])
             server.wake(self.channel_id)
@@ -262,12 +363,15 @@ class ServedPart:
             return None
         message = ReceiptMessage(receipt=receipt_to_wire(receipt), signature=signature)
         ended = JobEnded(self.channel_id, *self.key, receipt.cost, receipt.sequence, encode(message))
+        streamed = self.terms.shape.streamed
         kept = KeptResult(
             ask=ask_struct(self.ask).struct_hash(),
             accept=Accept(input_tokens=machine.input_tokens, sequence=machine.sequence, started=machine.started),
-            token_ids=tuple(self.sent_ids),
-            text="".join(self.sent_text),
+            token_ids=() if streamed else tuple(self.sent_ids),
+            text="" if streamed else "".join(self.sent_text),
             receipt=message,
+            data=b"".join(self.sent_data),
+            streamed=streamed,
         )
         now = server.now_ms()
         key = result_key(self.channel_id, *self.key)
@@ -300,7 +404,7 @@ class ServedPart:
             await self.link.abort(code, self.fault.detail if self.fault else self.failure)
             return
         await self.link.send(message)
-        await self.server.await_ack(self.link, self.ask)
+        await self.server.await_ack(self.link, self.ask, self.terms.least_tick)
 
     # --------------------------------------------------------------------------------------------------- waiting
 

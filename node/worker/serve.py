@@ -15,10 +15,11 @@ from typing import Protocol
 
 import msgspec
 import trio
+from msgspec import UnsetType
 
-from node.errors import ModelError, PromptInvalid
+from node.errors import InputInvalid, ModelError, PromptInvalid
 from node.network.drive import JobStream
-from node.ports import Backend, ByteStream, Prompt, Signer, StreamClosed
+from node.ports import Backend, ByteStream, Prompt, Signer, StreamClosed, TaskBackend, TaskInput
 from node.store.channels import ChannelBook
 from node.store.meter import Meter
 from node.store.results import Results
@@ -34,6 +35,7 @@ from protocol.ids import ChannelId, JobId, ModelId
 from protocol.job import JobWorker, Terms, ask_struct
 from protocol.keys import require_signer
 from protocol.messages import (
+    DATA_PER_CHUNK,
     Ack,
     AskMessage,
     Chunk,
@@ -42,6 +44,7 @@ from protocol.messages import (
     amount_from_wire,
 )
 from protocol.payment import crumb, exposure, needless
+from protocol.tasks import ChatRequest, Task, TaskRequest, task_of
 from protocol.typed_data import MARKET_DOMAIN, Refusal, Voucher
 
 log = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ class Lodger(Protocol):
 
 
 class JobServer:
-    """Serves `/gristmill/job/2`."""
+    """Serves `/gristmill/job/3`."""
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class JobServer:
         book: ChannelBook,
         results: Results,
         backend: Backend,
+        tasks: TaskBackend | None,
         desk: OfferDesk,
         meter: Meter,
         settings: ServeSettings,
@@ -113,6 +117,7 @@ class JobServer:
         self.book = book
         self.results = results
         self.backend = backend
+        self.tasks = tasks
         self.desk = desk
         self.meter = meter
         self.settings = settings
@@ -124,6 +129,7 @@ class JobServer:
         """Parts under way, those included that only wait for their ack."""
         self._parts: set[tuple[ChannelId, JobId, int]] = set()
         self._serving: set[ServedPart] = set()
+        self._compiling = trio.CapacityLimiter(1)
         self._crumbs: Counter[tuple[ChannelId, JobId, int]] = Counter()
         self.lodger: Lodger | None = None
         """Whoever uses free places until a stream comes."""
@@ -139,6 +145,18 @@ class JobServer:
             return 0
         lent = self.lodger.active if self.lodger else 0
         return min(self.settings.max_streams - len(self._parts), self.backend.free_slots + lent)
+
+    @property
+    def offered_slots(self) -> int:
+        """What the offer says: places for whatever has more of them."""
+        other = self.tasks.free_slots if self.tasks and not self.draining else 0
+        return max(self.free_slots, min(self.settings.max_streams - len(self._parts), other))
+
+    def _places(self, request: TaskRequest) -> int:
+        """Places for a request of this kind: chats and other tasks run in different runtimes."""
+        if task_of(request) is Task.CHAT or self.draining:
+            return self.free_slots
+        return min(self.settings.max_streams - len(self._parts), self.tasks.free_slots if self.tasks else 0)
 
     def wake(self, channel_id: ChannelId) -> None:
         """What is paid or booked on one stream of a channel may let the others go on."""
@@ -164,8 +182,9 @@ class JobServer:
         except StreamClosed:
             pass
 
-    def load(self, asking: ChannelState | None) -> Load:
-        """How busy we are, seen from one channel; from one that we do not know there is nothing to see of chain and credit."""
+    def load(self, asking: ChannelState | None, request: TaskRequest) -> Load:
+        """How busy we are for this request, seen from one channel; from one that we do not know there is nothing to see of chain
+        and credit."""
         accepted = None if asking is None else self.accepted.of(asking)
         in_use = age = 0
         if asking is not None and accepted is not None:
@@ -176,7 +195,7 @@ class JobServer:
             in_use = sum(exposure(s, credit) for s in same)
             age = self.chain_age_ms(asking)
         return Load(
-            free_slots=self.free_slots,
+            free_slots=self._places(request),
             draining=self.draining,
             credit_in_use=in_use,
             credit_limit=0 if accepted is None else accepted.credit_limit,
@@ -203,12 +222,11 @@ class JobServer:
                 return
             checked = self._check(ask)
             with self._slot((checked.channel.channel_id, JobId(ask.job_id), ask.part)) as part:
-                prompt = await self._prepare(ask)
-                self._check_size(prompt, ask.params.max_tokens)
-                if self.lodger:
-                    await self.lodger.make_way(lambda: self.backend.fits(prompt, ask.params.max_tokens))
-                terms = self._agree(checked, part, prompt)
-                serving = ServedPart(self, link, checked, prompt, terms)
+                await self._check_format(ask)
+                work = await self._prepare(ask)
+                if isinstance(work, Prompt):
+                    await self._make_room(work, ask.params.max_tokens)
+                serving = ServedPart(self, link, checked, work, self._agree(checked, part, work))
                 receipt = await serving.run()
             await serving.conclude(receipt)  # the place is free: who is slow to acknowledge holds up nobody
         except Rejected as no:
@@ -224,7 +242,7 @@ class JobServer:
             worker=self.key.address,
             offers=self.desk.valid,
             channel=channel,
-            load=self.load(channel),
+            load=self.load(channel, ask.request),
             now_ms=self.now_ms(),
         )
 
@@ -236,39 +254,61 @@ class JobServer:
             raise Rejected(RefusalReason.CHANNEL_CLOSING, "this worker has lost its books of the channel; open another")
         return self.book.get(channel_id)
 
-    def _agree(self, checked: Checked, part: tuple[ChannelId, JobId, int], prompt: Prompt) -> Terms:
+    def _agree(self, checked: Checked, part: tuple[ChannelId, JobId, int], work: Prompt | TaskInput) -> Terms:
         if part in self.book.cut_off:
             raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was cut off by a crash and is charged for")
         channel = self.book.channels[checked.channel.channel_id]
         terms = check_prompt(
             replace(checked, channel=channel),
-            len(prompt.token_ids) + len(checked.ask.resume),
+            len(work.token_ids) + len(checked.ask.resume) if isinstance(work, Prompt) else work.units,
             running=self.meter.running(channel.channel_id),
-            load=self.load(channel),
+            load=self.load(channel, checked.ask.request),
         )
-        if not self.backend.fits(prompt, checked.ask.params.max_tokens):
+        if isinstance(work, Prompt) and not self.backend.fits(work, checked.ask.params.max_tokens):
             raise Rejected(RefusalReason.BUSY, "no memory is free for a job of this size")
         return terms
 
-    def _check_size(self, prompt: Prompt, max_tokens: int) -> None:
-        """Before anything makes way for it: what could never fit is not to be asked for again."""
+    async def _make_room(self, prompt: Prompt, max_tokens: int) -> None:
+        """Before anything makes way for it: what could never fit is not to be asked for again. Raises `Rejected`."""
         count = len(prompt.token_ids)
         if not self.backend.could_fit(prompt.model, count + max_tokens):
             raise Rejected(
                 RefusalReason.CONTEXT_EXCEEDED,
                 f"{count} prompt tokens and {max_tokens} to generate are more than this worker's memory holds",
             )
+        if self.lodger:
+            await self.lodger.make_way(lambda: self.backend.fits(prompt, max_tokens))
 
-    async def _prepare(self, ask: AskMessage) -> Prompt:
-        model, messages = ModelId(ask.model_id), ask.messages
-        if model not in self.backend.models:  # it was when the offer was signed
-            raise Rejected(RefusalReason.BUSY, "the model is not in service now")
+    async def _check_format(self, ask: AskMessage) -> None:
+        wanted = ask.params.response_format
+        if isinstance(wanted, UnsetType):
+            return
         try:
-            if sum(len(m.content) for m in messages) < 16_384:
-                return self.backend.prepare(model, messages)
-            return await trio.to_thread.run_sync(self.backend.prepare, model, messages)
+            check = self.backend.check_format
+            await trio.to_thread.run_sync(check, ModelId(ask.model_id), wanted, ask.resume, limiter=self._compiling)
+        except PromptInvalid as error:
+            raise Rejected(RefusalReason.UNSUPPORTED_PARAM, f"response_format: {error.message}"[:300]) from None
+        except ModelError as error:
+            log.error("the model runtime cannot take a grammar: %s", error)
+            raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
+
+    async def _prepare(self, ask: AskMessage) -> Prompt | TaskInput:
+        """Tokenise; what is long, in a thread. Raises `Rejected`."""
+        model, request = ModelId(ask.model_id), ask.request
+        try:
+            if isinstance(request, ChatRequest):
+                if model not in self.backend.models:  # it was when the offer was signed
+                    raise Rejected(RefusalReason.BUSY, "the model is not in service now")
+                if sum(len(m.content) for m in request.messages) < 16_384:
+                    return self.backend.prepare(model, request.messages)
+                return await trio.to_thread.run_sync(self.backend.prepare, model, request.messages)
+            if self.tasks is None:
+                raise Rejected(RefusalReason.TASK_UNSUPPORTED, "only chats are served here")
+            return await trio.to_thread.run_sync(self.tasks.prepare, model, request)
         except PromptInvalid as error:
             raise Rejected(RefusalReason.PROMPT_INVALID, str(error)[:300]) from None
+        except InputInvalid as error:
+            raise Rejected(RefusalReason.INPUT_INVALID, str(error)[:300]) from None
         except ModelError as error:
             log.error("the model runtime cannot take a prompt: %s", error)
             raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
@@ -301,6 +341,8 @@ class JobServer:
         kept = msgspec.msgpack.decode(raw, type=KeptResult)
         if kept.ask != ask_struct(ask).struct_hash():
             raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was served for another ask")
+        if kept.streamed:
+            raise Rejected(RefusalReason.DUPLICATE_JOB, "this part was served; what followed its ask is not kept")
         return kept
 
     async def _serve_again(self, link: JobStream[JobWorker], ask: AskMessage, kept: KeptResult) -> None:
@@ -310,26 +352,29 @@ class JobServer:
             await link.send(Chunk(token_ids=kept.token_ids[start : start + CHUNK_TOKENS], text=""))
         for start in range(0, len(kept.text), CHUNK_TEXT):
             await link.send(Chunk(token_ids=(), text=kept.text[start : start + CHUNK_TEXT]))
+        for start in range(0, len(kept.data), DATA_PER_CHUNK):
+            await link.send(Chunk(token_ids=(), text="", data=kept.data[start : start + DATA_PER_CHUNK]))
         await link.send(kept.receipt)
         await self.await_ack(link, ask)
 
-    async def await_ack(self, link: JobStream[JobWorker], ask: AskMessage) -> None:
-        """After the receipt: take the vouchers that still come; an ack lets the result go."""
+    async def await_ack(self, link: JobStream[JobWorker], ask: AskMessage, tick: int | None = None) -> None:
+        """After the receipt: take the vouchers that still come; an ack lets the result go. `tick` as in `take_voucher`."""
         with trio.move_on_after(self.settings.ack_ms / 1000):
             while not link.machine.over:
                 message = await link.receive()
                 if isinstance(message, VoucherMessage | Ack):
-                    await self.take_voucher(ask, message)
+                    await self.take_voucher(ask, message, tick)
                 if isinstance(message, Ack):
                     key = result_key(ask.channel_id, ask.job_id, ask.part)
                     await self.results.acknowledge(key, now_ms=self.now_ms())
 
-    async def take_voucher(self, ask: AskMessage, message: VoucherMessage | Ack) -> None:
+    async def take_voucher(self, ask: AskMessage, message: VoucherMessage | Ack, tick: int | None = None) -> None:
         """Book it if it is the highest so far; on a channel with several streams another one may have been faster.
 
         The journal only grows, so a stream's vouchers must be worth their records: one that nothing needs is passed over,
         and one that adds a crumb is the client's fault, but for a few (the two sides may count differently for a moment).
-        An ack is the last of its stream and may add anything. Raises `RemoteProtocolError`.
+        An ack is the last of its stream and may add anything. `tick`: the least of the part, where it is still known.
+        Raises `RemoteProtocolError`.
         """
         channel_id = ChannelId(ask.channel_id)
         cumulative = amount_from_wire(message.cumulative)
@@ -337,7 +382,8 @@ class JobServer:
         if isinstance(message, VoucherMessage) and state.cumulative < cumulative <= state.ceiling:
             if needless(state):
                 return
-            if crumb(state, self.meter.running(channel_id), cumulative, self.accepted.tick(state)):
+            tick = self.accepted.tick(state) if tick is None else tick
+            if crumb(state, self.meter.running(channel_id), cumulative, tick):
                 part = (channel_id, JobId(ask.job_id), ask.part)
                 self._crumbs[part] += 1
                 if self._crumbs[part] > _CRUMBS:

@@ -19,7 +19,7 @@ from node.errors import LedgerError, NetworkError, SignerFailed
 from node.groups import plain_errors
 from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
-from node.ports import Backend, ByteStream, Chain, ChainEvent, Network, Signer
+from node.ports import Backend, ByteStream, Chain, ChainEvent, Network, Signer, TaskBackend
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
 from node.store.meter import Meter
@@ -29,7 +29,7 @@ from node.worker.batch_quotes import BatchAsset
 from node.worker.batch_service import BatchService, BatchSettings
 from node.worker.channels import ChannelDesk, ChannelRules
 from node.worker.claims import Claimer, ClaimPolicy, ClaimReport, claim_all
-from node.worker.desk import HONOURED, OfferDesk, Speed, Terms
+from node.worker.desk import OfferDesk, Speed, Terms, merged
 from node.worker.serve import JobServer, ServeSettings
 from node.worker.watch import ChainWatch
 from protocol.channel import ChannelState, ClaimNow, Role
@@ -96,8 +96,9 @@ class Worker:
         now_ms: Callable[[], int],
         speeds: Mapping[ModelId, Speed] | None = None,
         book: ChannelBook | None = None,
+        tasks: TaskBackend | None = None,
     ) -> None:
-        """`book`: the fold of `ledger`, where the caller has made it already."""
+        """`book`: the fold of `ledger`, where the caller has made it already. `tasks`: what runs tasks other than chat."""
         self.key = key
         self.network = network
         self.chains = chains
@@ -114,7 +115,13 @@ class Worker:
         for one in settings.accepts:
             chains.of(one.domain)
         credit_tokens = settings.tick_tokens * settings.credit_ticks
-        self.accepted = AcceptedAssets(settings.accepts, tick_tokens=settings.tick_tokens, credit_tokens=credit_tokens)
+        models = merged(backend.models, tasks.models if tasks else {})
+        self.accepted = AcceptedAssets(
+            settings.accepts,
+            tick_tokens=settings.tick_tokens,
+            credit_tokens=credit_tokens,
+            tasks={task for info in models.values() for task in info.tasks},
+        )
         self.channels = ChannelDesk(
             key=key,
             book=self.book,
@@ -162,10 +169,10 @@ class Worker:
                 max_tokens=settings.max_tokens,
                 version=settings.version,
             ),
-            lambda: backend.models,
+            lambda: merged(backend.models, tasks.models if tasks else {}),
             self.speeds,
             lambda: network.addresses,
-            lambda: self.server.free_slots,
+            lambda: self.server.offered_slots,
             now_ms,
         )
         self.server = JobServer(
@@ -174,6 +181,7 @@ class Worker:
             book=self.book,
             results=self.results,
             backend=backend,
+            tasks=tasks,
             desk=self.desk,
             meter=self.meter,
             settings=settings.serve,
@@ -339,4 +347,4 @@ async def self_test(backend: Backend, *, tokens: int = 8) -> dict[ModelId, Speed
     return speeds
 
 
-__all__ = ["HONOURED", "Accepted", "Worker", "WorkerSettings", "self_test"]
+__all__ = ["Accepted", "Worker", "WorkerSettings", "self_test"]

@@ -67,11 +67,12 @@ WHO: dict[str, dict[str, list[str]]] = {
         "worker": [*JOURNAL, "send.accept", "send.chunk", "send.receipt", "send.transaction"],
         "client": [*JOURNAL, "send.ask", "send.voucher", "send.ack"],
     },
+    "sound": {"worker": ["send.taken"], "client": ["send.input"]},
     "batch": {"worker": ["send.quote", "send.submission"], "client": ["send.order", "send.acceptance"]},
     "close": {"worker": ["send.close"], "client": ["send.allocation"]},
 }
 """By what the client asks for: who dies at which point."""
-DONE = {"chat": "paid", "batch": "settled", "close": "closed"}
+DONE = {"chat": "paid", "sound": "paid", "batch": "settled", "close": "closed"}
 """What a client says when it has got what it asked for."""
 ROLES = ("worker", "client")
 ELSEWHERE = {"signer.before_insert", "signer.before_commit", "signer.after_insert"}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,11 @@ def test_a_worker_that_is_told_to_stop_before_it_is_ready_stops(world: World) ->
 
 
 def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> None:
-    """C7: the chat is no transaction."""
-    process = world.start()
+    """C7: the chat is no transaction. What the worker counts meanwhile is on its page."""
+    process = world.start(None, "--set", "telemetry.metrics=0")
     try:
-        address = ready(process)["addresses"][0]
+        row = ready(process)
+        address = row["addresses"][0]
         rows = gristmill(
             world.client, *world.settings, "chat", MODEL, "What is a mill?", "--worker", address, "--max-tokens", "24"
         )
@@ -152,6 +154,12 @@ def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> 
         assert answer["blocks"]["before"] == answer["blocks"]["after"]  # automine: a transaction would be a block
         status = gristmill(world.worker, "status")[0]
         assert status["finished"] == 1
+        page = urllib.request.urlopen(f"http://{row['metrics']}/metrics", timeout=20).read().decode()
+        assert "\ngristmill_jobs_finished_total 1.0\n" in page
+        assert f"\ngristmill_output_tokens_total {float(answer['usage']['output_tokens'])}\n" in page
+        counted = f'vllm:time_to_first_token_seconds_count{{engine="0",model_name="{MODEL}"}} 2.0'
+        assert counted in page, "the self-test and the chat"
+        assert "vllm:kv_cache_usage_perc" in page and "vllm:num_requests_running" in page
         (asset,) = status["assets"]
         assert asset["earned"] == answer["cost"] and asset["chain"] == answer["chain"] == "default"
         claimed, end = gristmill(world.worker, "claim")
@@ -168,6 +176,21 @@ def test_a_paid_chat_over_processes_then_claim_close_and_audit(world: World) -> 
         ]  # fmt: skip
         texts = ["".join(row.get("text", "") for row in rows) for rows in sampled]
         assert texts[0] == texts[1]
+        # A schema binds what is written, and what is wrong with one is said before anything is owed.
+        schema = world.client / "colour.json"
+        schema.write_text(
+            '{"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}'
+        )
+        bound = gristmill(
+            world.client, *world.settings, "chat", MODEL, "Name a colour.", "--worker", address,
+            "--max-tokens", "60", "--temperature", "1", "--json-schema", str(schema),
+        )  # fmt: skip
+        assert json.loads("".join(row.get("text", "") for row in bound))["colour"] in ("red", "blue")
+        schema.write_text('{"type": "array", "uniqueItems": true}')
+        refused = gristmill(
+            world.client, *world.settings, "chat", MODEL, "Hi.", "--worker", address, "--json-schema", str(schema), check=False
+        )[-1]  # fmt: skip
+        assert "the client's JSON schema is refused" in refused["error"]["message"], refused
     finally:
         assert stop(process) == 0
     for folder, role in world.roles():

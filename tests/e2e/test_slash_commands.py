@@ -17,7 +17,7 @@ import trio
 
 from node.chain.deployment import Deployment
 from node.cli import main as frame
-from node.cli.chat import receipt_data
+from node.cli.answer import receipt_data
 from node.cli.output import dumps
 from node.config import load
 from node.keystore import Keystore

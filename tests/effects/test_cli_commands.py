@@ -465,6 +465,19 @@ def test_a_prompt_that_is_no_text_is_said_to_be_none(run: Run, monkeypatch: pyte
     assert said["code"] == "config" and "<stdin> is no UTF-8 text" in said["message"]
 
 
+def test_a_chat_follows_one_grammar_that_can_be_read(run: Run, tmp_path: Path) -> None:
+    bad, good = tmp_path / "schema.json", tmp_path / "good.json"
+    bad.write_text("{")
+    good.write_text("{}")
+    said = run("chat", "m", "hello", "--json-schema", str(bad), "--json").one["error"]
+    assert said["code"] == "config" and f"{bad} is no JSON schema" in said["message"]
+    said = run("chat", "m", "hello", "--json-schema", str(good), "--regex", "a", "--json").one["error"]
+    assert "one of --json-schema, --regex and --grammar" in said["message"]
+    good.write_bytes(b"\xff")
+    said = run("chat", "m", "hello", "--grammar", str(good), "--json").one["error"]
+    assert said["code"] == "config" and f"{good} is no Lark grammar" in said["message"]
+
+
 class NamedBytes(io.BytesIO):
     name = "<stdin>"
 

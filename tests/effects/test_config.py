@@ -22,7 +22,7 @@ from node.cli.init import template
 from node.client.connect import client_means
 from node.config import FAMILIES, FAMILY_MAX, KEYS, Config, family_keys, find_key, find_variable, load
 from node.errors import ConfigError
-from node.settings import PARSERS
+from node.settings import PARSERS, task_price_of
 from node.worker.accepted import Accepted
 from protocol.claiming import COIN, ClaimTerms
 from protocol.ids import ZERO_ADDRESS, Address
@@ -30,6 +30,7 @@ from protocol.messages import decode_value, encode
 from protocol.offers import OFFER_TTL_MAX_MS, Asset, ModelOffer, OfferDocument, Payment
 from protocol.pricing import Price
 from protocol.selection import PriceLimit
+from protocol.tasks import Task
 
 NAMES_OF_TOKENS = {"worker.accept", "client.pay_with"}
 """They must name what is there."""
@@ -231,7 +232,9 @@ def other_value(name: str, salt: int) -> Any:
         "p2p.bootstrap": (f"/ip4/127.0.0.1/tcp/{salt + 1}/p2p/x",),
         "worker.payout": f"0x{salt + 1:040x}",
         "worker.batch_resolvers": (f"0x{salt + 1:040x}", "committee"),
+        "worker.task_prices": (f"embed={salt}/1/2", "transcribe=0/3/4"),
         "engine.device": f"cuda:{salt}",
+        "telemetry.metrics": f"127.0.0.1:{9000 + salt}",
         "engine.dtype": ("float32", "bfloat16", "float16", "float32")[salt],
         "engine.isolation": ("auto", "bwrap", "process", "thread")[salt],
         "keys.signer": ("process", "inline", "process", "inline")[salt],
@@ -246,6 +249,27 @@ def other_value(name: str, salt: int) -> Any:
     if key.kind == "int":
         return (key.setting.low or 0) + salt
     return (f"text{salt}",) if key.kind.startswith("tuple") else f"text{salt}"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "embed",
+        "embed=1/2",
+        "embed=1/2/3/4",
+        "embed=-1/0/0",
+        "embed=a/0/0",
+        "paint=1/2/3",
+        "chat=1/2/3",
+        f"ocr=0/0/{2**63}",
+    ],
+)
+def test_a_price_of_a_task_is_three_amounts(world: Callable[..., Config], bad: str) -> None:
+    with pytest.raises(ConfigError, match=r"task_prices must be like transcribe="):
+        world(flag={"worker.task_prices": [bad]})
+    made = world(flag={"worker.task_prices": ["embed=1/2/3", f"ocr=0/0/{2**63 - 1}"]})
+    prices = dict(map(task_price_of, made.worker.task_prices))
+    assert prices == {Task.EMBED: Price(1, 2, 3), Task.OCR: Price(0, 0, 2**63 - 1)}
 
 
 def as_toml(name: str, value: Any) -> str:
@@ -312,7 +336,7 @@ def test_bounds_hold_on_both_sides(world: Callable[..., Config], key: module.Key
         ("[chain]\nrpc_urls = ['http://x', 3]", "chain.rpc_urls must be text"),
         ("[p2p]\nlisten = ['localhost:4001']", "p2p.listen must be a multiaddr"),
         ("[p2p]\ngossip = 'perhaps'", "p2p.gossip must be true or false"),
-        ("[engine]\ndevice = 'tpu'", "engine.device must be cpu, cuda or cuda:N"),
+        ("[engine]\ndevice = 'tpu'", "engine.device must be auto, cpu, mps, or cuda, rocm or xpu with or without :N"),
         ("[keys]\nscrypt_n = 5000", "keys.scrypt_n must be a power of two"),
         ("[worker", "is not valid TOML"),
         ("network = 'a'\nnetwork = 'b'", "is not valid TOML"),

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from node.chain.memory import MemoryChain
-from node.cli.chat import receipt_data
+from node.cli.answer import receipt_data
 from node.cli.output import dumps
 from node.cli.slash_prove import read_receipt
 from node.client.client import Client

@@ -84,6 +84,22 @@ def test_no_more_is_paid_ahead_than_a_worker_delivers_in_its_tick_ms(speed: floa
     run_market(scenario)
 
 
+@pytest.mark.parametrize("speed", [0.5, 4.0, 15.0])
+def test_a_slow_worker_is_paid_by_small_ticks_to_the_end(speed: float) -> None:
+    """What a client adds at a time is half of *its* tick: to the worker that is no crumb, however slow it is."""
+
+    async def scenario(market: Market) -> None:
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=300, seconds_per_token=0.001)))
+        client = await market.client()
+        client.history[worker.key.peer_id] = History(tokens_per_second=speed)
+        async with client.chat("fake", HELLO, max_tokens=300) as stream:
+            assert len((await stream.text()).split()) == 300
+        vouchers = [one for one in worker.ledger.records() if one.kind == "voucher_added"]
+        assert len(vouchers) > 5 + 2, "more than the few crumbs that are forgiven"
+
+    run_market(scenario)
+
+
 @pytest.mark.parametrize("latency", [0.0, 0.01])
 def test_a_job_on_an_open_channel_costs_one_round_trip(latency: float) -> None:
     """C7: counted on a timeline. The first job also opens a channel, and the count sees that."""

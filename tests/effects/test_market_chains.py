@@ -53,6 +53,7 @@ from protocol.offers import Asset, Payment, VerifiedOffer
 from protocol.pricing import Price, cost
 from protocol.records import to_body
 from protocol.selection import Exclusion, Policy
+from protocol.tasks import ChatRequest
 from protocol.typed_data import Allocation, Domain
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -447,7 +448,7 @@ def test_an_empty_purse_is_passed_over_and_a_filled_one_found_again() -> None:
         two.apply(lambda world, _: (world.pay(two.token, payer, 10**7), []))
         await client.wallet.chains.named("two").deposit(two.token, 10**7)
         assert (await greet(client)).home == two.domain
-        selection = client.explain("fake", (), Params(), Policy())
+        selection = client.explain("fake", ChatRequest(()), Params(), Policy())
         assert [c.payment.chain_id for c in selection.ranked] == [2]
         await client.wallet.withdraw(await client.wallet.balance(means[1].asset), asset=means[1].asset)
         await client.wallet.look()
@@ -470,10 +471,10 @@ def test_a_limit_in_one_token_admits_no_payment_in_another_without_a_rate() -> N
         rated = await market.client(means=[market.means(two, rate=Fraction(1, 2))], chains=["two"])
         most = cost(CHEAP, blind.count_tokens(worker_model(blind), ()), 100)
         for limit, against in ((most, ()), (most // 2 + 1, ()), (most // 4, (Exclusion.PRICE_TOO_HIGH,))):
-            asked = ("fake", (), Params(max_tokens=100), Policy(max_cost=limit))
+            asked = ("fake", ChatRequest(()), Params(max_tokens=100), Policy(max_cost=limit))
             assert rated.explain(*asked).rejected == ({peer: against} if against else {})
             assert blind.explain(*asked).rejected == {peer: (Exclusion.NOT_COMPARABLE,)}
-        assert blind.explain("fake", (), Params(max_tokens=100), Policy()).ranked
+        assert blind.explain("fake", ChatRequest(()), Params(max_tokens=100), Policy()).ranked
 
     run_market(test)
 

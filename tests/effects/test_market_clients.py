@@ -46,6 +46,7 @@ from protocol.messages import (
 )
 from protocol.offers import open_offer, sign_offer
 from protocol.pricing import Price, cost
+from protocol.tasks import ChatRequest
 from protocol.typed_data import Allocation, Close, Domain
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -104,7 +105,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     ),
     "a prompt longer than the context": (
         RefusalReason.CONTEXT_EXCEEDED,
-        lambda h, w: h.ask(messages=(ChatMessage(role="user", content="a " * 8_200),)),
+        lambda h, w: h.ask(request=ChatRequest(messages=(ChatMessage(role="user", content="a " * 8_200),))),
     ),
     "a prompt that leaves no room": (
         RefusalReason.CONTEXT_EXCEEDED,
@@ -112,7 +113,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     ),
     "an empty prompt": (
         RefusalReason.PROMPT_INVALID,
-        lambda h, w: h.ask(messages=(ChatMessage(role="user", content=""),)),
+        lambda h, w: h.ask(request=ChatRequest(messages=(ChatMessage(role="user", content=""),))),
     ),
     "a deadline that is past": (RefusalReason.DEADLINE_INVALID, lambda h, w: h.ask(deadline=w.now_ms())),
     "a deadline in two days": (
@@ -122,7 +123,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     "an unknown channel": (RefusalReason.CHANNEL_UNKNOWN, lambda h, w: h.ask(channel_id=bytes(32))),
     "messages changed after signing": (
         RefusalReason.SIGNER_MISMATCH,
-        lambda h, w: h.ask(forged=True, messages=(ChatMessage(role="user", content="bye"),)),
+        lambda h, w: h.ask(forged=True, request=ChatRequest(messages=(ChatMessage(role="user", content="bye"),))),
     ),
     "parameters changed after signing": (
         RefusalReason.SIGNER_MISMATCH,
@@ -155,7 +156,7 @@ ASKS: dict[str, tuple[RefusalReason, Case]] = {
     ),
     "a long prompt on credit": (
         RefusalReason.VOUCHER_INSUFFICIENT,
-        lambda h, w: h.ask(0, messages=(ChatMessage(role="user", content="a " * 200),)),
+        lambda h, w: h.ask(0, request=ChatRequest(messages=(ChatMessage(role="user", content="a " * 200),))),
     ),
 }
 
@@ -441,7 +442,7 @@ def test_a_voucher_on_one_stream_lets_the_others_of_its_channel_go_on() -> None:
         def stuck() -> bool:
             """Both engines are a tick ahead, and the credit is used up: nothing but money moves them."""
             state, serving = worker.book.channels[hand.state.channel_id], worker.server._serving
-            full = [s.pending_tokens >= worker.settings.tick_tokens for s in serving]
+            full = [s.pending_units >= worker.settings.tick_tokens for s in serving]
             return full == [True, True] and state.owed(worker.meter.running(state.channel_id)) == market.tick
 
         while not stuck():

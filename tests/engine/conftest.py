@@ -40,16 +40,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from node.runtime.engine.models.llama import LlamaConfig
+    from node.runtime.engine.models.configs import parse
 
     def make(**changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("model")
         config = {**TINY, **changes}
         generator = torch.Generator().manual_seed(11)
         weights = {}
-        for name, shape in LlamaConfig.parse(config).shapes().items():
+        decoder, names = parse(config)
+        for name, shape in decoder.shapes().items():
             noise = torch.randn(shape, generator=generator)
-            weights[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
+            weights[names(name).name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -72,7 +73,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     name = "smollm2-135m-instruct"
     kept = os.environ.get("GRISTMILL_TEST_MODELS")
-    if not kept and installed(KNOWN[name]) is None:
+    if not kept and installed(KNOWN[name].packages[0]) is None:
         pytest.skip(f"the model package {KNOWN[name].requirement} is not installed")
     store = ModelStore(Path(kept) if kept else tmp_path_factory.mktemp("store"))
     manifest = add_known(store, name, progress=False)
@@ -100,3 +101,39 @@ def make_chat_model(make_model: Callable[..., Path]) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Folder of a known model by name, converted for this run as `smollm` is; skips where its packages are not installed."""
+    for package in ("torch", "safetensors", "tokenizers"):
+        pytest.importorskip(package)
+    from node.models.packages import KNOWN, add_known, installed
+    from node.models.store import ModelStore
+
+    kept = os.environ.get("GRISTMILL_TEST_MODELS")
+    store = ModelStore(Path(kept) if kept else tmp_path_factory.mktemp("store"))
+    added = set()
+
+    def get(name: str) -> Path:
+        for package in KNOWN[name].packages:
+            if not kept and installed(package) is None:
+                pytest.skip(f"the model package {package.requirement} is not installed")
+        manifest = add_known(store, name, progress=False)
+        added.add(manifest.id)
+        return store.path(manifest.id)
+
+    yield get
+    if not kept:
+        for model in added:
+            store.remove(model)
+
+
+@pytest.fixture(scope="session")
+def speech() -> bytes:
+    """6.1 s of synthetic speech, PCM s16le mono 16 kHz: "The quick brown fox jumps over the lazy dog." (a pause of 1.3 s)
+    "Hello, my name is John." """
+    import wave
+
+    with wave.open(str(Path(__file__).parents[1] / "vectors" / "speech.wav")) as file:
+        return file.readframes(file.getnframes())

@@ -1,4 +1,4 @@
-"""M5: an engine process that was taken over, whatever it says, can give its own streams tokens and do nothing else."""
+"""M6: an engine process that was taken over, whatever it says, can give its own streams tokens and do nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from node.testing.planted import notices
 from protocol.sampling import SamplingParams
 
 LOAD = wire.Load("/nowhere", "cpu", "float32", 1, 1 << 20, 8, 0)
-READY = wire.Ready(1000, 97, "0" * 32, 1000, 1000)
+READY = wire.Ready(1000, 97, "0" * 32, (96,), 1000, 1000)
 Script = Callable[[socket.socket, wire.Submit], None]
 
 
@@ -115,7 +115,7 @@ def test_a_token_that_is_none_of_the_streams_ends_the_engine(lie: Callable[[wire
 
 
 def test_a_host_that_believed_its_engine_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M5, planted: no token is checked."""
+    """M6, planted: no token is checked."""
 
     def believe(self: EngineHost, stream: Any, output: wire.Output) -> StepOutput:
         stream.received.append(output.token_id)

@@ -1,4 +1,4 @@
-"""Engines in processes of their own: what they cannot reach (M6), and that their deaths cost nobody a token (M4).
+"""Engines in processes of their own: what they cannot reach (M7), and that their deaths cost nobody a token (M5).
 
 A hang is a stopped process, want of memory is a limit lowered under a running one: nothing in the product knows of these tests.
 """

@@ -1,4 +1,4 @@
-"""Models under one memory budget: loaded, tested (M7), sold, put out, swapped, and never under a running stream (M8)."""
+"""Models under one memory budget: loaded, tested (M8), sold, put out, swapped, and never under a running stream (M9)."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def _copy(store: ModelStore, models: Models, folder: Path) -> Manifest:
 
 
 def test_an_engine_that_dies_is_not_noticed_by_other_models(models: Models) -> None:
-    """M4. Two processes; one is killed under a stream of each."""
+    """M5. Two processes; one is killed under a stream of each."""
 
     async def main() -> None:
         settings = replace(SETTINGS, isolation="process")
@@ -331,13 +331,13 @@ def test_an_engine_that_dies_is_not_noticed_by_other_models(models: Models) -> N
 def test_a_model_that_is_put_out_under_a_stream_would_be_noticed(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """M8, planted: whoever has a stream counts as idle, and its engine is ended at once."""
+    """M9, planted: whoever has a stream counts as idle, and its engine is ended at once."""
     monkeypatch.setattr(Resident, "idle", property(lambda self: self.phase is Phase.READY))
     assert notices(lambda: test_pins_and_streams_keep_a_model_in_memory(models))
 
 
 def test_a_model_that_is_sold_untested_would_be_noticed(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """M7, planted: loaded is good enough."""
+    """M8, planted: loaded is good enough."""
     monkeypatch.setattr(Fleet, "on_sale", lambda self, one: one.phase is not Phase.COLD)
     with pytest.MonkeyPatch.context() as inner:
         assert notices(lambda: test_a_model_that_fails_its_test_is_not_sold_and_says_why(models, inner))

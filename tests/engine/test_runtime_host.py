@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator, Callable, Container, Hashable
 from contextlib import aclosing
 from pathlib import Path
@@ -28,10 +29,18 @@ from node.runtime.launch import ThreadLauncher
 from node.runtime.life import Phase
 from node.runtime.resident import Resident
 from node.runtime.stops import StopStrings
+from node.telemetry.engine import ITL, EngineMetrics
+from node.telemetry.exposition import Histogram
 from protocol.ids import ModelId
 from protocol.messages import FinishReason as Finish
 from protocol.messages import Params
 from protocol.sampling import SamplingParams
+
+
+class EngineNumbers:
+    """What an engine counts, as far as this test's does."""
+
+    step_tokens = 1
 
 
 class CountingEngine:
@@ -87,7 +96,7 @@ class CountingEngine:
     def could_fit(self, tokens: int) -> bool:
         return tokens <= 2048
 
-    vocab_size, context_length = 4096, 2048
+    vocab_size, context_length, eos_ids = 4096, 2048, frozenset[int]()
 
     def numerics_probe(self) -> bytes:
         return bytes(32)
@@ -100,9 +109,9 @@ def sequence(name: str, max_tokens: int, prompt: tuple[int, ...] = (1,)) -> Sequ
 LOAD = wire.Load("/nowhere", "cpu", "float32", 1, 1 << 20, 8, 0)
 
 
-def run(engine: CountingEngine, work: Callable[[EngineHost], Any]) -> None:
+def run(engine: CountingEngine, work: Callable[[EngineHost], Any], **options: Any) -> None:
     async def main() -> None:
-        host = EngineHost(ThreadLauncher(lambda load, tell: engine), LOAD)
+        host = EngineHost(ThreadLauncher(lambda load, tell: engine), LOAD, **options)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 await nursery.start(host.run)
@@ -146,6 +155,87 @@ def test_an_engine_is_not_pulled_further_than_the_window_ahead_of_its_reader() -
                 await trio.sleep(0.001)
 
     run(engine, work)
+
+
+def counts(host: EngineHost) -> dict[str, float]:
+    """What the host has counted: every sample without its own labels."""
+    found: dict[str, float] = {}
+    for family, labels, value in host.metrics.samples():
+        name = "/".join((family.name.removeprefix("vllm:"), *labels[2:]))
+        found[name] = sum(value.counts) if isinstance(value, Histogram) else value
+    return found
+
+
+class Told:
+    """Hears of steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, float, float]] = []
+
+    def stepped(self, stats: Any, began: float, ended: float) -> None:
+        self.steps.append((stats, began, ended))
+
+
+def test_times_and_ends_of_requests_are_counted_once_each() -> None:
+    engine, told = CountingEngine(), Told()
+    engine.stats = EngineNumbers()  # type: ignore[attr-defined]
+
+    async def work(host: EngineHost) -> None:
+        assert len([o async for batch in host.generate(sequence("whole", 5)) for o in batch]) == 5
+        async with aclosing(host.generate(sequence("left", 1000))) as stream:
+            await anext(stream)
+        async with aclosing(host.generate(sequence("enough", 1000))) as stream:
+            await anext(stream)
+            host.satisfied("enough")
+        with pytest.raises(ModelError):
+            await anext(host.generate(sequence("refused", 5, prompt=())))
+        while not engine.idle:
+            await trio.sleep(0.001)
+        await trio.sleep(0.05)
+        seen.update(counts(host))
+
+    seen: dict[str, float] = {}
+    run(engine, work, metrics=EngineMetrics("m", 100), observers=[told])
+    ends = {name: seen[f"request_success_total/{name}"] for name in ("stop", "length", "abort", "error")}
+    assert ends == {"stop": 1, "length": 1, "abort": 1, "error": 1}
+    assert seen["time_to_first_token_seconds"] == seen["request_decode_time_seconds"] == 3
+    assert seen["request_queue_time_seconds"] == 3 and seen["e2e_request_latency_seconds"] == 4
+    assert seen["inter_token_latency_seconds"] >= 4, "the whole stream's at least"
+    assert seen["iteration_tokens_total"] == len(told.steps) > 5
+    assert all(isinstance(stats, wire.Stats) and began <= ended for stats, began, ended in told.steps)
+    assert host_is_in_order(told)
+
+
+def host_is_in_order(told: Told) -> bool:
+    return all(first[2] <= second[1] for first, second in itertools.pairwise(told.steps))
+
+
+def test_a_pause_that_the_reader_caused_is_no_latency() -> None:
+    engine = CountingEngine()
+
+    async def work(host: EngineHost) -> None:
+        async with aclosing(host.generate(sequence("slow", 1000))) as stream:
+            first = await anext(stream)
+            while engine.stepped < len(first) + 8:
+                await trio.sleep(0.001)
+            await trio.sleep(0.6)
+            while engine.stepped < len(first) + 16:
+                await anext(stream)
+        (between,) = (v for f, _, v in host.metrics.samples() if f is ITL)
+        assert isinstance(between, Histogram) and sum(between.counts) > 8
+        assert between.sum < 0.5, "the pause is in no gap"
+
+    run(engine, work)
+
+
+def test_an_engine_that_fails_is_counted_as_an_error() -> None:
+    async def work(host: EngineHost) -> None:
+        with pytest.raises(ModelError, match="the device has gone"):
+            async for _ in host.generate(sequence("s", 100)):
+                pass
+        assert counts(host)["request_success_total/error"] == 1
+
+    run(CountingEngine(fail_at=3), work)
 
 
 def test_leaving_a_stream_aborts_it() -> None:
@@ -235,7 +325,11 @@ class Batches:
     def __init__(self, batches: list[list[int]], last: FinishReason) -> None:
         self.batches, self.last = batches, last
 
-    async def generate(self, sequence: Sequence) -> AsyncGenerator[list[StepOutput], None]:
+    def satisfied(self, sequence_id: Any) -> None: ...
+
+    async def generate(
+        self, sequence: Sequence, response_format: object = None
+    ) -> AsyncGenerator[list[StepOutput], None]:
         for n, batch in enumerate(self.batches):
             await trio.lowlevel.checkpoint()
             end = n == len(self.batches) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +14,87 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from node.runtime.engine import sampler  # noqa: E402
+from node.runtime.engine import dense, filters, philox, sampler  # noqa: E402
+from node.runtime.engine.history import History  # noqa: E402
+from node.runtime.engine.sampler import Draw, Scratch, pick_rows  # noqa: E402
+from node.testing.sampler_vectors import allowed_of, logits_of, params_of, prompt_of  # noqa: E402
 from protocol import sampling as reference  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
 
 VECTORS = json.loads((Path(__file__).resolve().parents[1] / "vectors/sampler.json").read_text())
+CPU = torch.device("cpu")
+
+
+def column(value: int) -> Any:
+    return torch.tensor([value])
+
+
+def mask_of(allowed: Collection[int] | None, size: int) -> Any:
+    return None if allowed is None else torch.tensor([i in allowed for i in range(size)], dtype=torch.bool)
 
 
 def test_philox_known_answers() -> None:
     for case in VECTORS["philox"]:
         counter, key, words = ([int(word, 16) for word in case[part]] for part in ("counter", "key", "words"))
-        if counter[3] == reference.DOMAIN:
-            raise AssertionError("the published answers use other counters")
         # the tensor version fixes the fourth word, so the rounds are compared with the checked reference instead
         assert list(reference.philox(tuple(counter), tuple(key))) == words  # type: ignore[arg-type]
-        seed, position = key[0] | key[1] << 32, counter[1] | counter[2] << 32
-        mine = sampler.philox(torch.tensor([counter[0]]), position, seed)[0].tolist()
-        assert mine == list(reference.philox((*counter[:3], reference.DOMAIN), tuple(key)))  # type: ignore[arg-type]
+        position = counter[1] | counter[2] << 32
+        position -= (position >> 63) << 64  # positions live in int64; the published counters use every bit
+        mine = philox.philox(column(counter[0]), column(position), column(key[0]), column(key[1]))[0].tolist()
+        low, high = position & philox.MASK, position >> 32 & philox.MASK
+        wanted = reference.philox((counter[0], low, high, reference.DOMAIN), tuple(key))  # type: ignore[arg-type]
+        assert mine == list(wanted)
 
 
 def test_gumbel_vectors() -> None:
     for case in VECTORS["gumbel"]:
         seed, position, token = int(case["seed"]), int(case["position"]), case["token"]
-        one = float(sampler.gumbel_of(seed, position, torch.tensor([token]))[0])
+        seeds = torch.tensor([[seed & philox.MASK], [seed >> 32]])
+        one = float(philox.gumbel_of(seeds, column(position), column(token))[0])
         assert one == pytest.approx(case["value"], abs=1e-12)
         if token < 100_000:
-            assert float(sampler.gumbel(seed, position, token + 1, torch.device("cpu"))[token]) == one
+            noise = philox.Complements(token // 4 + 1, CPU)
+            rounded = noise.draw(seed, position)
+            assert float(noise.gumbel_of(column(token))[0]) == one
+            words = (0xFFFFFFFF - rounded[token].double() + 0.5) / 2**32
+            assert -math.log(-math.log(float(words))) == pytest.approx(one, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", VECTORS["draws"], ids=lambda case: f"v{case['logits']['vocab']}-{case['token']}")
 def test_draw_vectors(case: dict[str, Any]) -> None:
-    vocab, seed, step = case["logits"]["vocab"], case["logits"]["seed"], case["logits"]["step"]
-    words = [reference.philox((i >> 2, 0, 0, 0), (seed, 0))[i & 3] for i in range(vocab)]
-    logits = torch.tensor([((word >> 16) / 4096 - 8) * step for word in words])  # exact in float32
-    raw = case["params"]
-    params = SamplingParams(**{**raw, "seed": int(raw["seed"]), "logit_bias": tuple(map(tuple, raw["logit_bias"]))})
-    assert sampler.pick(logits, params, case["prompt"], case["generated"]) == case["token"]
+    """M2."""
+    logits = torch.tensor(logits_of(case))  # exact in float32
+    mask = mask_of(allowed_of(case), len(logits))
+    assert sampler.pick(logits, params_of(case), prompt_of(case), case["generated"], mask) == case["token"]
+
+
+def on_a_gpu(logits: Any, draws: list[Draw], scratch: Scratch | None = None) -> list[sampler.Picked]:
+    """`pick_rows` by the code for GPUs, which runs anywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_choose", sampler._choose_many)
+        return pick_rows(logits, draws, scratch)
+
+
+@pytest.mark.parametrize("pick", [pick_rows, on_a_gpu])
+def test_all_vectors_of_one_size_in_one_batch(pick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows do not see each other, whatever their parameters, and the logits stay as they were."""
+    monkeypatch.setattr(dense, "CHUNK", 3 * 257)  # so that a batch is several chunks
+    for size in (16, 257, 4099):
+        cases = [case for case in VECTORS["draws"] if case["logits"]["vocab"] == size]
+        logits = torch.tensor([logits_of(case) for case in cases])
+        before, scratch = logits.clone(), Scratch.of(logits)
+        draws = [
+            Draw(params_of(case), prompt_of(case), case["generated"], mask_of(allowed_of(case), size)) for case in cases
+        ]
+        for _ in range(2):  # the second time with used scratch memory
+            picked = pick(logits, draws, scratch)
+            assert [one.token for one in picked] == [case["token"] for case in cases]
+        assert torch.equal(logits, before)
 
 
 @st.composite
-def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list[int]]:
-    """Logits with many ties or none, any parameters, any history."""
+def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list[int], list[int] | None]:
+    """Logits with many ties or none, any parameters, any history, any constraint."""
     coarse = st.integers(-12, 12).map(lambda n: n / 2)
     fine = st.floats(-30, 30, width=32)
     logits = draw(st.lists(draw(st.sampled_from([coarse, fine])), min_size=1, max_size=300))
@@ -70,37 +111,171 @@ def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list
         logit_bias=tuple(sorted(bias.items())),
         seed=draw(st.integers(0, 2**64 - 1)),
     )
-    return logits, params, draw(st.lists(ids, min_size=1, max_size=20)), draw(st.lists(ids, max_size=20))
+    allowed = draw(st.one_of(st.none(), st.lists(ids, min_size=1, max_size=300)))
+    return logits, params, draw(st.lists(ids, min_size=1, max_size=20)), draw(st.lists(ids, max_size=20)), allowed
+
+
+def survivors_of(scores: Any, params: SamplingParams) -> list[int]:
+    """`filters.survivors`, and every id where no filter is on."""
+    padded = torch.full((-(-len(scores) // filters.GROUP) * filters.GROUP,), -math.inf, dtype=torch.float64)
+    padded[: len(scores)] = torch.as_tensor(scores, dtype=torch.float64)
+    kept = filters.survivors(padded, padded.view(-1, filters.GROUP).amax(1), float(padded.max()), params)
+    return list(range(len(scores))) if kept is None else [i for i in kept.tolist() if i < len(scores)]
+
+
+Case = tuple[list[float], SamplingParams, list[int], list[int], list[int] | None]
 
 
 @settings(max_examples=400, deadline=None)
 @given(draws())
-def test_same_token_as_the_reference(case: tuple[list[float], SamplingParams, list[int], list[int]]) -> None:
+def test_same_token_as_the_reference(case: Case) -> None:
     """M2."""
-    logits, params, prompt, generated = case
-    wanted = reference.sample(logits, params, prompt, generated)
-    assert sampler.pick(torch.tensor(logits, dtype=torch.float64), params, prompt, generated) == wanted
-    adjusted = reference.adjust(logits, params, prompt, generated)
-    assert sampler.adjust(torch.tensor(logits, dtype=torch.float64), params, prompt, generated).tolist() == adjusted
+    logits, params, prompt, generated, allowed = case
+    wanted = reference.sample(logits, params, prompt, generated, allowed)
+    row, mask = torch.tensor(logits, dtype=torch.float64), mask_of(allowed, len(logits))
+    assert sampler.pick(row, params, prompt, generated, mask) == wanted
+    draws = [Draw(params, prompt, generated, mask)] * 2
+    assert [one.token for one in on_a_gpu(torch.stack((row, row)), draws)] == [wanted] * 2
+    adjusted = row if mask is None else row.masked_fill(~mask, -math.inf)
+    History(params, prompt, generated, CPU).adjust_(adjusted)
+    assert adjusted.tolist() == reference.adjust(logits, params, prompt, generated, allowed)
     if not params.greedy:
-        scores = [x / params.temperature for x in adjusted]
-        kept = sampler.survivors(torch.tensor(scores, dtype=torch.float64), params)
-        everything = range(len(scores)) if kept is None else kept.tolist()
-        assert sorted(everything) == sorted(reference.survivors(scores, params))
+        scores = adjusted / params.temperature
+        finite = [i for i in reference.survivors(scores.tolist(), params) if scores[i] > -math.inf]
+        assert [i for i in survivors_of(scores, params) if scores[i] > -math.inf] == sorted(finite)
+
+
+@settings(max_examples=100, deadline=None)
+@given(draws(), st.lists(st.integers(0, 10_000), max_size=80), st.integers(0, 80))
+def test_a_history_that_is_extended_equals_one_made_anew(case: Case, tokens: list[int], at: int) -> None:
+    """Resumed = unbroken: whatever part of the answer was there at the start."""
+    logits, params, prompt, _, _ = case
+    tokens = [token % len(logits) for token in tokens]
+    grown = History(params, prompt, tokens[:at], CPU)
+    ahead = grown.ahead(tokens[at:])
+    for token in tokens[at:]:
+        grown.extend(token)
+    one, other, guessed = (torch.tensor(logits, dtype=torch.float64) for _ in range(3))
+    grown.adjust_(one)
+    ahead.adjust_(guessed)
+    History(params, prompt, tokens, CPU).adjust_(other)
+    assert one.tolist() == other.tolist() == guessed.tolist() == reference.adjust(logits, params, prompt, tokens)
 
 
 def test_the_token_that_reaches_top_p_exactly_is_the_last() -> None:
-    kept = sampler.survivors(torch.zeros(4, dtype=torch.float64), SamplingParams(top_p=0.5))
-    assert kept is not None and kept.tolist() == [0, 1]
+    assert survivors_of([0.0] * 4, SamplingParams(top_p=0.5)) == [0, 1]
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 0.9999999])
-def test_nucleus_of_a_flat_vocabulary(top_p: float) -> None:
-    """More tokens than the first guess ranks: the search must widen, and ties at the edge must not change the cut."""
-    logits = [((i * 7919) % 64) / 64 for i in range(9000)]
-    params = SamplingParams(temperature=1.0, top_p=top_p, seed=4)
-    kept = sampler.survivors(torch.tensor(logits, dtype=torch.float64), params)
-    assert kept is not None and kept.tolist() == reference.survivors(logits, params)
+FLAT = [((i * 7919) % 64) / 64 for i in range(9000)]
+STEEP = [-((i * 7919) % 9000) / 40 for i in range(9000)]
+
+
+@pytest.mark.parametrize("logits", [FLAT, STEEP, [0.0] * 9000, [0.0] * 300 + [-1000.0] * 6000], ids=range(4))
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_p": 0.3},
+        {"top_p": 0.999},
+        {"top_p": 0.9999999},
+        {"top_p": 1 - 2**-53},
+        {"top_k": 64},
+        {"top_k": 3000},
+        {"top_k": 8999, "top_p": 0.7},
+        {"top_k": 2500, "min_p": 0.6},
+        {"min_p": 0.5},
+        {"min_p": 1.0, "top_p": 0.4},
+    ],
+    ids=str,
+)
+def test_filters_of_a_large_vocabulary(logits: list[float], filters: dict[str, Any]) -> None:
+    """More tokens than are ever ranked at once, ties at every edge, all in one bucket, most in the last."""
+    params = SamplingParams(temperature=1.0, seed=4, **filters)
+    assert survivors_of(logits, params) == sorted(reference.survivors(logits, params))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 10.0])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.999999}, {"min_p": 1e-9}], ids=str)
+def test_draws_over_a_whole_vocabulary(temperature: float, filters: dict[str, Any]) -> None:
+    """The noise that is not computed could not have won: 40 positions, logits of three widths."""
+    for position in range(40):
+        spread = (1, 10, 60)[position % 3]
+        logits = [((i * 7919 + position * 31) % 4999) / 4999 * spread for i in range(4999)]
+        params = SamplingParams(temperature=temperature, seed=position << 40 | 5, **filters)
+        scores = [x / temperature for x in logits]
+        noise = philox.Complements(1250, CPU)
+        noise.draw(params.seed, position)
+        every = torch.tensor(scores, dtype=torch.float64) + noise.gumbel_of(torch.arange(4999))
+        kept = torch.tensor(survivors_of(scores, params))
+        wanted = int(kept[every[kept].argmax()])
+        assert sampler.pick(torch.tensor(logits, dtype=torch.float64), params, range(position), []) == wanted
+
+
+@pytest.mark.parametrize("below", [-30.0, -3.0, -1.0, 0.0, 0.5, 2.0, 9.0])
+def test_the_winner_is_found_wherever_it_is_looked_for_first(below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too high, and candidates come up that lose to others further down; too low, and there are many."""
+    monkeypatch.setattr(sampler, "_BELOW", below)
+    for position in range(150):
+        logits = torch.tensor([0.0, -0.3, -2.0, *[-6.0 - i % 7 for i in range(400)]])
+        params = SamplingParams(temperature=1.0, seed=77)
+        noise = philox.Complements(101, CPU)
+        noise.draw(77, position)
+        wanted = int((logits.double() + noise.gumbel_of(torch.arange(403))).argmax())
+        assert sampler.pick(logits, params, range(position), []) == wanted
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 128, 200])
+def test_greedy_takes_the_first_of_the_largest_wherever_it_is(vocab: int) -> None:
+    greedy = SamplingParams(temperature=0)
+    for place in range(vocab):
+        logits = torch.full((2, vocab), -3.0)
+        logits[0, place:] = 1.5
+        logits[1, place] = -math.inf
+        picked = pick_rows(logits, [Draw(greedy, [0], [])] * 2)
+        assert picked[0].token == place
+        assert picked[1].token == (-1 if vocab == 1 else int(place == 0)) and picked[1].unusable == (vocab == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_logits_are_widened_exactly(dtype: Any) -> None:
+    logits = torch.randn((4, 700), generator=torch.Generator().manual_seed(3)).to(dtype)
+    params = [SamplingParams(temperature=t, top_p=0.9, seed=8) for t in (0.0, 0.5, 1.0, 2.0)]
+    picked = pick_rows(logits, [Draw(one, [0], []) for one in params])
+    wanted = [reference.sample(row, one, [0], []) for row, one in zip(logits.double().tolist(), params, strict=True)]
+    assert [one.token for one in picked] == wanted
+
+
+def test_a_row_that_is_unusable_ends_alone() -> None:
+    logits = torch.randn((8, 200), generator=torch.Generator().manual_seed(1))
+    logits[1, 150], logits[3, 199], logits[5] = math.nan, math.inf, -math.inf
+    sampled, greedy = SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=0)
+    nothing = torch.zeros(200, dtype=torch.bool)
+    draws = [Draw(sampled if row % 2 else greedy, [0], []) for row in range(7)] + [Draw(greedy, [0], [], nothing)]
+    picked = pick_rows(logits, draws)
+    assert [one.unusable for one in picked] == [False, True, False, True, False, True, False, True]
+    assert [one.token == -1 for one in picked] == [one.unusable for one in picked]
+
+
+def test_a_mask_may_be_shorter_than_the_vocabulary() -> None:
+    """Models have rows that no token of the tokenizer has: what the mask does not reach is forbidden."""
+    logits = torch.zeros(100)
+    logits[90] = 5.0
+    logits[40:] += 1
+    mask = torch.ones(42, dtype=torch.bool)
+    assert sampler.pick(logits, SamplingParams(temperature=0), [0], [], mask) == 40
+    for seed in range(30):
+        assert sampler.pick(logits, SamplingParams(temperature=5.0, seed=seed), [0], [], mask) < 42
+    assert sampler.pick(logits, SamplingParams(temperature=0), [0], [], torch.ones(400, dtype=torch.bool)) == 90
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
+    biased = SamplingParams(temperature=0, logit_bias=((3, 50.0),))
+    first, second = pick_rows(logits, [Draw(biased, [0], [], None, 3), Draw(biased, [0], [])])
+    own = torch.log_softmax(logits[0].double(), 0).tolist()
+    assert first.token == 3 and first.logprob == pytest.approx(own[3], abs=1e-6)
+    assert [token for token, _ in first.top_logprobs] == [1, 2, 0]
+    assert [value for _, value in first.top_logprobs] == pytest.approx([own[1], own[2], own[0]], abs=1e-6)
+    assert second.logprob is None and second.top_logprobs == ()
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]], ids=str)

@@ -22,6 +22,20 @@ from protocol.keys import PrivateKey
 from protocol.messages import AskMessage, ChatMessage, Params, amount_to_wire
 from protocol.offers import ModelOffer, OfferDocument, Payment, VerifiedOffer, open_offer, sign_offer
 from protocol.pricing import Price, cost
+from protocol.tasks import (
+    Audio,
+    ChatRequest,
+    EmbedRequest,
+    Image,
+    OcrRequest,
+    RerankRequest,
+    Shape,
+    Task,
+    TaskRequest,
+    TranscribeRequest,
+    shape_of,
+    task_of,
+)
 from protocol.typed_data import ChannelConfig, Domain, Voucher
 
 NOW = 1_800_000_000_000
@@ -41,9 +55,19 @@ CHANNEL = CONFIG.channel_id(DOMAIN)
 CALM = Load(free_slots=1, draining=False, credit_in_use=0, credit_limit=0, chain_age_ms=0, chain_age_limit_ms=60_000)
 
 
-def an_offer(*, token: Address = TOKEN, params: tuple[str, ...] = ("top_k",), ttl_ms: int = 60_000) -> VerifiedOffer:
+def an_offer(
+    *, token: Address = TOKEN, params: tuple[str, ...] = ("top_k",), ttl_ms: int = 60_000, task: Task = Task.CHAT
+) -> VerifiedOffer:
     model = ModelOffer(
-        bytes(MODEL), "m", (PRICE,), context_length=1_000, max_tokens=500, dtype="float32", params=params
+        bytes(MODEL),
+        "m",
+        (PRICE,),
+        context_length=1_000,
+        max_tokens=500,
+        dtype="float32",
+        params=params,
+        tasks=(task,),
+        dimensions=4 if task is Task.EMBED else 0,
     )
     document = OfferDocument(
         peer_id=str(WORKER.peer_id),
@@ -57,6 +81,7 @@ def an_offer(*, token: Address = TOKEN, params: tuple[str, ...] = ("top_k",), tt
 
 
 OFFER = an_offer()
+OFFERS = {task: an_offer(task=task) for task in Task}
 TICK = cost(Price(output=PRICE.output), 0, OFFER.document.tick_tokens)
 
 
@@ -75,6 +100,14 @@ class World:
     input_tokens: int = 20
     running: int = 0
     now_ms: int = NOW
+
+    @classmethod
+    def of(cls, request: TaskRequest, task: Task | None = None, **values: Any) -> World:
+        """This request, of a worker that does `task` (by default what is asked)."""
+        ask = {"request": request, "params": Params(), **values.pop("ask", {})}
+        shape = shape_of(request, 4) if values.pop("shaped", True) else Shape()
+        values.setdefault("input_tokens", 20 if shape.units is None else shape.units)
+        return cls(ask=ask, offer=OFFERS[task or task_of(request)], **values)
 
     @property
     def state(self) -> ChannelState | None:
@@ -101,7 +134,7 @@ class World:
             "model_id": bytes(MODEL),
             "offer_hash": bytes(self.offer.hash),
             "deadline": NOW + 60_000,
-            "messages": (ChatMessage(role="user", content="hello"),),
+            "request": ChatRequest((ChatMessage(role="user", content="hello"),)),
             "params": Params(max_tokens=40),
             "cumulative": amount_to_wire(self.cumulative),
             "voucher_signature": self.voucher_signer.sign(voucher.digest(DOMAIN)),
@@ -126,6 +159,18 @@ class World:
 
 R = RefusalReason
 OPEN = {(JobId(b"o" * 32), 0): 99_000}
+EMBED, RERANK = EmbedRequest(("hello",) * 3), RerankRequest("who", ("I", "you"))
+
+
+def sound_of(given: int, size: int) -> TranscribeRequest:
+    return TranscribeRequest(Audio(bytes(given), size))
+
+
+def picture(width: int, height: int, **changes: Any) -> OcrRequest:
+    data = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + width.to_bytes(4) + height.to_bytes(4)
+    return OcrRequest(Image(**{"data": data, "size": len(data), "type": "image/png", **changes}))
+
+
 CASES: list[tuple[RefusalReason, str, World]] = [
     (R.DRAINING, "shutting down", World(load=replace(CALM, draining=True))),
     (R.WRONG_WORKER, "asked of another", World(ask={"worker": bytes(20)})),
@@ -155,6 +200,26 @@ CASES: list[tuple[RefusalReason, str, World]] = [
     (R.VOUCHER_INSUFFICIENT, "prompt on credit", World(cumulative=0, input_tokens=TICK - 10 + 1)),
     (R.VOUCHER_INSUFFICIENT, "old debt", World(channel={"spent": 400}, cumulative=400 - TICK)),
     (R.VOUCHER_INSUFFICIENT, "debt of other streams", World(running=400)),
+    (R.TASK_UNSUPPORTED, "vectors of a chat model", World.of(EMBED, Task.CHAT)),
+    (R.TASK_UNSUPPORTED, "a chat with a model that embeds", World(offer=OFFERS[Task.EMBED])),
+    (R.TASK_UNSUPPORTED, "speech of a model that reads", World.of(sound_of(320, 320), Task.OCR)),
+    (R.UNSUPPORTED_PARAM, "a parameter of chats", World.of(EMBED, ask={"params": Params(top_k=3)})),
+    (R.INPUT_INVALID, "too many characters", World.of(EmbedRequest(("x" * 300_000,) * 2), shaped=False)),
+    (R.INPUT_INVALID, "half a sample", World.of(sound_of(319, 320), shaped=False)),
+    (R.INPUT_INVALID, "half a sample to come", World.of(sound_of(320, 641), shaped=False)),
+    (R.INPUT_INVALID, "more than is declared", World.of(sound_of(320, 318), shaped=False)),
+    (R.INPUT_INVALID, "no audio at all", World.of(sound_of(0, 0), shaped=False)),
+    (R.INPUT_INVALID, "no image", World.of(picture(9, 9, type="image/jpeg"), shaped=False)),
+    (R.INPUT_INVALID, "a bomb", World.of(picture(8192, 8192), shaped=False)),
+    (R.INPUT_INVALID, "a resumed transcript", World.of(sound_of(320, 320), ask={"resume": (1,)})),
+    (R.CONTEXT_EXCEEDED, "audio that may come", World.of(sound_of(0, 320_002), cumulative=9_000)),
+    (R.MAX_TOKENS_EXCEEDED, "of a transcript", World.of(sound_of(0, 320), ask={"params": Params(max_tokens=501)})),
+    (
+        R.ALLOCATION_INSUFFICIENT,
+        "for all audio that may come",
+        World.of(sound_of(0, 320_000), channel={"allocated": 900}),
+    ),
+    (R.VOUCHER_INSUFFICIENT, "texts on credit", World.of(EMBED, cumulative=0, input_tokens=TICK)),
     (R.CREDIT_EXHAUSTED, "at the cap", World(cumulative=30, load=replace(CALM, credit_limit=TICK, credit_in_use=TICK))),
 ]
 
@@ -183,6 +248,11 @@ def test_a_sound_ask_is_taken_at_every_edge() -> None:
         World(cumulative=0, input_tokens=TICK - 10),
         World(load=replace(CALM, chain_age_ms=60_000)),
         World(cumulative=110, load=replace(CALM, credit_limit=TICK, credit_in_use=TICK)),  # paid ahead in full
+        World.of(EMBED, input_tokens=5_000, cumulative=5_000),  # what one text may have is the runtime's to say
+        World.of(RERANK),
+        World.of(sound_of(0, 320_000)),
+        World.of(picture(4096, 4096), cumulative=300),
+        World.of(EMBED, cumulative=0, input_tokens=TICK - 10),
     ):
         edge.judge()
 
@@ -192,6 +262,15 @@ def test_every_no_has_its_reason(reason: RefusalReason, why: str, world: World) 
     with pytest.raises(Rejected) as caught:
         world.judge()
     assert caught.value.reason is reason, caught.value
+
+
+def test_what_may_still_come_is_set_aside_and_what_came_is_due() -> None:
+    terms = World.of(sound_of(640, 320_000), cumulative=12).judge()
+    assert terms.input_limit == 1_000
+    assert terms.limit == cost(PRICE, 1_000, 256) and terms.spent(2, 0) == 12
+    assert terms.tick == terms.credit == 64 * 2, "the dearer of input and output"
+    rows = World.of(EMBED, input_tokens=20).judge()
+    assert rows.limit == cost(PRICE, 20, 3)
 
 
 def test_the_table_is_complete() -> None:

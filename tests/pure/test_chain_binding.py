@@ -31,6 +31,7 @@ from protocol.messages import AskMessage, ChatMessage, Params, amount_to_wire
 from protocol.offers import Asset, ModelOffer, OfferDocument, Payment, open_offer, sign_offer
 from protocol.pricing import Price
 from protocol.records import decode_body, encode_body, fold, kind_of
+from protocol.tasks import ChatRequest
 from protocol.typed_data import (
     MARKET_DOMAIN,
     STRUCTS,
@@ -196,7 +197,7 @@ def asked(
         model_id=bytes(32),
         offer_hash=bytes(offer.hash),
         deadline=NOW + 1,
-        messages=(ChatMessage("user", "hello"),),
+        request=ChatRequest((ChatMessage("user", "hello"),)),
         params=Params(max_tokens=4),
         signature=bytes(65),
         cumulative=amount_to_wire(50),

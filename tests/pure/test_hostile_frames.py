@@ -24,14 +24,18 @@ from protocol.job import JobClient, JobWorker
 from protocol.messages import (
     CHANNEL_PROTOCOL,
     CONVERSATIONS,
+    DATA_PER_CHUNK,
+    GRAMMAR_LIMIT,
     JOB_PROTOCOL,
     TOKENS_PER_CHUNK,
     Abort,
     Accept,
     Chunk,
+    Input,
     OfferMessage,
     Params,
     Refuse,
+    ResponseFormat,
     checked,
     decode,
     decode_value,
@@ -39,6 +43,7 @@ from protocol.messages import (
     params_hash,
 )
 from protocol.offers import OfferDocument
+from protocol.tasks import AUDIO_LIMIT, IMAGE_LIMIT, INPUT_BYTES, PIECE_BYTES, TEXTS_LIMIT, Task, sample_request
 
 SEEDS = 10_000
 pack = msgspec.msgpack.encode
@@ -52,6 +57,9 @@ def samples() -> list[bytes]:
     return [
         encode(pair.ask),
         encode(Chunk((1, 2, 3), "text")),
+        encode(Chunk((), "", bytes(64), 3)),
+        encode(Input(1, bytes(640))),
+        *(encode(msgspec.structs.replace(pair.ask, request=sample_request(task))) for task in Task),
         encode(Accept(1, 2, 3)),
         encode(Refuse(RefusalReason.BUSY, "", 1, bytes(65), OfferMessage(b"x", bytes(65)))),
         encode(Abort(WireCode.INTERNAL)),
@@ -255,6 +263,18 @@ def ask(**changes: Any) -> Callable[[], Any]:
     return lambda: decode(JOB_PROTOCOL, pack({**msgspec.msgpack.decode(encode(JobPair().ask)), **changes}))
 
 
+def message(tag: str, **fields: Any) -> Callable[[], Any]:
+    return lambda: decode(JOB_PROTOCOL, pack({"t": tag, **fields}))
+
+
+def audio(**changes: Any) -> dict[str, Any]:
+    return {"task": "transcribe", "audio": {"data": b"ab", "size": 2, "type": "audio/pcm", **changes}}
+
+
+def image(**changes: Any) -> dict[str, Any]:
+    return {"task": "ocr", "image": {"data": b"ab", "size": 2, "type": "image/png", **changes}}
+
+
 FLOATS = [name for name in Params.__struct_fields__ if isinstance(getattr(Params(), name), float)]
 REFUSED: dict[str, Callable[[], Any]] = {
     **{f"{n} of {v}": field(Params, **{n: v}) for n in FLOATS for v in (math.nan, math.inf, -math.inf, 1e300, True, "1")},
@@ -272,10 +292,38 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "an empty stop": field(Params, stop=[""]),
     "17 stops": field(Params, stop=["x"] * 17),
     "an unknown field": field(Params, best_of=2),
-    "no messages": ask(messages=[]),
-    "1025 messages": ask(messages=[{"role": "user", "content": ""}] * 1025),
-    "an unknown role": ask(messages=[{"role": "tool", "content": ""}]),
-    "text as bytes": ask(messages=[{"role": "user", "content": b"x"}]),
+    "a null format": field(Params, response_format=None),
+    "a format of nothing": field(Params, response_format={}),
+    "a format of an unknown kind": field(Params, response_format={"kind": "xml", "text": "x"}),
+    "an empty format": field(Params, response_format={"kind": "regex", "text": ""}),
+    "a format of bytes": field(Params, response_format={"kind": "regex", "text": b"x"}),
+    "a format that is too long": field(Params, response_format={"kind": "regex", "text": "x" * (GRAMMAR_LIMIT + 1)}),
+    "a format with more": field(Params, response_format={"kind": "regex", "text": "x", "strict": True}),
+    "no messages": ask(request={"task": "chat", "messages": []}),
+    "1025 messages": ask(request={"task": "chat", "messages": [{"role": "user", "content": ""}] * 1025}),
+    "an unknown role": ask(request={"task": "chat", "messages": [{"role": "tool", "content": ""}]}),
+    "text as bytes": ask(request={"task": "chat", "messages": [{"role": "user", "content": b"x"}]}),
+    "an unknown task": ask(request={"task": "paint", "texts": ["x"]}),
+    "a task without a name": ask(request={"texts": ["x"]}),
+    "the fields of another task": ask(request={"task": "embed", "messages": []}),
+    "nothing to embed": ask(request={"task": "embed", "texts": []}),
+    "1025 texts": ask(request={"task": "embed", "texts": ["x"] * (TEXTS_LIMIT + 1)}),
+    "a text of bytes": ask(request={"task": "embed", "texts": [b"x"]}),
+    "nothing to rerank": ask(request={"task": "rerank", "query": "x", "documents": []}),
+    "1025 documents": ask(request={"task": "rerank", "query": "x", "documents": ["x"] * (TEXTS_LIMIT + 1)}),
+    "audio of another kind": ask(request=audio(type="audio/mp3")),
+    "too much audio at once": ask(request=audio(data=bytes(PIECE_BYTES + 1), size=PIECE_BYTES + 1)),
+    "too much audio": ask(request=audio(size=AUDIO_LIMIT + 1)),
+    "audio of negative size": ask(request=audio(size=-1)),
+    "an image of another kind": ask(request=image(type="image/svg+xml")),
+    "an image of no bytes": ask(request=image(data=b"")),
+    "too large an image": ask(request=image(size=IMAGE_LIMIT + 1)),
+    "input number 0": message("input", sequence=0, data=b"x"),
+    "too much input at once": message("input", sequence=1, data=bytes(INPUT_BYTES + 1)),
+    "input of text": message("input", sequence=1, data="x"),
+    "a last of 1": message("input", sequence=1, data=b"x", last=1),
+    "too many numbers in a chunk": message("chunk", token_ids=[], text="", data=bytes(DATA_PER_CHUNK + 1)),
+    "a negative count of inputs": message("chunk", token_ids=[], text="", taken=-1),
     "bytes as text": ask(job_id="x" * 32),
     "31 bytes": ask(job_id=bytes(31)),
     "33 bytes": ask(job_id=bytes(33)),
@@ -355,6 +403,16 @@ def test_equal_parameters_have_one_hash() -> None:
     ours = Params(temperature=1, top_p=1, logit_bias=((3, 2),))
     assert params_hash(ours) == params_hash(decode_value(Params, encode(ours)))
     assert params_hash(Params(temperature=0)) == params_hash(Params())
+
+
+def test_free_text_keeps_the_form_that_it_had_before_there_were_grammars() -> None:
+    """And a grammar is part of what is signed, every character of it."""
+    assert b"response_format" not in encode(Params())
+    bound = [Params(response_format=ResponseFormat(kind, text)) for kind in ("regex", "lark") for text in ("a", "b")]
+    assert len({params_hash(params) for params in (Params(), *bound)}) == 5
+    assert all(decode_value(Params, encode(params)) == params for params in bound)
+    asked = checked(Params(response_format={"kind": "regex", "text": "a"}))  # type: ignore[arg-type]
+    assert asked == bound[0]  # callers may write it as plain values
 
 
 @given(st.binary(max_size=200), st.sampled_from(sorted(CONVERSATIONS)))

@@ -28,6 +28,7 @@ from protocol.messages import (
     Cancel,
     Chunk,
     FinishReason,
+    Input,
     JobConversation,
     Params,
     ReceiptMessage,
@@ -36,6 +37,7 @@ from protocol.messages import (
     amount_to_wire,
     encode,
 )
+from protocol.tasks import ChatRequest
 from protocol.typed_data import MARKET_DOMAIN, Domain, Receipt, Refusal, Voucher
 
 KINDS = JobConversation.__args__  # type: ignore[attr-defined]
@@ -54,6 +56,7 @@ def example(kind: Any) -> Any:
     return {
         AskMessage: lambda: pair.ask,
         VoucherMessage: lambda: VoucherMessage(bytes(16), bytes(65)),
+        Input: lambda: Input(sequence=1, data=b"ab"),
         Cancel: Cancel,
         Ack: lambda: Ack(bytes(16), bytes(65)),
         Accept: lambda: Accept(input_tokens=1, sequence=1, started=0),
@@ -136,7 +139,7 @@ def test_bytes_after_broken_framing_change_neither_the_error_nor_its_blame() -> 
 
 def test_a_message_that_cannot_be_sent_leaves_the_state() -> None:
     pair = JobPair()
-    too_large = msgspec.structs.replace(pair.ask, messages=pair.ask.messages * 100_000)
+    too_large = msgspec.structs.replace(pair.ask, request=ChatRequest(pair.ask.request.messages * 100_000))
     with pytest.raises(LocalProtocolError):
         pair.client.send(too_large)
     assert pair.client.states[Role.CLIENT] is Client.IDLE
@@ -510,7 +513,7 @@ def test_the_right_receipt_is_believed() -> None:
 SOURCE = inspect.getsource(job_module)
 PLANTED: dict[str, tuple[str, str]] = {
     "REQUIRES is not asked": ("if needed is not None and other not in needed:", "if False:"),
-    "prompt count is believed": ("if message.input_tokens > self.terms.input_limit:", "if False:"),
+    "prompt count is believed": ("if message.input_tokens > self.terms.input_limit or ", "if "),
     "max_tokens is not counted": ("> self.terms.params.max_tokens:\n", "> 10**9:\n"),
     "receipt fields are not compared": ("if getattr(receipt, name) != value:", "if False:"),
     "a receipt of any chain id is taken": (
@@ -526,7 +529,7 @@ PLANTED: dict[str, tuple[str, str]] = {
         '__import__("protocol.keys").keys.recover(receipt.digest(self.terms.domain), message.signature), "receipt"',
     ),
     "finished is not compared": ("if receipt.finished < receipt.started:", "if False:"),
-    "cancelled is always believed": ("full = self.digest.count >= self.terms.params.max_tokens", "full = False"),
+    "cancelled is always believed": ("full = self.output_tokens >= self.terms.output_limit", "full = False"),
     "refusal signature is not checked": (
         "message.signature, self.terms.ask.worker, \"refusal\"",
         'message.signature, __import__("protocol.keys").keys.recover(refusal.digest(MARKET_DOMAIN), '

@@ -1,4 +1,4 @@
-"""The table of a model's life (`node/runtime/life.py`), walked. M7."""
+"""The table of a model's life (`node/runtime/life.py`), walked. M8."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from node.testing.pair import key
 from protocol import selection as selection_module
 from protocol.errors import LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32, ModelId, PeerId
-from protocol.messages import OfferMessage, Params, encode
+from protocol.messages import OfferMessage, Params, ResponseFormat, encode
 from protocol.offers import (
     CLOCK_SKEW_MS,
     OFFER_TTL_MAX_MS,
@@ -33,6 +33,7 @@ from protocol.offers import (
 )
 from protocol.pricing import Price
 from protocol.selection import Exclusion, History, Policy, PriceLimit, Purse, Request, changed_params, choose
+from protocol.tasks import Task
 from protocol.typed_data import MARKET_DOMAIN, Domain, Offer
 
 NOW = 1_800_000_000_000
@@ -107,6 +108,9 @@ BAD: dict[str, tuple[OfferMessage, WireCode]] = {
     ),
     "ends before it begins": (signed(issued=NOW + 10, expires=NOW + 5), WireCode.MALFORMED),
     "lives too long": (signed(issued=NOW, expires=NOW + OFFER_TTL_MAX_MS + 1), WireCode.MALFORMED),
+    "embeds without a width": (signed(models=(model_offer(tasks=(Task.EMBED,)),)), WireCode.MALFORMED),
+    "a width without vectors": (signed(models=(model_offer(dimensions=8),)), WireCode.MALFORMED),
+    "does nothing": (signed(models=(model_offer(tasks=()),)), WireCode.MALFORMED),
     "signed in a chain's domain": (signed(DOMAIN), WireCode.BAD_SIGNATURE),
     "no payment": (signed(accepts=(), models=(model_offer(prices=()),)), WireCode.MALFORMED),
     "17 payments": (
@@ -324,6 +328,7 @@ BLIND = Purse(payment().asset)
 REASONS: dict[Exclusion, tuple[VerifiedOffer, Request, Policy, dict[PeerId, History]]] = {
     Exclusion.MODEL_UNKNOWN: (offer(0, model_id=bytes(32)), REQUEST, Policy(), {}),
     Exclusion.OFFER_EXPIRED: (offer(0, expires=NOW), REQUEST, Policy(), {}),
+    Exclusion.TASK_UNSUPPORTED: (offer(0), replace(REQUEST, task=Task.EMBED, rows=3), Policy(), {}),
     Exclusion.CONTEXT_EXCEEDED: (offer(0, context_length=199), REQUEST, Policy(), {}),
     Exclusion.MAX_TOKENS_EXCEEDED: (offer(0, max_tokens=99), REQUEST, Policy(), {}),
     Exclusion.UNSUPPORTED_PARAM: (offer(0), replace(REQUEST, params=Params(max_tokens=100, min_p=0.1)), Policy(), {}),
@@ -360,8 +365,52 @@ def test_every_reason_has_a_case_and_stands_alone(reason: Exclusion) -> None:
     assert choose([one], request, [PURSES.get(reason, PURSE)], policy, history, NOW).rejected == {PEERS[0]: (reason,)}
 
 
+def test_limits_on_the_price_of_tokens_say_nothing_about_seconds_of_audio() -> None:
+    policy = Policy(max_price=PriceLimit(request=5, input=10, output=10))
+    dear = {"price": Price(5, 1_000, 1_000), "dimensions": 0}
+    heard = replace(REQUEST, task=Task.TRANSCRIBE)
+    assert choose([offer(0, tasks=(Task.TRANSCRIBE,), **dear)], heard, [PURSE], policy, {}, NOW).ranked
+    read = replace(REQUEST, task=Task.RERANK, rows=2)
+    found = choose([offer(0, tasks=(Task.RERANK,), **dear)], read, [PURSE], policy, {}, NOW)
+    assert found.rejected == {PEERS[0]: (Exclusion.PRICE_TOO_HIGH,)}
+    dear["price"] = Price(request=6)
+    found = choose([offer(0, tasks=(Task.TRANSCRIBE,), **dear)], heard, [PURSE], policy, {}, NOW)
+    assert found.rejected == {PEERS[0]: (Exclusion.PRICE_TOO_HIGH,)}
+
+
+@pytest.mark.parametrize(
+    ("task", "input_tokens", "fits"),
+    [
+        (Task.CHAT, 100, True),
+        (Task.CHAT, 101, False),
+        (Task.TRANSCRIBE, 200, True),
+        (Task.TRANSCRIBE, 201, False),
+        (Task.OCR, 201, False),
+        (Task.EMBED, 10_000, True),
+    ],
+)
+def test_what_a_context_bounds_depends_on_the_task(task: Task, input_tokens: int, fits: bool) -> None:
+    request = Request(MODEL, input_tokens, Params(max_tokens=100), task, rows=int(task is Task.EMBED))
+    assert request.fits(200) is fits
+
+
+def test_rows_are_what_numbers_cost() -> None:
+    many = replace(REQUEST, task=Task.EMBED, rows=3_000_000)
+    one = offer(0, tasks=(Task.EMBED,), dimensions=4, price=Price(output=2_000_000))
+    best = choose([one], many, [PURSE], Policy(), {}, NOW).best
+    assert best is not None and best.cost == 6_000_000
+
+
+def test_parameters_of_chats_are_of_chats_only() -> None:
+    odd = replace(REQUEST, task=Task.RERANK, rows=1, params=Params(temperature=0.5))
+    both = offer(0, tasks=(Task.CHAT, Task.RERANK))
+    assert choose([both], odd, [PURSE], Policy(), {}, NOW).rejected == {PEERS[0]: (Exclusion.UNSUPPORTED_PARAM,)}
+    assert choose([both], replace(odd, task=Task.CHAT), [PURSE], Policy(), {}, NOW).ranked
+
+
 def test_defaults_need_no_support() -> None:
     assert changed_params(Params(max_tokens=3, seed=9)) == ()
+    assert changed_params(Params(response_format=ResponseFormat("regex", "a"))) == ("response_format",)
     assert changed_params(Params(temperature=0.5, stop=("x",))) == ("temperature", "stop")
 
 

@@ -13,17 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.testing.sampler_vectors import allowed_of, logits_of, params_of, prompt_of
 from protocol.errors import InvalidValue
-from protocol.sampling import SamplingParams, adjust, gumbel, philox, sample, survivors
+from protocol.sampling import SamplingParams, adjust, gumbel, philox, sample, seed_of, survivors
 
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = json.loads((ROOT / "tests/vectors/sampler.json").read_text())
 
 logits_lists = st.lists(st.integers(-64, 64).map(lambda n: n / 8), min_size=1, max_size=40)
-
-
-def recipe(vocab: int, seed: int, step: int) -> list[float]:
-    return [((philox((i >> 2, 0, 0, 0), (seed, 0))[i & 3] >> 16) / 4096 - 8) * step for i in range(vocab)]
 
 
 def test_philox_known_answers() -> None:
@@ -41,17 +38,45 @@ def test_gumbel_vectors() -> None:
 @pytest.mark.parametrize("case", VECTORS["draws"], ids=lambda case: f"v{case['logits']['vocab']}-{case['token']}")
 def test_draw_vectors(case: dict[str, Any]) -> None:
     """M2."""
-    params = vector_params(case["params"])
-    logits = recipe(**case["logits"])
-    assert sample(logits, params, case["prompt"], case["generated"]) == case["token"]
+    params, logits, prompt, allowed = params_of(case), logits_of(case), prompt_of(case), allowed_of(case)
+    assert sample(logits, params, prompt, case["generated"], allowed) == case["token"]
     if not params.greedy:
-        scores = [x / params.temperature for x in adjust(logits, params, case["prompt"], case["generated"])]
+        scores = [x / params.temperature for x in adjust(logits, params, prompt, case["generated"], allowed)]
         assert len(survivors(scores, params)) == case["survivors"]
 
 
-def vector_params(raw: dict[str, Any]) -> SamplingParams:
-    biases = tuple((token, bias) for token, bias in raw["logit_bias"])
-    return SamplingParams(**{**raw, "seed": int(raw["seed"]), "logit_bias": biases})
+def test_seed_vectors() -> None:
+    for case in VECTORS["seeds"]:
+        assert seed_of(int(case["seed"]), case["index"]) == int(case["value"])
+
+
+def test_answers_of_one_request_have_their_own_seeds() -> None:
+    """The first is the signed one; every bit of seed and index matters, and what comes out fits the wire."""
+    assert seed_of(2**64 - 1, 0) == 2**64 - 1
+    made = (
+        [seed_of(5, 1 << bit) for bit in range(32)] + [seed_of(5 ^ 1 << bit, 1) for bit in range(64)] + [seed_of(5, 0)]
+    )
+    assert len(set(made)) == 97 and max(made) < 2**63
+    with pytest.raises(InvalidValue):
+        seed_of(0, -1)
+    with pytest.raises(InvalidValue):
+        seed_of(0, 2**32)
+
+
+def test_a_constraint_comes_before_everything_else() -> None:
+    greedy = SamplingParams(temperature=0, logit_bias=((0, 100.0),))
+    assert sample([9, 1, 2, 2], greedy, [0], [], {1, 2, 3}) == 2  # a bias does not bring back what the grammar forbids
+    kept = SamplingParams(temperature=1, top_p=0.5)
+    # relative to what is allowed: token 0, forbidden, has nearly all of the weight
+    assert survivors(adjust([30, 1, 1, 1], kept, [0], [], [1, 2, 3]), kept) == [1, 2]
+
+
+def test_a_constraint_that_leaves_nothing_is_refused() -> None:
+    for allowed in ([], [1]):
+        with pytest.raises(InvalidValue):
+            sample([1.0, -math.inf], SamplingParams(), [0], [], allowed)
+    with pytest.raises(InvalidValue):  # a model that computes NaN is broken wherever the NaN is
+        sample([1.0, math.nan], SamplingParams(), [0], [], [0])
 
 
 def test_vectors_are_current() -> None:

@@ -49,6 +49,7 @@ from protocol.typed_data import (
     Acceptance,
     Allocation,
     Ask,
+    Benchmark,
     ChannelConfig,
     Close,
     Domain,
@@ -77,7 +78,7 @@ POLICY = Policy(
         DomainRule(kind.__name__, domain.chain_id, bytes(domain.verifying_contract))
         for kind, domain in (
             *((kind, CHANNELS) for kind in (Voucher, Ask, Receipt, Close, ChannelAllocation)),
-            *((kind, MARKET_DOMAIN) for kind in (Offer, Refusal)),
+            *((kind, MARKET_DOMAIN) for kind in (Offer, Refusal, Benchmark)),
             (HotKey, WORKERS),
             *((kind, JOBS) for kind in (Quote, QuotedOrder, Submission, Acceptance)),
         )
@@ -123,6 +124,10 @@ def receipt(channel: ChannelId, number: int, cost: int) -> Receipt:
     return Receipt(
         JobId(ZERO), 0, channel, number, ModelId(ZERO), ZERO, ZERO, ZERO, 1, 2, cost, ZERO, 1, 2, 0
     )  # fmt: skip
+
+
+def bench(started_s: int, finished_s: int, worker: Address = OURS) -> Benchmark:
+    return Benchmark(worker, ZERO, ZERO, (NOW + started_s) * 1000, (NOW + finished_s) * 1000)
 
 
 def quote(salt: int, amount: int, **values: Any) -> Quote:
@@ -489,6 +494,7 @@ SAMPLES: list[tuple[KeyRole, Any, Domain | None]] = [
     (KeyRole.WORKER, Close(IDS[1], 10), CHANNELS),
     (KeyRole.WORKER, Offer(ACCOUNTS[KeyRole.WORKER], ZERO, NOW * 1000, NOW * 1000 + 60_000), MARKET_DOMAIN),
     (KeyRole.WORKER, Refusal(JobId(ZERO), 1, 1), MARKET_DOMAIN),
+    (KeyRole.WORKER, Benchmark(ACCOUNTS[KeyRole.WORKER], ZERO, ZERO, NOW * 1000 - 60_000, NOW * 1000), MARKET_DOMAIN),
     (KeyRole.WORKER, HotKey(STRANGER, ACCOUNTS[KeyRole.WORKER], STRANGER, 0, NOW + 600), WORKERS),
     (KeyRole.WORKER, quote(1, 10), JOBS),
     (KeyRole.PAYER, order(1, 10), JOBS),
@@ -545,6 +551,12 @@ def test_wrong_keys_and_wrong_domains() -> None:
         (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000 + 121_000, NOW * 1000 + 122_000), MARKET_DOMAIN, SigningReason.TIME),
         (KeyRole.WORKER, Offer(OURS, ZERO, NOW * 1000, NOW * 1000 + 1), CHANNELS, SigningReason.DOMAIN),
         (KeyRole.WORKER, Refusal(JobId(ZERO), 1, 1), CHANNELS, SigningReason.DOMAIN),
+        (KeyRole.WORKER, bench(-60, 0, worker=STRANGER), MARKET_DOMAIN, SigningReason.NOT_OURS),
+        (KeyRole.WORKER, bench(0, 0), MARKET_DOMAIN, SigningReason.TIME),
+        (KeyRole.WORKER, bench(-DAY_S - 1, 0), MARKET_DOMAIN, SigningReason.TIME),
+        (KeyRole.WORKER, bench(0, 121), MARKET_DOMAIN, SigningReason.TIME),
+        (KeyRole.WORKER, bench(-700, -601), MARKET_DOMAIN, SigningReason.TIME),
+        (KeyRole.WORKER, bench(-60, 0), CHANNELS, SigningReason.DOMAIN),
         (KeyRole.WORKER, receipt(IDS[1], 1, 5), MARKET_DOMAIN, SigningReason.DOMAIN),
         (KeyRole.WORKER, HotKey(STRANGER, STRANGER, STRANGER, 0, NOW), WORKERS, SigningReason.NOT_OURS),
         (KeyRole.WORKER, HotKey(STRANGER, OURS, STRANGER, 0, NOW + DAY_S + 1), WORKERS, SigningReason.TIME),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import pytest
 from eth_account import Account
 from eth_account.messages import _hash_eip191_message, encode_typed_data
 
-from protocol.digest import OutputDigest
+from protocol.digest import InputDigest, OutputDigest
 from protocol.errors import InvalidValue, RemoteProtocolError, WireCode
 from protocol.frames import CONTROL_LIMIT
 from protocol.ids import Address, Hash32, JobId
 from protocol.keys import PrivateKey, recover, require_signer
-from protocol.messages import CONVERSATIONS, decode, encode
+from protocol.messages import CONVERSATIONS, decode, decode_value, encode, request_hash
 from protocol.pricing import Price, cost
+from protocol.tasks import Task, TaskRequest, task_of
 from protocol.typed_data import STRUCTS, Domain, Voucher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,13 +208,41 @@ def test_output_digests_do_not_depend_on_the_cut() -> None:
     job = JobId(WIRE["outputDigests"]["jobId"])
     for case in WIRE["outputDigests"]["cases"]:
         whole, pieces = OutputDigest(job, case["part"]), OutputDigest(job, case["part"])
-        whole.extend(case["tokenIds"], case["text"])
+        whole.extend(case["tokenIds"], case["text"], bytes.fromhex(case["data"]))
         for token in case["tokenIds"]:
             pieces.extend((token,), "")
         for letter in case["text"]:
             pieces.extend((), letter)
+        for byte in bytes.fromhex(case["data"]):
+            pieces.extend((), "", bytes([byte]))
         assert str(whole.value) == str(pieces.value) == case["digest"]
         assert whole.count == pieces.count == len(case["tokenIds"])
+
+
+def test_every_task_has_a_request_and_its_hash() -> None:
+    assert {case["task"] for case in WIRE["requests"]} == set(Task)
+    for case in WIRE["requests"]:
+        request = decode_value(TaskRequest, bytes.fromhex(case["request"]))
+        assert task_of(request) == case["task"]
+        assert encode(request) == bytes.fromhex(case["request"])
+        assert str(request_hash(request)) == case["hash"]
+        by_hand = hashlib.sha256(b"gristmill/request/2" + b"\x92" + bytes.fromhex(case["request"]) + b"\x90")
+        assert "0x" + by_hand.hexdigest() == case["hash"]
+
+
+def test_what_a_receipt_binds_of_streamed_input_does_not_depend_on_the_cut() -> None:
+    for case in WIRE["streamedInputs"]:
+        data = bytes.fromhex(case["data"])
+        digest = InputDigest(Hash32(case["asked"]))
+        for start in range(0, len(data), 7):
+            digest.extend(data[start : start + 7])
+        by_hand = hashlib.sha256(
+            b"gristmill/streamed/1"
+            + bytes.fromhex(case["asked"][2:])
+            + len(data).to_bytes(8)
+            + hashlib.sha256(data).digest()
+        )
+        assert str(digest.value) == case["hash"] == "0x" + by_hand.hexdigest()
 
 
 def test_costs() -> None:

@@ -1,14 +1,11 @@
-"""The engine: sequences in, one token per sequence and step out.
+"""The engine: sequences in, tokens out, one forward pass for all of them at each step.
 
 Rules:
-- One thread owns an engine. `step` is the only call that computes; each step gives every running sequence either one
-  chunk of its prompt or one token, so a long prompt delays a running stream by one chunk and no more.
-- A sequence is its tokens. Whatever part of them is not in its cache yet is computed next: a prompt, a prompt with an
-  answer begun elsewhere, and the last token of a running answer are the same case.
-- Memory for the whole sequence is reserved by `submit`; `step` allocates no cache and never fails for lack of it.
-
-Today a step runs its sequences one after the other. Continuous batching (one forward pass for all of them) belongs into
-`step` and `Llama.forward`, behind a paged cache; `submit`, `step`, `abort` and the outputs stay as they are.
+- One thread owns an engine. `step` is the only call that computes; it is schedule, run, draw, and nothing else.
+- Memory for a paid sequence is reserved by `submit`; `step` never fails for lack of it.
+- Tokens depend on a sequence alone: not on who runs beside it, on how prompts were cut, on what was cached or guessed.
+  In float32 that holds but for rounding, which the tests have not seen decide a token. With `exact` it holds bit for bit:
+  linear layers always see tiles of 16 rows, and attention never sees another sequence.
 
 Set ``OMP_WAIT_POLICY=PASSIVE`` in the environment before torch is imported: with more than one thread, and any other
 busy process on the machine, OpenMP's spinning makes torch 20 to 60 times slower.
@@ -17,6 +14,7 @@ busy process on the machine, OpenMP's spinning makes torch 20 to 60 times slower
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +23,44 @@ import torch
 from torch import Tensor
 
 from node.runtime.engine import sampler, weights
-from node.runtime.engine.errors import ContextOverflow, EngineError, IntegrityError, InvalidSequence
-from node.runtime.engine.kv_cache import CachePool, SequenceCache
+from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
+from node.runtime.engine.history import History
+from node.runtime.engine.lookup import Lookup
+from node.runtime.engine.paged import PagedCache, Plan, Span
+from node.runtime.engine.sampler import Draw, Picked, Scratch
+from node.runtime.engine.scheduler import STRETCH, Running, Scheduler, Work
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
+
+TILE = 16
+"""Rows of every linear layer in exact mode."""
+LOOKUP_STREAMS = 3
+"""With more answers at once, guesses cost more than they bring."""
 
 
 @dataclass(slots=True)
-class _Running:
-    sequence: Sequence
-    eos_ids: frozenset[int]
-    tokens: list[int]
-    """Prompt and everything generated."""
-    cache: SequenceCache
+class EngineStats:
+    """Counted since the engine was made; seconds are of the last step."""
 
-    @property
-    def generated(self) -> list[int]:
-        return self.tokens[len(self.sequence.prompt_ids) :]
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_queries: int = 0
+    """Tokens looked up in the prefix cache."""
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    """Computed; what the prefix cache had is not among them."""
+    generation_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    schedule_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    step_tokens: int = 0
+    """Tokens that the last step computed."""
 
 
 class Engine:
@@ -55,52 +75,80 @@ class Engine:
         *,
         cache_bytes: int = 1 << 30,
         prefill_chunk: int = 256,
+        token_budget: int = 512,
+        exact: bool = False,
+        prefix_cache: bool = True,
+        lookup: bool = True,
     ) -> None:
-        """`dtype`: float32 or bfloat16. `threads`: of torch, for the whole process. `cache_bytes`: KV cache of all
-        sequences together. `prefill_chunk`: prompt tokens that one step computes for one sequence."""
-        if threads < 1 or prefill_chunk < 1 or cache_bytes < 0:
-            raise EngineError("threads and prefill_chunk must be at least 1, cache_bytes at least 0")
+        """`dtype`: of the linear layers, one of `linear.FORMATS`. `threads`: of torch, for the whole process. `cache_bytes`:
+        KV cache of all sequences together. `prefill_chunk`: prompt tokens that one step computes for one sequence;
+        `token_budget`: for all of them. `lookup`: guess by prompt lookup."""
+        if threads < 1 or prefill_chunk < 1 or token_budget < 1 or cache_bytes < 0:
+            raise EngineError("threads, prefill_chunk and token_budget must be at least 1, cache_bytes at least 0")
         torch.set_num_threads(threads)
         self._device = torch.device(device)
         self._chunk = prefill_chunk
-        self._model, self.eos_ids = weights.load(Path(model_dir), self._device, dtype)
+        self._exact, self._lookup = exact, lookup
+        self._model, self.eos_ids = weights.load(Path(model_dir), self._device, dtype, tile=TILE if exact else 0)
         config = self._model.config
         self.dtype = dtype
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
-        self._pool = CachePool(
-            config.layers, config.kv_heads, config.head_dim, weights.DTYPES[dtype], self._device, cache_bytes
+        self.block_bytes = (
+            2 * config.layers * config.kv_heads * config.head_dim * BLOCK_TOKENS * self._model.dtype.itemsize
         )
-        self._running: dict[Hashable, _Running] = {}
+        """Bytes of one KV block, all layers together."""
+        self._pool = BlockPool(cache_bytes // self.block_bytes, prefix_cache=prefix_cache)
+        try:
+            self._cache = PagedCache(
+                config.layers, config.kv_heads, config.head_dim, self._pool.total, self._model.dtype, self._device
+            )
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
+            raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
+        self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
+        self._home = sampler.home(self._device)
+        self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
+        self._arrivals = 0
+        self._token_seconds = self._answer_seconds = 0.0
+        self._stats = EngineStats(kv_blocks_total=self._pool.total)
 
     @property
     def idle(self) -> bool:
         """True when there is nothing to step."""
-        return not self._running
+        return not self._scheduler.running and not self._scheduler.waiting
 
     @property
     def running(self) -> int:
         """Sequences that are not finished."""
-        return len(self._running)
+        return len(self._scheduler.running) + len(self._scheduler.waiting)
 
     @property
     def cache_used(self) -> int:
-        """Bytes of KV cache reserved."""
-        return self._pool.used
+        """Bytes of KV cache held by sequences."""
+        return self._pool.held * self.block_bytes
 
     @property
     def cache_free(self) -> int:
         """Bytes of KV cache that can still be reserved."""
-        return self._pool.budget - self._pool.used
+        return self._pool.available * self.block_bytes
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counters as they are now. Only reads numbers: callable from any thread."""
+        stats = self._stats
+        stats.running, stats.waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        stats.kv_blocks_used, stats.preemptions = self._pool.held, self._scheduler.preemptions
+        stats.prefix_queries, stats.prefix_hits = self._pool.queries, self._pool.hits
+        return stats
 
     def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
-        """Whether a sequence of this size would be accepted now. Only reads two numbers: callable from any thread."""
+        """Whether a sequence of this size would be accepted now. Only reads numbers: callable from any thread."""
         within = prompt_tokens + max_tokens <= self.context_length
-        return within and self._pool.bytes_for(prompt_tokens + max_tokens - 1) <= self.cache_free
+        return within and blocks_for(prompt_tokens + max_tokens - 1) <= self._pool.available
 
     def could_fit(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens, prompt and answer together, would be accepted by an idle engine."""
-        return tokens <= self.context_length and self._pool.bytes_for(tokens - 1) <= self._pool.budget
+        return tokens <= self.context_length and blocks_for(tokens - 1) <= self._pool.total
 
     def submit(self, sequence: Sequence) -> None:
         """Take a sequence and reserve its memory; tokens come from `step`.
@@ -109,14 +157,16 @@ class Engine:
         """
         eos_ids = self.eos_ids if sequence.eos_ids is None else sequence.eos_ids
         self._check(sequence, eos_ids)
-        # The last token is never fed back, so it needs no room.
-        cache = self._pool.allocate(len(sequence.prompt_ids) + sequence.max_tokens - 1)
-        tokens = [*sequence.prompt_ids, *sequence.generated_ids]
-        self._running[sequence.id] = _Running(sequence, eos_ids, tokens, cache)
+        self._arrivals += 1
+        running = Running(sequence, eos_ids, self._arrivals, [*sequence.prompt_ids, *sequence.generated_ids])
+        running.history = History(sequence.sampling, sequence.prompt_ids, sequence.generated_ids, self._home)
+        if self._lookup and sequence.speculate and sequence.constraint is None:
+            running.lookup = Lookup()
+        self._scheduler.submit(running)
 
     def _check(self, sequence: Sequence, eos_ids: frozenset[int]) -> None:
         prompt, generated = sequence.prompt_ids, sequence.generated_ids
-        if sequence.id in self._running:
+        if self._scheduler.find(sequence.id) is not None:
             raise InvalidSequence(f"sequence {sequence.id!r} is already running")
         if not prompt:
             raise InvalidSequence("the prompt is empty")
@@ -137,51 +187,89 @@ class Engine:
 
     def abort(self, sequence_id: Hashable) -> bool:
         """Drop a sequence and free its memory at once; no output follows. False when it is not running."""
-        running = self._running.pop(sequence_id, None)
-        if running is not None:
-            self._pool.release(running.cache)
-        return running is not None
+        return self._scheduler.remove(sequence_id)
 
     @torch.inference_mode()
     def step(self, hold: Container[Hashable] = ()) -> list[StepOutput]:
         """Advance every running sequence once, except those in `hold` (their consumer is behind, or has not paid).
 
-        Sequences still in their prompt give no output.
+        Sequences still in their prompt give no output; one whose guesses were right gives several.
         """
-        outputs = []
-        for running in list(self._running.values()):
-            if running.sequence.id in hold:
-                continue
-            logits = self._advance(running.cache, running.tokens)
-            if logits is None:
-                continue
-            output = self._next_token(running, logits)
-            if output.finish_reason is not None:
-                self.abort(running.sequence.id)
-            outputs.append(output)
+        begun = time.perf_counter()
+        self._guess(hold)
+        work = self._scheduler.plan(hold)
+        if not work:
+            return []
+        planned = time.perf_counter()
+        logits = self._forward(work)
+        computed = time.perf_counter()
+        prompts = sum(item.span.count for item in work if item.prompt)
+        outputs = self._draw(work, logits)
+        self._stats.schedule_seconds, self._stats.sample_seconds = planned - begun, time.perf_counter() - computed
+        self._account(work, prompts, computed - planned)
         return outputs
 
-    def _advance(self, cache: SequenceCache, tokens: list[int]) -> Tensor | None:
-        """Compute the next chunk of `tokens` that is not cached; float32 [vocab] once all of them are."""
-        chunk = tokens[cache.length : cache.length + self._chunk]
-        hidden = self._model.forward(torch.tensor(chunk, device=self._device), cache)
-        return self._model.logits(hidden[-1:])[0] if cache.length == len(tokens) else None
+    def _guess(self, hold: Container[Hashable]) -> None:
+        answering = [one for one in self._scheduler.running.values() if one.sequence.id not in hold]
+        if len(answering) > LOOKUP_STREAMS:
+            return
+        for one in answering:
+            if one.lookup is not None and one.computed == len(one.tokens) - 1:
+                one.draft = one.lookup.propose(one.tokens, one.room - len(one.tokens))
 
-    def _next_token(self, running: _Running, logits: Tensor) -> StepOutput:
-        sequence, position = running.sequence, len(running.tokens)
-        generated = running.generated
-        try:
-            token = sampler.pick(logits, sequence.sampling, sequence.prompt_ids, generated)
-        except sampler.UnusableLogits:
-            return StepOutput(sequence.id, -1, position, FinishReason.ERROR)
-        running.tokens.append(token)
-        reason = None
-        if token in running.eos_ids:
-            reason = FinishReason.STOP
-        elif len(generated) + 1 >= sequence.max_tokens:
-            reason = FinishReason.LENGTH
-        logprob = float(logits.log_softmax(0)[token]) if sequence.logprobs else None
-        return StepOutput(sequence.id, token, position, reason, logprob)
+    def _forward(self, work: list[Work]) -> Tensor:
+        """Float32 [rows, vocab]: the rows of each item, in order."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        for item in work:
+            one, span = item.running, item.span
+            end = span.start + span.count
+            tokens += one.tokens[span.start : end]
+            tokens += one.draft[: max(end - len(one.tokens), 0)]
+            rows += range(len(tokens) - item.rows, len(tokens))
+        plan = self._plan([item.span for item in work])
+        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache)
+        if len(rows) < len(tokens):
+            hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
+        return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
+
+    def _plan(self, spans: list[Span]) -> Plan:
+        config = self._model.config
+        return Plan(spans, self._device, exact=self._exact, width=config.heads * config.head_dim)
+
+    def _draw(self, work: list[Work], logits: Tensor) -> list[StepOutput]:
+        picked = iter(sampler.pick_rows(logits, [draw for item in work for draw in _draws(item)], self._scratch))
+        outputs: list[StepOutput] = []
+        for item in work:
+            one = item.running
+            made = _follow(one, [next(picked) for _ in range(item.rows)])
+            outputs += made
+            if one.lookup is not None:
+                one.lookup.learn(len(one.draft), len(made) - 1)
+            self._stats.guessed_tokens += len(one.draft)
+            self._stats.accepted_tokens += max(len(made) - 1, 0)
+            self._stats.generation_tokens += len(made)
+            self._scheduler.advance(item, [output.token_id for output in made if output.token_id >= 0])
+            if made and made[-1].finish_reason is not None:
+                self._scheduler.remove(one.sequence.id)
+        return outputs
+
+    def _account(self, work: list[Work], prompts: int, forward: float) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.forward_seconds = forward
+        stats.step_tokens = sum(item.span.count for item in work)
+        stats.prompt_tokens += prompts
+        # What a prompt's token costs beside running answers decides how many of them a step may hold.
+        if not prompts:
+            self._answer_seconds = _blend(self._answer_seconds, forward)
+        elif prompts >= BLOCK_TOKENS:
+            alone = self._answer_seconds if stats.step_tokens > prompts else 0.0
+            self._token_seconds = _blend(self._token_seconds, max(forward - alone, forward / 8) / prompts)
+        if self._token_seconds and self._answer_seconds:
+            tokens = STRETCH * self._answer_seconds / self._token_seconds
+            whole = max(int(tokens) // BLOCK_TOKENS, 1) * BLOCK_TOKENS
+            self._scheduler.beside = min(whole, self._chunk)
 
     def prefill_logits(self, token_ids: list[int] | tuple[int, ...], start: int = 0) -> Tensor:
         """Logits at every position from `start` on: float32 [len(token_ids) - start, vocab], for audits and tests.
@@ -199,29 +287,61 @@ class Engine:
 
     @torch.inference_mode()
     def _all_logits(self, tokens: list[int], start: int) -> Iterator[Tensor]:
-        cache = self._pool.allocate(len(tokens))
+        table = self._pool.allocate(blocks_for(len(tokens)))
         try:
             for begin in range(0, len(tokens), self._chunk):
-                chunk = torch.tensor(tokens[begin : begin + self._chunk], device=self._device)
-                hidden = self._model.forward(chunk, cache)[max(start - begin, 0) :]
+                chunk = tokens[begin : begin + self._chunk]
+                plan = self._plan([Span(table, begin, len(chunk))])
+                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache)
+                hidden = hidden[max(start - begin, 0) :]
                 if len(hidden):
                     yield self._model.logits(hidden)
         finally:
-            self._pool.release(cache)
+            self._pool.release(table)
 
     def numerics_probe(self) -> bytes:
         """sha256 of the exact logits of a fixed token sequence: equal on machines that compute bit for bit alike."""
         tokens = [(7 * n * n + 3) % self.vocab_size for n in range(min(self.context_length, 40))]
-        digest = hashlib.sha256(f"{self.dtype} {self._chunk}".encode())
+        mode = f"exact {TILE}" if self._exact else f"{self._chunk}"
+        digest = hashlib.sha256(f"{self.dtype} {mode}".encode())
         digest.update(self.prefill_logits(tokens, len(tokens) - 8 if len(tokens) > 8 else 0).cpu().numpy().tobytes())
         return digest.digest()
 
     def check_integrity(self) -> None:
         """Compare the engine's books with themselves. Raises `IntegrityError`; cheap enough to run whenever idle."""
-        self._pool.check_integrity()
-        reserved = sum(running.cache.nbytes for running in self._running.values())
-        if reserved != self._pool.used:
-            raise IntegrityError(f"sequences hold {reserved} bytes of cache, the pool counts {self._pool.used}")
-        for running in self._running.values():
-            if not running.cache.length <= len(running.tokens) <= running.cache.capacity + 1:
-                raise IntegrityError(f"sequence {running.sequence.id!r}: cache and tokens disagree")
+        self._scheduler.check_integrity()
+
+
+def _blend(old: float, new: float) -> float:
+    return new if old == 0.0 else old + (new - old) / 8
+
+
+def _draws(item: Work) -> Iterator[Draw]:
+    """What the sampler needs for each of the item's rows, as if all guesses before it were right."""
+    one, sequence = item.running, item.running.sequence
+    for n in range(item.rows):
+        mask = None if sequence.constraint is None else sequence.constraint.mask()
+        history = None if one.history is None else one.history.ahead(one.draft[:n])
+        yield Draw(sequence.sampling, one.tokens, one.draft[:n], mask, sequence.logprobs, history)
+
+
+def _follow(one: Running, picked: list[Picked]) -> list[StepOutput]:
+    """The tokens that follow, as far as the guesses were right: one at least, where there is a row."""
+    sequence, outputs = one.sequence, list[StepOutput]()
+    for n, pick in enumerate(picked):
+        token, position = pick.token, len(one.tokens) + n
+        if pick.unusable:
+            return [*outputs, StepOutput(sequence.id, -1, position, FinishReason.ERROR)]
+        if one.history is not None:
+            one.history.extend(token)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token)
+        reason = None
+        if token in one.eos_ids or (sequence.constraint is not None and sequence.constraint.ended):
+            reason = FinishReason.STOP
+        elif position + 1 >= len(sequence.prompt_ids) + sequence.max_tokens:
+            reason = FinishReason.LENGTH
+        outputs.append(StepOutput(sequence.id, token, position, reason, pick.logprob, pick.top_logprobs))
+        if reason is not None or n >= len(one.draft) or token != one.draft[n]:
+            break
+    return outputs

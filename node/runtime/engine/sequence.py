@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from node.runtime.engine.constraint import Constraint
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
-    """The model ended its answer: the last token is an end-of-sequence token."""
+    """The model ended its answer by an end-of-sequence token, or its constraint did."""
     LENGTH = "length"
     """`max_tokens` were generated."""
     ERROR = "error"
-    """The model computed no usable logits for this sequence; the others go on."""
+    """The model computed no usable logits for this sequence, or its constraint allows nothing; the others go on."""
 
 
 class Sampling(Protocol):
@@ -56,8 +58,17 @@ class Sequence:
     """Tokens of this answer that were delivered before, here or by another worker; generation goes on after them."""
     eos_ids: frozenset[int] | None = None
     """Tokens that end the answer; None takes the model's own, an empty set ignores them."""
-    logprobs: bool = False
-    """Report each token's log probability."""
+    logprobs: int = 0
+    """Report each token's log probability, and those of so many that were likeliest; 0 reports none."""
+    salt: bytes = b""
+    """Names the tenant: only sequences of equal salts share what they have in common."""
+    paid: bool = True
+    """Its whole room is reserved when it is submitted, and it is never set back. Unpaid ones take room as they grow, wait when
+    there is none, and give theirs up to paid ones; what they lose is computed again."""
+    speculate: bool = True
+    """May be sped up by looking ahead; the tokens are the same with and without."""
+    constraint: Constraint | None = None
+    """What may follow; it has seen `generated_ids`. Belongs to the engine from `submit` on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +83,6 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     """Set on the sequence's last output."""
     logprob: float | None = None
-    """ln of the model's own probability, before bias, penalties, temperature and filters."""
+    """ln of the model's own probability, before constraint, bias, penalties, temperature and filters."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token, logprob) of the likeliest, likeliest first."""

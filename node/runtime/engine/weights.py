@@ -1,6 +1,6 @@
 """From a model folder to a model in memory: safetensors only, every tensor checked against config.json.
 
-On a CPU in the stored dtype the tensors are the mapped file itself: loading reads nothing, and pages come as they are used.
+On a CPU the tensors are the mapped file itself; what the layers pack of them for speed is a copy of theirs.
 """
 
 from __future__ import annotations
@@ -15,39 +15,53 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from node.runtime.engine.errors import UnsupportedModel
-from node.runtime.engine.models.llama import Llama, LlamaConfig
+from node.runtime.engine.linear import FORMATS
+from node.runtime.engine.models.configs import Names, parse
+from node.runtime.engine.models.decoder import Decoder
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MAX_JSON: Final = 1 << 20
 
 
-def load(folder: Path, device: torch.device, dtype: str) -> tuple[Llama, frozenset[int]]:
-    """The model of a folder and its end-of-sequence ids. Raises `UnsupportedModel`."""
-    if dtype not in DTYPES:
-        raise UnsupportedModel(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+def load(folder: Path, device: torch.device, fmt: str, *, tile: int = 0) -> tuple[Decoder, frozenset[int]]:
+    """The model of a folder, its linear layers in `fmt`, and its end-of-sequence ids. Raises `UnsupportedModel`.
+
+    `tile`: see `Decoder`.
+    """
+    if fmt not in FORMATS:
+        raise UnsupportedModel(f"format {fmt!r} is not supported; choose one of {', '.join(FORMATS)}")
     raw = _json(folder / "config.json")
-    if raw.get("model_type") != "llama":
-        raise UnsupportedModel(f"model_type {raw.get('model_type')!r} is not supported; supported: llama")
-    config = LlamaConfig.parse(raw)
-    return Llama(config, _tensors(folder, config.shapes(), device, DTYPES[dtype])), _eos_ids(folder, raw)
+    config, names = parse(raw)
+    tensors = _tensors(folder, config.shapes(), names, device)
+    return Decoder(config, tensors, fmt, device, tile=tile), _eos_ids(folder, raw)
 
 
 def _tensors(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], names: Names, device: torch.device
 ) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    wanted = {name: names(name) for name in shapes}
+    places = {place.name for place in wanted.values()}
+    stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in shapes.keys() & set(file.keys()):
-                    found[name] = file.get_tensor(name).to(dtype)
+                for name in set(file.keys()):
+                    # Some files leave out the name of the whole model before the parts' names.
+                    for full in {name, f"transformer.{name}"} & places:
+                        stored[full] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UnsupportedModel(f"{path.name} cannot be read: {error}") from None
-    for name, shape in shapes.items():
-        if name not in found:
-            raise UnsupportedModel(f"the weight files lack {name}")
-        if tuple(found[name].shape) != shape:
-            raise UnsupportedModel(f"{name} has shape {tuple(found[name].shape)}, config.json says {shape}")
+    found: dict[str, Tensor] = {}
+    for name, place in wanted.items():
+        if place.name not in stored:
+            raise UnsupportedModel(f"the weight files lack {place.name}")
+        tensor = stored[place.name]
+        if not tensor.is_floating_point():
+            raise UnsupportedModel(f"{place.name} holds {tensor.dtype}, not floating point numbers")
+        tensor = tensor.t() if place.transposed and tensor.dim() == 2 else tensor
+        tensor = tensor[slice(*place.rows)] if place.rows else tensor
+        if tuple(tensor.shape) != shapes[name]:
+            raise UnsupportedModel(f"{place.name} has shape {tuple(tensor.shape)}, config.json says {shapes[name]}")
+        found[name] = tensor
     return found
 
 

@@ -1,0 +1,113 @@
+"""An answer as it comes, then what it cost: what `chat`, `embed` and `run` share.
+
+The answer goes to stdout, worker, usage, cost and receipt to stderr. With --json every piece is a line, and the last line holds
+the verified receipt.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from node.cli.main import Shared
+
+if TYPE_CHECKING:
+    from node.client.chat import ChatStream
+    from node.client.client import Client
+    from protocol.channel import ChannelState
+
+Rows = Callable[[list[float]], tuple[dict[str, Any], str]]
+"""One row of numbers: for machines, and as a line of text."""
+
+
+async def tell(
+    shared: Shared,
+    client: Client,
+    stream: ChatStream,
+    opened: tuple[ChannelState, bytes],
+    *,
+    rows: Rows | None = None,
+    width: int = 1,
+) -> None:
+    """`opened`: the channel that was opened for it, and how. `rows`: shows an answer of numbers, `width` in a row."""
+    output = shared.output
+    chain = client.wallet.chains.of(opened[0].domain)
+    before = await chain.head()
+    async with stream:
+        async for chunk in stream:
+            if rows is not None:
+                for numbers in _rows(chunk.data, width):
+                    output.row(*rows(numbers))
+            elif output.json:
+                output.row({"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)})
+            else:
+                output.write(chunk.text)
+    after = await chain.head()
+    if not output.json and rows is None:
+        output.write("\n")
+    for contradiction in client.evidence.told:
+        output.say(contradiction)
+    await _account(shared, client, stream, opened[1], (before.number, after.number))
+
+
+async def _account(
+    shared: Shared, client: Client, stream: ChatStream, allocation: bytes, blocks: tuple[int, int]
+) -> None:
+    from protocol.tasks import UNITS, Task
+
+    output, receipt, timings = shared.output, stream.receipt, stream.timings
+    if receipt is None:
+        return
+    channel = client.book.channels[receipt.channel_id]
+    if output.json:
+        summary = {
+            "worker": stream.worker,
+            "model": str(receipt.model_id),
+            "task": stream.task.value,
+            "usage": {"input_tokens": receipt.input_tokens, "output_tokens": receipt.output_tokens},
+            "cost": str(receipt.cost),
+            "finish_reason": stream.finish_reason,
+            "seconds": {
+                "accepted": timings.accepted,
+                "first_token": timings.first_token,
+                "ask_to_first_token": timings.first_token - timings.asked,
+                "total": timings.finished,
+            },
+            "channel": stream.channel_id,
+            "chain": client.wallet.chains.name(channel.domain),
+            "token": str(channel.config.token),
+            "allocation_transaction": allocation or stream.allocation_transaction or None,
+            "blocks": {"before": blocks[0], "after": blocks[1]},
+            "receipt": receipt_data(receipt),
+            "receipt_signature": stream.receipt_signature,
+        }
+        output.row(summary)
+        return
+    info = await client.wallet.chains.of(channel.domain).token_info(channel.config.token)
+    if stream.task is Task.CHAT:
+        speed = receipt.output_tokens / max(timings.finished - timings.first_token, 1e-9)
+        used = f"{receipt.input_tokens} tokens in, {receipt.output_tokens} out, {speed:.1f} tokens/s, "
+    else:
+        units = UNITS[stream.task]
+        used = f"{receipt.input_tokens} x {units.input}, {receipt.output_tokens} x {units.output}, "
+    output.say(
+        f"\nworker   {stream.worker}\n"
+        f"usage    {used}first {'token' if stream.task is Task.CHAT else 'output'} after "
+        f"{1000 * max(0.0, timings.first_token - timings.asked):.0f} ms\n"
+        f"cost     {info.show(receipt.cost)}\n"
+        f"receipt  number {receipt.sequence} on channel {stream.channel_id}, verified"
+    )
+
+
+def _rows(data: bytes, width: int) -> Iterator[list[float]]:
+    for start in range(0, len(data), 4 * width):
+        yield list(struct.unpack_from(f"<{width}f", data, start))
+
+
+def receipt_data(receipt: Any) -> dict[str, Any]:
+    """A receipt in the form of `--json`: hashes as hex, amounts as decimal strings."""
+    data = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
+    data["cost"] = str(receipt.cost)
+    return {name: "0x" + value.hex() if isinstance(value, bytes) else value for name, value in data.items()}

@@ -1,0 +1,220 @@
+"""Linear layers: y = x W^T + b, the weight held in one of `FORMATS` and packed once for the device it lives on.
+
+Rules:
+- A format says what weights are stored and multiplied in, and is part of the offer; which operator multiplies is this
+  module's business. An operator that torch does not promise (private, or its name has changed before) is tried on a small
+  case first and compared with float64; where it is missing or wrong the layer falls back to `F.linear` and the log says why.
+- A row of the result depends on that row of the input alone. Where activations are quantized, each row has its own scale.
+- `nbytes` is what the packed weight occupies, padding included. The weight given is never changed and may be dropped.
+- Nothing is chosen by timing: the same machine, shape and number of rows take the same path in every run.
+
+Measured on AVX-512 without AMX, one thread, for all the products of a step of SmolLM2-135M: oneDNN's packed kernels cost
+less at four rows than at one or two (they keep few accumulators busy), so one and two rows are repeated to four. FBGEMM's
+float16 kernel reads weights twice as fast as oneDNN's bfloat16 at one row and loses from eight rows on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from node.runtime.engine.errors import UnsupportedModel
+
+FORMATS: Final = ("float32", "bfloat16", "float16", "int8", "int4")
+FEW_ROWS: Final = 3
+"""Up to so many rows the copy for few rows is the faster one (measured: even at 4)."""
+
+log = logging.getLogger(__name__)
+
+
+class Linear(Protocol):
+    """A linear layer, its weight packed."""
+
+    out_features: int
+    in_features: int
+    nbytes: int
+    """Bytes of the packed weight, its scales and its bias."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] of the compute dtype to [rows, out] of the same."""
+        ...
+
+
+def compute_dtype(fmt: str, device: torch.device | str) -> torch.dtype:
+    """Of activations, norms and what the layers of `fmt` take and give.
+
+    On a CPU float16 and int8 compute in float32: their kernels take and give it, and half precision would only add
+    conversions. Nothing is ever computed in float16 on a CPU: it has no fast kernels there.
+    """
+    _check_format(fmt)
+    cpu = torch.device(device).type == "cpu"
+    if fmt == "float32" or (cpu and fmt in ("float16", "int8")):
+        return torch.float32
+    return torch.float16 if fmt == "float16" else torch.bfloat16
+
+
+def make_linear(
+    weight: Tensor, fmt: str, bias: Tensor | None = None, *, head: bool = False, few_rows: bool = False
+) -> Linear:
+    """The layer of a weight [out, in] and bias [out], of any floating-point dtype, on the device where they are.
+
+    `head`: it is the output head, which bears quantization worst: int4 keeps it in int8, and its activations in 15 bits.
+    `few_rows` (bfloat16 on a CPU only, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows, about twice
+    as fast there; it holds the same weights and takes as many bytes again. Raises `UnsupportedModel` for what is no weight.
+    """
+    _check_format(fmt)
+    _check_shapes(weight, bias)
+    from node.runtime.engine import quantize  # it builds on this module
+
+    device = weight.device.type
+    dtype = compute_dtype(fmt, device)
+    bias = None if bias is None else bias.to(dtype)
+    if fmt == "int8" or (fmt == "int4" and head):
+        return quantize.int8_linear(weight, bias, dtype, fine=head)
+    if fmt == "int4":
+        return quantize.int4_linear(weight, bias, dtype)
+    if device != "cpu":
+        return PlainLinear(weight.to(dtype), bias)
+    if fmt == "float16":
+        return _float16(weight, bias)
+    weight = weight.to(dtype)
+    many: Linear = OneDnnLinear(weight, bias) if works(OneDnnLinear, "cpu", dtype) else PlainLinear(weight, bias)
+    if few_rows and fmt == "bfloat16" and works(Float16Linear, "cpu", torch.float32) and _fits_float16(weight):
+        return _TwoCopies(Float16Linear(weight, bias), many)
+    return many
+
+
+def _check_format(fmt: str) -> None:
+    if fmt not in FORMATS:
+        raise UnsupportedModel(f"format {fmt!r} is not supported; choose one of {', '.join(FORMATS)}")
+
+
+def _check_shapes(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
+        raise UnsupportedModel(f"no weight of a linear layer: {weight.dtype} {list(weight.shape)}")
+    if bias is not None and (tuple(bias.shape) != weight.shape[:1] or not bias.is_floating_point()):
+        raise UnsupportedModel(f"bias {bias.dtype} {list(bias.shape)} does not fit a weight of {list(weight.shape)}")
+    if bias is not None and bias.device != weight.device:
+        raise UnsupportedModel(f"weight on {weight.device} and bias on {bias.device}")
+
+
+class PlainLinear:
+    """`F.linear`: every device, every dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight, self._bias = weight, bias
+        self.nbytes = weight.nbytes + nbytes_of(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class OneDnnLinear:
+    """float32 or bfloat16 on a CPU, the weight in the blocked layout of oneDNN's matmul kernels.
+
+    Results do not depend on the number of rows, on any CPU measured so far: the kernels sum over `in` in one order.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        ops = torch.ops.mkldnn
+        self.out_features, self.in_features = weight.shape
+        self._packed = ops._reorder_linear_weight(weight.contiguous(), 16)
+        self._bias = bias
+        self._linear = ops._linear_pointwise.default
+        self.nbytes = ops._nbytes(self._packed) + nbytes_of(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows in (1, 2):
+            return self._linear(torch.cat((x,) * (4 // rows)), self._packed, self._bias, "none", [], "")[:rows]
+        return self._linear(x, self._packed, self._bias, "none", [], "")
+
+
+class Float16Linear:
+    """float16 weights times float32 activations on a CPU, summed in float32: FBGEMM, about as exact as float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        ops = torch.ops.quantized
+        self.out_features, self.in_features = weight.shape
+        self._packed = ops.linear_prepack_fp16(weight.float().contiguous(), None if bias is None else bias.float())
+        self._linear = ops.linear_dynamic_fp16.default
+        self.nbytes = 2 * fbgemm_padded(self.out_features, self.in_features, 16) + 4 * (
+            0 if bias is None else self.out_features
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x, self._packed)
+
+
+class _TwoCopies:
+    """bfloat16 with float16 beside it for few rows. Every bfloat16 from 2^-14 up to float16's largest is a float16."""
+
+    def __init__(self, few: Linear, many: Linear) -> None:
+        self.out_features, self.in_features = many.out_features, many.in_features
+        self._few, self._many = few, many
+        self.nbytes = few.nbytes + many.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= FEW_ROWS:
+            return self._few(x.float()).to(x.dtype)
+        return self._many(x)
+
+
+def _fits_float16(weight: Tensor) -> bool:
+    return bool(weight.abs().amax() <= torch.finfo(torch.float16).max)
+
+
+def _float16(weight: Tensor, bias: Tensor | None) -> Linear:
+    if not _fits_float16(weight):
+        raise UnsupportedModel("a weight is not finite or too large for float16")
+    if works(Float16Linear, "cpu", torch.float32):
+        return Float16Linear(weight, bias)
+    # Rounded as the format says, multiplied in float32 as compute_dtype says; twice the bytes, which nbytes tells.
+    rounded = weight.to(torch.float16).float()
+    return OneDnnLinear(rounded, bias) if works(OneDnnLinear, "cpu", torch.float32) else PlainLinear(rounded, bias)
+
+
+def nbytes_of(tensor: Tensor | None) -> int:
+    """Bytes of a tensor that may be absent."""
+    return 0 if tensor is None else tensor.nbytes
+
+
+def fbgemm_padded(out_features: int, in_features: int, columns: int) -> int:
+    """Numbers in a weight as FBGEMM packs it for AVX-512: `in` in whole blocks of 512, `out` in whole `columns`."""
+    return -(-in_features // 512) * 512 * -(-out_features // columns) * columns
+
+
+@cache
+def works(kind: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+    """Whether a kind of layer can be built here and agrees with float64 on a small case; the log says why it does not.
+
+    `kind(weight, bias)` is called with tensors of `dtype` on `device`. Its attribute ``tolerance``, where it has one, is
+    the error allowed, in units of the largest result; rounding of weights to the format included.
+    """
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = torch.randn(128, 96, generator=generator), torch.randn(128, generator=generator)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    tolerance = getattr(kind, "tolerance", 1e-2)
+    try:
+        layer = kind(weight.to(device), bias.to(device))
+        for rows in (1, 2, 5, 80):
+            x = torch.randn(rows, 96, generator=generator)
+            x[0] = 1e3 * x[0].sign()  # as large as they come: a kernel that saturates shows itself
+            x = x.to(dtype)
+            wanted = x.double() @ weight.double().t() + bias.double()
+            got = layer(x.to(device)).cpu()
+            error = float(((got.double() - wanted).abs().amax(1) / wanted.abs().amax(1)).amax())
+            if got.dtype != dtype or got.shape != wanted.shape or not error <= tolerance:
+                raise ArithmeticError(f"{rows} rows gave {got.dtype} {list(got.shape)}, off by {error:.2g}")
+    except (AttributeError, RuntimeError, ArithmeticError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        log.warning("%s is not used for %s on %s: %s", getattr(kind, "__name__", kind), dtype, device, reason)
+        return False
+    return True

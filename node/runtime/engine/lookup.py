@@ -1,0 +1,52 @@
+"""Prompt lookup: guess the next tokens from an earlier place where the last ones stood (Saxena 2023).
+
+A guess costs little and is checked by the model in the step that would have computed one token anyway, so the answer is the
+same with and without. It pays where answers copy (code, quotes, summaries); elsewhere the acceptance of the last guesses
+switches it off, and it tries again after a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+GRAM = 3
+"""Tokens that must agree for a guess."""
+LONGEST = 8
+"""Tokens guessed at most."""
+_START, _TRUST, _DECAY = 0.5, 0.25, 0.25
+_PAUSE = 32
+
+
+class Lookup:
+    """The places of every `GRAM` tokens of one sequence, and how well guesses went so far."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+        self._acceptance = _START
+        """Share of guessed tokens that were right, lately."""
+        self._pause = 0
+
+    def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
+        """At most `limit` tokens that may follow; none when there is no likeness or guesses do not pay."""
+        for end in range(max(self._indexed, GRAM), len(tokens)):  # the last place is not its own precedent
+            self._places[tuple(tokens[end - GRAM : end])] = end
+        self._indexed = len(tokens)
+        if self._pause:
+            self._pause -= 1
+            return []
+        place = self._places.get(tuple(tokens[-GRAM:])) if len(tokens) >= GRAM else None
+        if place is None or limit < 1:
+            return []
+        length = min(limit, max(1, round(2 * LONGEST * self._acceptance)), LONGEST)
+        found = list(tokens[place : place + length])
+        while len(found) < length:  # the likeness overlaps the end: what repeats goes on repeating
+            found.append(found[len(found) - (len(tokens) - place)])
+        return found
+
+    def learn(self, guessed: int, right: int) -> None:
+        """A guess of `guessed` tokens was checked, and the first `right` of them stood."""
+        if guessed:
+            self._acceptance += _DECAY * (right / guessed - self._acceptance)
+            if self._acceptance < _TRUST:
+                self._acceptance, self._pause = _START, _PAUSE

@@ -1,0 +1,340 @@
+"""One decoder for the architectures that differ by switches: Llama, Mistral, Qwen, Gemma, Phi, GPT-2.
+
+A `DecoderConfig` is what config.json comes to (`configs.py` reads each architecture's dialect); `shapes` names every tensor
+in one canonical naming, onto which each architecture maps its own. Nothing here knows an architecture's name.
+
+Numerics follow transformers' own model classes, so that greedy output in float32 is equal token for token.
+
+Sources: Vaswani et al. 2017; Su et al. 2021 (rotary positions); Zhang and Sennrich 2019 (RMSNorm); Ainslie et al. 2023
+(grouped queries); Shazeer 2020 (gated activations).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from node.runtime.engine.errors import UnsupportedModel
+from node.runtime.engine.linear import Linear, compute_dtype, make_linear
+from node.runtime.engine.paged import Attention, PagedCache, Plan
+
+ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions: the first `dim` numbers of a head are turned, in halves that form the pairs."""
+
+    theta: float
+    dim: int
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def frequencies(self) -> Tensor:
+        """Float32 [dim / 2]: radians per position."""
+        steps = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
+        plain = 1.0 / self.theta**steps
+        if self.scaling == "linear":
+            return plain / self.factor
+        if self.scaling == "llama3":  # long waves are stretched, short ones kept, those between blended
+            wavelength = 2 * math.pi / plain
+            low, high = self.original_context / self.low_freq_factor, self.original_context / self.high_freq_factor
+            blend = (self.original_context / wavelength - self.low_freq_factor) / (
+                self.high_freq_factor - self.low_freq_factor
+            )
+            blended = (1 - blend) * plain / self.factor + blend * plain
+            return torch.where(wavelength > low, plain / self.factor, torch.where(wavelength < high, plain, blended))
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Everything that decides the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context_length: int
+    tied: bool
+    """The output projection is the token embedding."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """Added to RMSNorm's weights (Gemma stores w - 1)."""
+    block: Literal["pre", "parallel", "sandwich"] = "pre"
+    """pre: norm, attend, add, norm, feed, add. parallel: both from one norm (Phi). sandwich: a norm after each, too (Gemma 2)."""
+    activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    feed_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before they are turned (Qwen 3, Gemma 3)."""
+    rope: Rope | None = None
+    """None: learned positions (GPT-2)."""
+    local_rope: Rope | None = None
+    """For the layers that have a window, where it differs (Gemma 3)."""
+    windows: tuple[int | None, ...] = ()
+    """One for each layer; () is none."""
+    attention_scale: float = 0.0
+    """Of the scores; 0 is 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor, by its canonical name."""
+        width, inner = self.hidden_size, self.intermediate_size
+        queries, pairs = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer_norm = self.norm == "layer"
+        shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, width)}
+
+        def norm(name: str, size: int = width, bias: bool = layer_norm) -> None:
+            shapes[f"{name}.weight"] = (size,)
+            if bias:
+                shapes[f"{name}.bias"] = (size,)
+
+        def linear(name: str, out: int, inputs: int, bias: bool) -> None:
+            shapes[f"{name}.weight"] = (out, inputs)
+            if bias:
+                shapes[f"{name}.bias"] = (out,)
+
+        norm("norm")
+        if not self.tied:
+            linear("head", self.vocab_size, width, self.head_bias)
+        if self.rope is None:
+            shapes["positions"] = (self.context_length, width)
+        for n in range(self.layers):
+            norm(f"{n}.attention_norm")
+            linear(f"{n}.q", queries, width, self.qkv_bias)
+            linear(f"{n}.k", pairs, width, self.qkv_bias)
+            linear(f"{n}.v", pairs, width, self.qkv_bias)
+            linear(f"{n}.o", width, queries, self.output_bias)
+            if self.qk_norm:
+                norm(f"{n}.q_norm", self.head_dim, False)
+                norm(f"{n}.k_norm", self.head_dim, False)
+            if self.block == "sandwich":
+                norm(f"{n}.attention_post_norm")
+                norm(f"{n}.feed_post_norm")
+            if self.block != "parallel":
+                norm(f"{n}.feed_norm")
+            if self.gated:
+                linear(f"{n}.gate", inner, width, self.feed_bias)
+            linear(f"{n}.up", inner, width, self.feed_bias)
+            linear(f"{n}.down", width, inner, self.feed_bias)
+        return shapes
+
+
+class _Turns:
+    """Cosines and sines of every position, as far as positions were needed, in steps of `STEP`.
+
+    Each step is computed in one shape: vectorised functions may round differently at the end of a tensor, and a position's
+    values must not depend on how many others were asked for.
+    """
+
+    STEP = 1024
+
+    def __init__(self, rope: Rope, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies = rope.frequencies().to(device)
+        self._dtype = dtype
+        self._cos = torch.empty(0, len(self._frequencies), dtype=dtype, device=device)
+        self._sin = self._cos
+
+    def of(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """Each [tokens, 1, dim / 2]; no position is above `last`."""
+        while len(self._cos) <= last:
+            at = torch.arange(len(self._cos), len(self._cos) + self.STEP, device=positions.device)
+            angles = at[:, None].float() * self._frequencies
+            self._cos = torch.cat((self._cos, angles.cos().to(self._dtype)))
+            self._sin = torch.cat((self._sin, angles.sin().to(self._dtype)))
+        return self._cos[positions][:, None], self._sin[positions][:, None]
+
+
+class Decoder:
+    """A model with its weights. Stateless between calls: what it remembers is in the cache it is given."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: Mapping[str, Tensor], fmt: str, device: torch.device, *, tile: int = 0
+    ) -> None:
+        """`weights`: one tensor for each entry of `config.shapes()`. `fmt`: of the linear layers, one of `linear.FORMATS`.
+        `tile`: linear layers always see exactly so many rows at a time; 0: as many as there are."""
+        if tile and not config.gated and config.intermediate_size % 64:
+            # An activation over whole rows would round differently at the end of the tensor than elsewhere.
+            raise UnsupportedModel("exact mode needs an intermediate size that is a multiple of 64")
+        self.config = config
+        self.dtype = compute_dtype(fmt, device)
+        self.embedding = weights["embed"].to(self.dtype)
+        self.positions = None if config.rope else weights["positions"].to(self.dtype)
+        self.norm = _Norm(config, "norm", weights, self.dtype)
+        self._tile = tile
+        head = weights["embed" if config.tied else "head.weight"]
+        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True), tile)
+        self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile) for n in range(config.layers)]
+        ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
+        self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the linear layers and the embedding as they are held."""
+        return self.embedding.nbytes + self.head.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    def forward(self, token_ids: Tensor, plan: Plan, cache: PagedCache) -> Tensor:
+        """Run int64 [tokens] of one pass; returns hidden states [tokens, hidden] and fills the cache."""
+        hidden = F.embedding(token_ids, self.embedding)
+        if self.config.embedding_scale != 1.0:
+            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=self.dtype)
+        if self.positions is not None:
+            hidden = hidden + F.embedding(plan.positions, self.positions)
+        turns = {rope: turn.of(plan.positions, plan.last) for rope, turn in self._turns.items()}
+        for layer in self.layers:
+            hidden = layer.forward(hidden, turns, plan, cache)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 [rows, vocab] of hidden states as `forward` returns them."""
+        logits = self.head(self.norm(hidden)).float()
+        if self.config.logit_softcap:
+            cap = self.config.logit_softcap
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+class _Norm:
+    def __init__(
+        self, config: DecoderConfig, name: str, weights: Mapping[str, Tensor], dtype: torch.dtype, rms: bool = False
+    ) -> None:
+        self._rms = rms or config.norm == "rms"
+        self._eps = config.norm_eps
+        weight = weights[f"{name}.weight"]
+        self._offset = self._rms and config.norm_offset != 0
+        # Gemma multiplies by 1 + w in float32 and rounds once; the others round before they multiply.
+        self._weight = weight.float() + config.norm_offset if self._offset else weight.to(dtype)
+        self._bias = weights[f"{name}.bias"].to(dtype) if f"{name}.bias" in weights else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = (x.shape[-1],)
+        if self._offset:
+            return F.rms_norm(x.float(), size, self._weight, self._eps).to(x.dtype)
+        if self._rms:
+            return F.rms_norm(x, size, self._weight, self._eps)
+        return F.layer_norm(x, size, self._weight, self._bias, self._eps)
+
+
+class _Layer:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        index: int,
+        weights: Mapping[str, Tensor],
+        fmt: str,
+        dtype: torch.dtype,
+        tile: int,
+    ) -> None:
+        self.index = index
+        self.config = config
+
+        def linear(*names: str) -> Linear | _Tiled:
+            """Several that read the same input are one product."""
+            keys = [f"{index}.{name}" for name in names]
+            biases = [weights[f"{key}.bias"] for key in keys if f"{key}.bias" in weights]
+            weight = (
+                torch.cat([weights[f"{key}.weight"] for key in keys]) if len(keys) > 1 else weights[f"{keys[0]}.weight"]
+            )
+            return _tiled(make_linear(weight, fmt, torch.cat(biases) if biases else None), tile)
+
+        def norm(name: str, rms: bool = False) -> _Norm:
+            return _Norm(config, f"{index}.{name}", weights, dtype, rms)
+
+        self.qkv, self.output = linear("q", "k", "v"), linear("o")
+        self.up, self.down = linear("gate", "up") if config.gated else linear("up"), linear("down")
+        self.attention_norm = norm("attention_norm")
+        self.feed_norm = None if config.block == "parallel" else norm("feed_norm")
+        self.attention_post = norm("attention_post_norm") if config.block == "sandwich" else None
+        self.feed_post = norm("feed_post_norm") if config.block == "sandwich" else None
+        self.q_norm, self.k_norm = (norm("q_norm", True), norm("k_norm", True)) if config.qk_norm else (None, None)
+        self.activation = ACTIVATIONS[config.activation]
+        window = config.windows[index] if config.windows else None
+        self.rope = config.local_rope if window is not None and config.local_rope else config.rope
+        self.how = Attention(
+            scale=config.attention_scale or config.head_dim**-0.5, window=window, softcap=config.attention_softcap
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.qkv, self.output, self.up, self.down))
+
+    def forward(
+        self, hidden: Tensor, turns: Mapping[Rope, tuple[Tensor, Tensor]], plan: Plan, cache: PagedCache
+    ) -> Tensor:
+        x = self.attention_norm(hidden)
+        attended = self._attend(x, turns, plan, cache)
+        if self.feed_norm is None:
+            return hidden + attended + self._feed(x)
+        if self.attention_post is not None:
+            attended = self.attention_post(attended)
+        hidden = hidden + attended
+        fed = self._feed(self.feed_norm(hidden))
+        return hidden + (fed if self.feed_post is None else self.feed_post(fed))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        if self.config.gated:
+            gate, up = up.chunk(2, dim=-1)
+            return self.down(self.activation(gate) * up)
+        return self.down(self.activation(up))
+
+    def _attend(self, x: Tensor, turns: Mapping[Rope, tuple[Tensor, Tensor]], plan: Plan, cache: PagedCache) -> Tensor:
+        config = self.config
+        heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
+        turned, values = heads[:, : config.heads + config.kv_heads], heads[:, config.heads + config.kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            turned = torch.cat((self.q_norm(turned[:, : config.heads]), self.k_norm(turned[:, config.heads :])), dim=1)
+        if self.rope is not None:
+            turned = _rotate(turned, self.rope.dim, *turns[self.rope])
+        queries, keys = turned[:, : config.heads], turned[:, config.heads :]
+        return self.output(cache.attend(plan, self.index, self.how, queries, keys, values))
+
+
+def _rotate(x: Tensor, dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first `dim` numbers of each head of [tokens, heads, head_dim]; cos and sin are [tokens, 1, dim / 2]."""
+    first, second = x[..., : dim // 2], x[..., dim // 2 : dim]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., dim:]), dim=-1)
+
+
+class _Tiled:
+    """A linear layer that always computes exactly `tile` rows, so that a row's result cannot depend on how many there are."""
+
+    def __init__(self, inner: Linear, tile: int) -> None:
+        self._inner, self._tile = inner, tile
+        self.nbytes = inner.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tile, rows = self._tile, x.shape[0]
+        missing = -rows % tile
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        if x.shape[0] == tile:
+            return self._inner(x)[:rows]
+        return torch.cat([self._inner(x[n : n + tile]) for n in range(0, x.shape[0], tile)])[:rows]
+
+
+def _tiled(inner: Linear, tile: int) -> Linear | _Tiled:
+    return _Tiled(inner, tile) if tile else inner

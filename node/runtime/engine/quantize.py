@@ -1,0 +1,241 @@
+"""Quantized linear layers: int8 weights and activations, int4 weights.
+
+Rules:
+- int8: one scale per output, symmetric; activations are quantized as they come, symmetric, one scale per row. The sums are
+  integers, so a row's result is the same bits in any company, at any number of rows and threads (`Int8Linear`).
+- int4: groups of 32 along `in`, each with a scale and a zero in bfloat16; activations stay in bfloat16.
+- A weight that is not finite is refused; a weight whose shape the int4 kernel cannot take is held in int8, which is more.
+
+Sources: Dettmers et al. 2022 (LLM.int8(): vector-wise scales); Dettmers and Zettlemoyer 2023 (four bits, small groups).
+The CUDA operators have never run here: a CUDA device takes them if they pass the same trial as all others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from node.runtime.engine.errors import UnsupportedModel
+from node.runtime.engine.linear import Linear, fbgemm_padded, nbytes_of, works
+
+GROUP: Final = 32
+UNPACK_ROWS: Final = 48
+"""From so many rows on it is faster to unpack an int4 weight to bfloat16 first (measured: even at 40)."""
+
+
+def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fine: bool = False) -> Linear:
+    """`weight` [out, in] in int8, to compute in `dtype`. Raises `UnsupportedModel` when it is not finite.
+
+    `fine`: activations in 15 bits where they are quantized at all; layers that narrow (`in` > `out`) have them anyway.
+    """
+    if weight.device.type == "cpu":
+        kind = Int8FineLinear if weight.shape[1] > weight.shape[0] or fine else Int8Linear
+        if works(kind, "cpu", dtype):
+            return kind(weight, bias)
+    if weight.device.type == "cuda" and works(Int8PackLinear, "cuda", dtype):
+        return Int8PackLinear(weight, bias)
+    return Int8PlainLinear(weight, bias)
+
+
+def int4_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """`weight` [out, in] in int4, to compute in `dtype`, or in int8 where the kernel has no such shape or is missing."""
+    out_features, in_features = weight.shape
+    if (
+        in_features % GROUP == 0
+        and weight.device.type == "cpu"
+        and out_features % 16 == 0
+        and works(Int4Linear, "cpu", dtype)
+    ):
+        return Int4Linear(weight, bias)
+    fits = in_features % 128 == 0 and out_features % 8 == 0
+    if fits and weight.device.type == "cuda" and works(Int4CudaLinear, "cuda", dtype):
+        return Int4CudaLinear(weight, bias)
+    return int8_linear(weight, bias, dtype)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 [out, in] within +-127 and float32 scales [out]: weight ~ int8 * scale. Raises `UnsupportedModel`."""
+    weight = weight.float()
+    largest = weight.abs().amax(1)
+    if not bool(largest.isfinite().all()):
+        raise UnsupportedModel("a weight is not finite")
+    scales = torch.where(largest > 0, largest, 1.0) / 127
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Int32 [out, in] of 0..15, and bfloat16 [in / GROUP, out, 2] of scales and zeros: weight ~ (q - 8) * scale + zero.
+
+    Both are rounded before the numbers are, so that these make up for it. Raises `UnsupportedModel`.
+    """
+    out_features, in_features = weight.shape
+    groups = weight.float().view(out_features, in_features // GROUP, GROUP)
+    low, high = groups.aminmax(dim=2)
+    if not bool((high - low).isfinite().all()):
+        raise UnsupportedModel("a weight is not finite")
+    scales = torch.where(high > low, (high - low) / 15, 1.0).bfloat16()
+    zeros = (low + 8 * scales.float()).bfloat16()
+    numbers = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
+    return numbers.to(torch.int32).view(out_features, in_features), torch.stack((scales, zeros), -1).transpose(
+        0, 1
+    ).contiguous()
+
+
+class Int8Linear:
+    """int8 on a CPU: FBGEMM, float32 or bfloat16 in and out.
+
+    Activations are quantized row by row, over the range from least to largest: a few numbers far from all others, on one
+    side, are the rule in language models, and a symmetric range would waste half its steps (measured: 5 % of perplexity
+    against 1 %). One row alone is left to the kernel that does this itself.
+    """
+
+    tolerance = 3e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        ops = torch.ops.quantized
+        self.out_features, self.in_features = weight.shape
+        numbers, scales = quantize_rows(weight)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch calls its quantized tensors deprecated, not the kernels that read them
+            zeros = torch.zeros(self.out_features, dtype=torch.int64)
+            packable = torch._make_per_channel_quantized_tensor(numbers, scales.double(), zeros, 0)
+            self._packed = ops.linear_prepack(packable, None)
+        self._alone = ops.linear_dynamic.default
+        self._linear = ops.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        self._sums = numbers.sum(1) * scales
+        self._bias = bias
+        # FBGEMM keeps a scale, a zero point and a sum for each output.
+        padded = fbgemm_padded(self.out_features, self.in_features, 32)
+        self.nbytes = padded + 12 * self.out_features + self._sums.nbytes + nbytes_of(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self._product(x.float())
+        if self._bias is not None:
+            out += self._bias
+        return out.to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:
+            return self._alone(x, self._packed, False)
+        low = x.amin(1, True)
+        span = x.amax(1, True) - low
+        # A row of equal numbers is 0/0 here and 0 * span below; the kernel takes what is not a number for some integer.
+        out = self._linear((x - low).div_(span), 1 / 255, 0, self._packed)
+        return out.mul_(span).addcmul_(low, self._sums)
+
+
+class Int8FineLinear(Int8Linear):
+    """The same with activations in 15 bits: what rounding to 8 left over is a second row, in the same product.
+
+    For what reads the widest or the last activations, which 8 bits hurt most; reading the weights once, it costs little
+    until a batch makes arithmetic the limit. Columns of the weight are brought closer to one size before they are rounded,
+    and the activations are multiplied to match.
+    """
+
+    tolerance = 2e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        sizes = weight.float().abs().amax(0).sqrt_()
+        self._sizes = torch.where(sizes > 0, sizes, 1.0)
+        super().__init__(weight.float() / self._sizes, bias)
+        self.nbytes += self._sizes.nbytes
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        x = x * self._sizes
+        steps = x.abs().amax(1, True).div_(127).clamp_min_(1e-30)
+        scaled = x / steps
+        coarse = scaled.round()
+        fine = scaled.sub_(coarse).mul_(254)
+        out = self._linear(torch.cat((coarse, fine)), 1.0, 128, self._packed)
+        return torch.add(out[:rows], out[rows:], alpha=1 / 254).mul_(steps)
+
+
+class Int8PlainLinear:
+    """int8 weights in ordinary torch operators, activations as they are: any device, not fast."""
+
+    tolerance = 3e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._numbers, self._scales = quantize_rows(weight)
+        self._bias = bias
+        self.nbytes = self._numbers.nbytes + self._scales.nbytes + nbytes_of(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = (F.linear(x, self._numbers.to(x.dtype)).float() * self._scales).to(x.dtype)
+        return out if self._bias is None else out + self._bias
+
+
+class Int8PackLinear(Int8PlainLinear):
+    """int8 weights through torch's fused operator, where the device has it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch._weight_int8pack_mm(x, self._numbers, self._scales.to(x.dtype))
+        return out if self._bias is None else out + self._bias
+
+
+class Int4Linear:
+    """int4 weights on a CPU. From `UNPACK_ROWS` rows on the weight is unpacked for the call, where its layout is known."""
+
+    tolerance = 0.2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        numbers, self._scales = quantize_groups(weight)
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        self._linear = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        self._bias = bias
+        self._unpackable = self.out_features % 64 == 0 and bool((_unpack(self._packed) == numbers.t()).all())
+        self.nbytes = self._packed.nbytes + self._scales.nbytes + nbytes_of(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.bfloat16()
+        if self._unpackable and x.shape[0] >= UNPACK_ROWS:
+            out = torch.mm(rows, self._weight())
+        else:
+            out = self._linear(rows, self._packed, GROUP, self._scales)
+        if self._bias is not None:
+            out = out + self._bias
+        return out.to(x.dtype)
+
+    def _weight(self) -> Tensor:
+        """Bfloat16 [in, out]."""
+        scales = self._scales[..., 0].contiguous()
+        zeros = self._scales[..., 1] - 8 * scales
+        numbers = _unpack(self._packed).view(-1, GROUP, self.out_features)
+        return torch.addcmul(zeros[:, None], numbers, scales[:, None]).view(self.in_features, self.out_features)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """Bfloat16 [in, out] of 0..15, from blocks of 64 outputs: the low halves of the bytes are the first 32 of them."""
+    blocks = packed.view(packed.shape[0] // 64, -1, 32)
+    count, in_features, _ = blocks.shape
+    numbers = torch.empty(in_features, count, 2, 32, dtype=torch.bfloat16)
+    numbers[:, :, 0] = (blocks & 15).transpose(0, 1)
+    numbers[:, :, 1] = (blocks >> 4).transpose(0, 1)
+    return numbers.view(in_features, count * 64)
+
+
+class Int4CudaLinear:
+    """int4 weights on CUDA, tensor-core layout with 8 inner tiles. Untested: no GPU was at hand."""
+
+    tolerance = 0.2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        numbers, self._scales = quantize_groups(weight)
+        nibbles = ((numbers[:, ::2] << 4) | numbers[:, 1::2]).to(torch.uint8)
+        self._packed = torch._convert_weight_to_int4pack(nibbles, 8)
+        self._bias = bias
+        self.nbytes = self._packed.nbytes + self._scales.nbytes + nbytes_of(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch._weight_int4pack_mm(x, self._packed, GROUP, self._scales)
+        return out if self._bias is None else out + self._bias

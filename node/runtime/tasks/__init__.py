@@ -1,0 +1,1 @@
+"""Tasks beyond chat: a runner for each, behind `node.ports.TaskBackend`."""

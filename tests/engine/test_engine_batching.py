@@ -1,0 +1,332 @@
+"""Continuous batching, paged memory, shared prefixes, guesses: none of it may change a token, or lose a block."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from node.runtime.engine import blocks, lookup  # noqa: E402
+from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, chain, root  # noqa: E402
+from node.runtime.engine.engine import Engine  # noqa: E402
+from node.runtime.engine.errors import CacheFull, IntegrityError  # noqa: E402
+from node.runtime.engine.lookup import Lookup  # noqa: E402
+from node.runtime.engine.sequence import Sequence  # noqa: E402
+from protocol.sampling import SamplingParams  # noqa: E402
+
+GREEDY = SamplingParams(temperature=0)
+SAMPLED = SamplingParams(temperature=1.2, top_p=0.9, seed=7, frequency_penalty=0.2)
+NO_EOS: frozenset[int] = frozenset()
+FEW = tuple((token, 30.0) for token in (5, 6, 7, 8))
+SHARED = tuple(3 + (11 * n * n + 5 * n) % 90 for n in range(80))
+
+
+def job(name: Any, prompt: tuple[int, ...], tokens: int = 12, **changes: Any) -> Sequence:
+    return replace(Sequence(name, prompt, GREEDY, tokens, eos_ids=NO_EOS), **changes)
+
+
+def run(engine: Engine, *jobs: Sequence) -> dict[Any, list[int]]:
+    for one in jobs:
+        engine.submit(one)
+    made: dict[Any, list[int]] = {one.id: [] for one in jobs}
+    while not engine.idle:
+        for output in engine.step():
+            made[output.id].append(output.token_id)
+    engine.check_integrity()
+    assert engine.cache_used == 0
+    return made
+
+
+def test_rows_of_very_different_length_share_a_step(tiny: Path) -> None:
+    jobs = [job(n, (SHARED * 3)[: 3 + 29 * n], 10 + n, sampling=replace(SAMPLED, seed=n)) for n in range(8)]
+    alone = {one.id: run(Engine(tiny), one)[one.id] for one in jobs}
+    assert run(Engine(tiny, token_budget=40), *jobs) == alone
+
+
+def test_a_small_budget_serves_everyone_in_turn(tiny: Path) -> None:
+    engine = Engine(tiny, token_budget=3, prefill_chunk=4, lookup=False)
+    jobs = [job(n, SHARED[n : n + 9], 20) for n in range(7)]
+    alone = {one.id: run(Engine(tiny), one)[one.id] for one in jobs}
+    for one in jobs:
+        engine.submit(one)
+    made: dict[Any, list[int]] = {one.id: [] for one in jobs}
+    hold: set[int] = {0, 1, 2}
+    seen: list[set[Any]] = []
+    while not engine.idle:
+        if all(made[n] for n in range(6)):
+            hold = set()  # six answers now, and three tokens for them in a step
+        outputs = engine.step(hold if made[2] else ())
+        assert engine.stats.step_tokens <= 3
+        for output in outputs:
+            made[output.id].append(output.token_id)
+        if not hold:
+            seen.append({output.id for output in outputs})
+    assert made == alone
+    assert seen[0] | seen[1] == set(range(6)) and not seen[0] & seen[1], "those who waited come first"
+
+
+# ------------------------------------------------------------------------------------------------------ shared prefixes
+
+
+def test_a_known_prefix_is_not_computed_again(tiny: Path) -> None:
+    engine = Engine(tiny)
+    first = run(engine, job("a", (*SHARED, 5)))
+    computed = engine.stats.prompt_tokens
+    again = run(engine, job("b", (*SHARED, 6)))
+    assert computed == 81 and engine.stats.prompt_tokens == 81, "but for its last token"
+    assert engine.stats.prefix_hits == 80
+    cold = Engine(tiny, prefix_cache=False)
+    assert run(cold, job("a", (*SHARED, 5))) == first and run(cold, job("b", (*SHARED, 6))) == again
+    assert cold.stats.prefix_hits == 0
+
+
+def test_answers_are_known_too(tiny: Path) -> None:
+    """The next turn of a talk begins with the last one's answer."""
+    engine = Engine(tiny)
+    answer = run(engine, job("a", SHARED[:20], 30))["a"]
+    turn = (*SHARED[:20], *answer, 9, 8)
+    warm = run(engine, job("b", turn))
+    assert engine.stats.prefix_hits == 48
+    assert warm == run(Engine(tiny), job("b", turn))
+
+
+def test_two_that_arrive_together_compute_their_prefix_once(tiny: Path) -> None:
+    engine = Engine(tiny, token_budget=32, prefill_chunk=32)
+    made = run(engine, job("a", SHARED), job("b", SHARED), job("c", (*SHARED[:64], 5, 6)))
+    assert engine.stats.prefix_hits > 64
+    assert made["a"] == made["b"]
+    assert made == {
+        one: run(Engine(tiny), job(one, p))[one]
+        for one, p in (("a", SHARED), ("b", SHARED), ("c", (*SHARED[:64], 5, 6)))
+    }
+
+
+def test_salts_keep_tenants_apart(tiny: Path) -> None:
+    engine = Engine(tiny)
+    run(engine, job("a", SHARED, salt=b"one"))
+    run(engine, job("b", SHARED, salt=b"two"))
+    run(engine, job("c", SHARED))
+    assert engine.stats.prefix_hits == 0
+    run(engine, job("d", SHARED, salt=b"one"))
+    assert engine.stats.prefix_hits == 64, "the last token is always computed, so the last block is too"
+
+
+def test_a_name_is_the_whole_past() -> None:
+    one, other = chain(root(b""), range(16)), chain(root(b""), range(1, 17))
+    assert chain(one, range(16)) != chain(other, range(16)) != chain(root(b"x"), range(16))
+
+
+def test_cached_blocks_give_way_oldest_first_and_tail_first() -> None:
+    pool = BlockPool(4)
+    names = [chain(root(b""), [n] * 16) for n in range(4)]
+    held = pool.allocate(4)
+    for block, name in zip(held, names, strict=True):
+        pool.name(block, name)
+    pool.release(held[:2])
+    pool.release(held[2:])
+    assert pool.available == 4 and pool.allocate(1) == [held[1]], "the tail of what was unused for longest"
+    assert pool.share([names[0]]) == [held[0]] and pool.share([names[1]]) == []
+    pool.check_integrity([[held[0]], [held[1]]])
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_paid_ones_are_never_set_back_and_unpaid_ones_lose_nothing(tiny: Path) -> None:
+    """M3."""
+    jobs = [job(n, SHARED[n : n + 20], 40, paid=n % 2 == 0) for n in range(6)]
+    alone = {one.id: run(Engine(tiny, prefix_cache=False), one)[one.id] for one in jobs}
+    engine = Engine(tiny, cache_bytes=14 * 16 * 384, prefix_cache=False)  # the paid ones take 12 of 14 blocks
+    assert run(engine, *jobs) == alone
+    assert engine.stats.preemptions > 0
+
+
+def test_an_unpaid_one_makes_room_at_once(tiny: Path) -> None:
+    engine = Engine(tiny, cache_bytes=4 * 16 * 384)
+    engine.submit(job("free", SHARED[:30], 30, paid=False))
+    engine.step()
+    assert engine.cache_used > 0
+    engine.submit(job("paid", SHARED[40:70], 34))
+    assert engine.stats.preemptions == 1 and engine.stats.waiting == 1
+    with pytest.raises(CacheFull):
+        engine.submit(job("more", SHARED[:5], 2))
+    with pytest.raises(CacheFull):
+        engine.submit(job("never", SHARED[:60], 6, paid=False))
+    assert engine.abort("free") and engine.stats.waiting == 0
+    engine.check_integrity()
+
+
+def test_a_block_that_held_nonsense_harms_nobody(tiny: Path) -> None:
+    """What an earlier holder left in a block must not reach the next one, not even as NaN."""
+    engine = Engine(tiny, prefix_cache=False)
+    clean = run(engine, job("a", SHARED[:21]))
+    engine._cache.data.fill_(float("nan"))
+    assert run(engine, job("a", SHARED[:21]), job("b", SHARED[:3])) == clean | run(Engine(tiny), job("b", SHARED[:3]))
+
+
+def test_the_books_notice_what_is_wrong() -> None:
+    def broken(change: Callable[[BlockPool], Any]) -> None:
+        pool = BlockPool(6)
+        table = pool.allocate(3)
+        pool.name(table[0], root(b"a"))
+        pool.check_integrity([table])
+        change(pool)
+        with pytest.raises(IntegrityError):
+            pool.check_integrity([table])
+
+    broken(lambda pool: pool.allocate(1))
+    broken(lambda pool: pool.release([0]))
+    broken(lambda pool: pool._free.pop())
+    broken(lambda pool: pool._by_name.clear())
+    with pytest.raises(IntegrityError):
+        BlockPool(2).release([1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_events_lose_no_block(tiny: Path, seed: int) -> None:
+    """2,500 events on each of 4 seeds: submit, abort, hold, step, with shared prefixes, unpaid ones and a small cache."""
+    rng = random.Random(seed)
+    engine = Engine(tiny, cache_bytes=40 * 16 * 384, token_budget=48, prefill_chunk=32)
+    live: dict[int, Sequence] = {}
+    left: dict[int, int] = {}
+    refused = finished = 0
+    for event in range(2500):
+        kind = rng.random()
+        if kind < 0.25 and len(live) < 12:
+            shared, own = rng.choice((0, 0, 16, 40, 64)), rng.randrange(1, 30)
+            prompt = SHARED[:shared] + tuple(rng.randrange(3, 90) for _ in range(own))
+            one = job(event, prompt, rng.randrange(1, 40), paid=rng.random() < 0.6, salt=rng.choice((b"", b"x")))
+            try:
+                engine.submit(one)
+                live[event], left[event] = one, one.max_tokens
+            except CacheFull:
+                refused += 1
+        elif kind < 0.35 and live:
+            gone = rng.choice(list(live))
+            assert engine.abort(gone)
+            del live[gone], left[gone]
+        else:
+            hold = {one for one in live if rng.random() < 0.2}
+            for output in engine.step(hold):
+                assert output.id not in hold
+                left[output.id] -= 1
+                if output.finish_reason is not None:
+                    assert left[output.id] == 0, output
+                    del live[output.id], left[output.id]
+                    finished += 1
+        engine.check_integrity()
+        assert engine.running == len(live)
+    while not engine.idle:
+        engine.step()
+    engine.check_integrity()
+    assert engine.cache_used == 0 and finished > 50 and engine.stats.prefix_hits > 0
+    assert refused + engine.stats.preemptions > 0, "the cache was never tight"
+
+
+# ------------------------------------------------------------------------------------------------------------- guesses
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, replace(SAMPLED, temperature=0.3)], ids=["greedy", "sampled"])
+def test_guesses_change_no_token(tiny: Path, sampling: SamplingParams) -> None:
+    """With few tokens to choose from an answer repeats itself, and guesses are often right."""
+    plain = Engine(tiny, lookup=False)
+    engine = Engine(tiny)
+    for n in range(6):
+        one = job(n, SHARED[n : n + 25], 150, sampling=replace(sampling, seed=n, logit_bias=FEW))
+        assert run(engine, one) == run(plain, one)
+    assert engine.stats.accepted_tokens > (100 if sampling.greedy else 0)
+    assert engine.stats.steps < plain.stats.steps
+
+
+def test_a_guess_ends_where_the_answer_ends(tiny: Path) -> None:
+    plain, engine = Engine(tiny, lookup=False), Engine(tiny)
+    for tokens in range(30, 50):
+        assert run(engine, job("a", SHARED[:25], tokens)) == run(plain, job("a", SHARED[:25], tokens))
+    answer = run(plain, job("a", SHARED[:25], 120))["a"]
+    for end in set(answer):
+        one = job("a", SHARED[:25], 120, eos_ids=frozenset({end}))
+        assert run(engine, one)["a"] == answer[: answer.index(end) + 1]
+
+
+def test_many_streams_are_not_guessed_for(tiny: Path) -> None:
+    engine = Engine(tiny)
+    run(engine, *(job(n, SHARED[n : n + 25], 60) for n in range(6)))
+    one = job(0, SHARED[:25], 60, sampling=replace(GREEDY, logit_bias=FEW))
+    run(engine, *(replace(one, id=n, speculate=n > 3) for n in range(8)))
+    assert engine.stats.guessed_tokens == 0
+    run(engine, replace(one, speculate=False))
+    assert engine.stats.guessed_tokens == 0
+    run(engine, one)
+    assert engine.stats.guessed_tokens > 0
+
+
+def test_lookup_repeats_what_followed_last_time() -> None:
+    guess = Lookup()
+    assert guess.propose([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3], 3) == [4, 5, 6]
+    assert guess.propose([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 9, 1, 2, 3], 2) == [9, 1], "the latest place counts"
+    assert Lookup().propose([7, 7, 7, 7], 4) == [7, 7, 7, 7], "a run goes on"
+    assert Lookup().propose([5, 6, 1, 2, 3, 9, 1, 2, 3], 6) == [9, 1, 2, 3, 9, 1]
+    assert Lookup().propose([1, 2], 4) == [] and Lookup().propose([1, 2, 3, 4], 4) == []
+
+
+def test_wrong_guesses_stop_guessing_for_a_while() -> None:
+    guess = Lookup()
+    tokens = [1, 2, 3] * 5
+    while (length := len(guess.propose(tokens, 8))) > 0:
+        guess.learn(length, 0)
+    silent = 1
+    while not guess.propose(tokens, 8):
+        silent += 1
+    assert silent == lookup._PAUSE
+
+
+def test_the_block_size_is_sixteen() -> None:
+    assert BLOCK_TOKENS == blocks.BLOCK_TOKENS == 16
+
+
+# --------------------------------------------------------------------------------------------------------------- exact
+
+
+def rows_of(engine: Engine, *jobs: Sequence) -> dict[Any, list[torch.Tensor]]:
+    """The logits behind every token."""
+    rows: dict[Any, list[torch.Tensor]] = {one.id: [] for one in jobs}
+    inner = engine._draw
+
+    def draw(work: Any, logits: torch.Tensor) -> Any:
+        given = [(item.running.sequence.id, item.rows) for item in work]
+        outputs = inner(work, logits)
+        for name, count in given:
+            own, logits = logits[:count], logits[count:]
+            rows[name] += [row.clone() for row in own[: sum(output.id == name for output in outputs)]]
+        return outputs
+
+    engine._draw = draw  # type: ignore[method-assign]
+    run(engine, *jobs)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_logits_are_the_same_bits_in_any_company(tiny: Path, dtype: str) -> None:
+    jobs = [job(n, (SHARED * 2)[n : n + 7 + 13 * n], 20) for n in range(9)]
+    options: dict[str, Any] = {"dtype": dtype, "exact": True}
+    alone = {}
+    for one in jobs:
+        alone |= rows_of(Engine(tiny, **options), one)
+    crowds = [
+        rows_of(Engine(tiny, **options), *jobs),
+        rows_of(Engine(tiny, **options, prefill_chunk=11, token_budget=29), *reversed(jobs)),
+        rows_of(Engine(tiny, **options, prefix_cache=False, threads=2), *jobs[1:], jobs[0]),
+    ]
+    torch.set_num_threads(1)
+    for one in jobs:
+        tokens = [int(row.argmax()) for row in alone[one.id]]
+        replay = Engine(tiny, **options).prefill_logits([*one.prompt_ids, *tokens[:-1]], len(one.prompt_ids) - 1)
+        for n, row in enumerate(alone[one.id]):
+            assert all(torch.equal(crowd[one.id][n], row) for crowd in crowds), f"row {n} of {one.id}"
+            assert torch.equal(replay[n], row), "one prefill computes the same bits"
