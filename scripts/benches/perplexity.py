@@ -1,7 +1,7 @@
 """Perplexity of SmolLM2-135M-Instruct on a fixed text, in each format of the linear layers: what quantization costs.
 
-The text is `perplexity.txt` beside this file (decision records of this project as they once were; it never changes), in windows of
-`WINDOW` tokens that know nothing of each other. Figures: `perplexity_*` = exp of the mean negative log-likelihood per
+The text is `perplexity.txt` beside this file (decision records of this project as they once were; it never changes), in windows
+of `WINDOW` tokens that know nothing of each other. Figures: `perplexity_*` = exp of the mean negative log-likelihood per
 token; `*_over_bfloat16` = its ratio to bfloat16's, where the bar for int8 is 1.01; `weights_mb_*` = bytes held.
 """
 

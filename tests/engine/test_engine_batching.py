@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 from node.runtime.engine import blocks, lookup  # noqa: E402
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, chain, root  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
-from node.runtime.engine.errors import CacheFull, IntegrityError  # noqa: E402
+from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError  # noqa: E402
+from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
@@ -290,6 +291,20 @@ def test_the_block_size_is_sixteen() -> None:
     assert BLOCK_TOKENS == blocks.BLOCK_TOKENS == 16
 
 
+# -------------------------------------------------------------------------------------------------------------- graphs
+
+
+def test_decode_steps_of_fixed_shape_choose_the_same_tokens(make_model: Callable[..., Path]) -> None:
+    """What a CUDA graph would replay, run uncaptured here: padded rows and blocks harm nobody. tests/gpu has the capture."""
+    for changes in ({}, {"model_type": "mistral", "sliding_window": 20}):
+        folder = make_model(**changes)
+        jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
+        plain, fixed = Engine(folder), Engine(folder)
+        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, capture=False)
+        assert run(fixed, *jobs) == run(plain, *jobs)
+        assert {8} <= {key[0] for key in fixed._graphs._graphs} and max(key[1] for key in fixed._graphs._graphs) == 8
+
+
 # --------------------------------------------------------------------------------------------------------------- exact
 
 
@@ -330,3 +345,19 @@ def test_exact_logits_are_the_same_bits_in_any_company(tiny: Path, dtype: str) -
         for n, row in enumerate(alone[one.id]):
             assert all(torch.equal(crowd[one.id][n], row) for crowd in crowds), f"row {n} of {one.id}"
             assert torch.equal(replay[n], row), "one prefill computes the same bits"
+
+
+def test_exact_is_not_claimed_where_it_does_not_hold(tiny: Path) -> None:
+    engine = Engine(tiny, exact=True)
+    probe = engine.numerics_probe()
+    assert probe == Engine(tiny, exact=True).numerics_probe() != Engine(tiny).numerics_probe()
+    inner = engine._model.layers[1].output
+
+    def by_company(x: torch.Tensor) -> torch.Tensor:
+        """A library whose rows depend on how many there are."""
+        return inner(x) * (1 + 1e-6 * (len(x) % 3))
+
+    engine._model.layers[1].output = by_company  # type: ignore[assignment]
+    with pytest.raises(EngineError, match="alike"):
+        engine.numerics_probe()
+    engine.check_integrity()

@@ -452,3 +452,34 @@ def test_a_chat_model_and_a_strange_one_are_refused(tmp_path: Path) -> None:
     trio.run(refused, {"model_type": "llama"}, "for chats")
     trio.run(refused, {"model_type": "bert"}, "cannot be loaded")
     trio.run(refused, {"model_type": "whisper"}, "cannot be loaded")
+
+
+def test_auto_is_a_device_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    from node.errors import DeviceNotFound
+    from node.runtime.hal.probe import chosen
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 8, "model_type": "bert"}))
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+    store = ModelStore(tmp_path / "store")
+    manifest = store.add_folder(folder, "m")
+    seen = []
+
+    def load(folder: Path, settings: TaskSettings) -> Any:
+        seen.append(settings.device)
+        raise ModelError("seen")
+
+    monkeypatch.setattr("node.runtime.tasks.backend._load", load)
+
+    async def opens(device: str, error: type[Exception]) -> None:
+        with pytest.raises(error):
+            async with open_tasks(store, [manifest], TaskSettings(device=device)):
+                pass
+
+    trio.run(opens, "auto", ModelError)
+    trio.run(opens, "xpu:99", DeviceNotFound)
+    assert seen == [chosen("auto").device.torch_name]

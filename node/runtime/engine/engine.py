@@ -25,6 +25,7 @@ from torch import Tensor
 from node.runtime.engine import sampler, weights
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
+from node.runtime.engine.graphs import DecodeGraphs
 from node.runtime.engine.history import History
 from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import PagedCache, Plan, Span
@@ -101,10 +102,13 @@ class Engine:
         self._pool = BlockPool(cache_bytes // self.block_bytes, prefix_cache=prefix_cache)
         try:
             self._cache = PagedCache(
-                config.layers, config.kv_heads, config.head_dim, self._pool.total, self._model.dtype, self._device
-            )
+                config.layers, config.kv_heads, config.head_dim, self._pool.total + 1, self._model.dtype, self._device
+            )  # one block more than is handed out: padding writes there
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
             raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and not exact:
+            self._graphs = DecodeGraphs(self._model, self._cache, spare=self._pool.total)
         self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
         self._home = sampler.home(self._device)
         self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
@@ -227,10 +231,14 @@ class Engine:
             tokens += one.tokens[span.start : end]
             tokens += one.draft[: max(end - len(one.tokens), 0)]
             rows += range(len(tokens) - item.rows, len(tokens))
-        plan = self._plan([item.span for item in work])
-        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache)
-        if len(rows) < len(tokens):
-            hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
+        spans = [item.span for item in work]
+        plan = self._plan(spans)
+        if self._graphs is not None and len(rows) == len(tokens):
+            logits = self._graphs.run(spans, torch.tensor(tokens, device=self._device), plan)
+            if logits is not None:
+                return logits
+        wanted = torch.tensor(rows, device=self._device, dtype=torch.int64) if len(rows) < len(tokens) else None
+        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache, wanted)
         return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
 
     def _plan(self, spans: list[Span]) -> Plan:
@@ -292,20 +300,50 @@ class Engine:
             for begin in range(0, len(tokens), self._chunk):
                 chunk = tokens[begin : begin + self._chunk]
                 plan = self._plan([Span(table, begin, len(chunk))])
-                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache)
-                hidden = hidden[max(start - begin, 0) :]
+                first = min(max(start - begin, 0), len(chunk))
+                wanted = torch.arange(first, len(chunk), device=self._device) if first else None
+                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache, wanted)
                 if len(hidden):
                     yield self._model.logits(hidden)
         finally:
             self._pool.release(table)
 
     def numerics_probe(self) -> bytes:
-        """sha256 of the exact logits of a fixed token sequence: equal on machines that compute bit for bit alike."""
+        """sha256 of the exact logits of a fixed token sequence: equal on machines that compute bit for bit alike.
+
+        Raises `EngineError` in exact mode when this machine's libraries do not keep its promise.
+        """
         tokens = [(7 * n * n + 3) % self.vocab_size for n in range(min(self.context_length, 40))]
+        start = max(len(tokens) - 8, 0)
+        logits = self.prefill_logits(tokens, start)
+        if self._exact and not torch.equal(self._in_company(tokens, max(start, 1)), logits[max(start, 1) - start :]):
+            raise EngineError("exact mode cannot be offered: this machine's libraries do not compute rows alike")
         mode = f"exact {TILE}" if self._exact else f"{self._chunk}"
         digest = hashlib.sha256(f"{self.dtype} {mode}".encode())
-        digest.update(self.prefill_logits(tokens, len(tokens) - 8 if len(tokens) > 8 else 0).cpu().numpy().tobytes())
+        digest.update(logits.cpu().numpy().tobytes())
         return digest.digest()
+
+    @torch.inference_mode()
+    def _in_company(self, tokens: list[int], start: int) -> Tensor:
+        """The logits from `start` on, computed in two passes, each with another sequence beside."""
+        table, other = (self._pool.allocate(blocks_for(len(tokens))) for _ in range(2))
+        try:
+            parts = [tokens[:start], tokens[start:]]
+            first, second = Span(table, 0, start), Span(table, start, len(tokens) - start)
+            self._model.forward(
+                torch.tensor(parts[0] + parts[1], device=self._device),
+                self._plan([first, Span(other, 0, len(parts[1]))]),
+                self._cache,
+            )
+            hidden = self._model.forward(
+                torch.tensor([tokens[0], *parts[1]], device=self._device),
+                self._plan([Span(other, len(parts[1]), 1), second]),
+                self._cache,
+            )
+            return self._model.logits(hidden)[1:]
+        finally:
+            self._pool.release(table)
+            self._pool.release(other)
 
     def check_integrity(self) -> None:
         """Compare the engine's books with themselves. Raises `IntegrityError`; cheap enough to run whenever idle."""

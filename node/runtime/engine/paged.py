@@ -54,23 +54,25 @@ class Attention:
     """Scores s become cap * tanh(s / cap); 0 is off (Gemma 2)."""
 
 
-class _Group:
+class Group:
     """Tokens `begin` to `end` of the pass, each the last of what it sees."""
 
     def __init__(self, begin: int, rows: Sequence[Span], device: torch.device, *, exact: bool) -> None:
         self.begin, self.end = begin, begin + len(rows)
-        self.lengths = [row.start + 1 for row in rows]
-        width = blocks_for(max(self.lengths))
+        lengths = [row.start + 1 for row in rows]
+        width = blocks_for(max(lengths))
         self.tokens = width * BLOCK_TOKENS
         """Whole blocks: dense matrices are multiplied without a copy."""
-        self.even = not exact and min(self.lengths) == self.tokens
+        self.even = not exact and min(lengths) == self.tokens
         flat: list[int] = []
         for row in rows:
             own = blocks_for(row.start + 1)
             flat += row.table[:own]
             flat += [row.table[0]] * (width - own)  # masked, but numbers: blocks not begun may hold anything
         self.blocks = torch.tensor(flat, device=device)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+        self.ends = torch.tensor(lengths, device=device)[:, None]
+        """[rows, 1]: how many tokens each sees, were there no window."""
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, kv_heads: int) -> Tensor | None:
         """[kv_heads * rows, 1, tokens], 0 where a token is seen and -inf where not; None when all are."""
@@ -82,10 +84,9 @@ class _Group:
         if key not in self._masks:
             device = self.blocks.device
             at = torch.arange(self.tokens, device=device)
-            ends = torch.tensor(self.lengths, device=device)[:, None]
-            hidden = at >= ends
+            hidden = at >= self.ends
             if window is not None:
-                hidden |= at < ends - window
+                hidden |= at < self.ends - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
             self._masks[key] = mask[None].expand(kv_heads, -1, -1).reshape(-1, 1, self.tokens)
         return self._masks[key]
@@ -143,7 +144,7 @@ class Plan:
         self.slots = torch.tensor(slots, device=device)
         self.begun = torch.tensor(begun, device=device, dtype=torch.int64)
         """Blocks that this pass begins and does not fill."""
-        self.groups: list[_Group] = []
+        self.groups: list[Group] = []
         self.chunks: list[_Chunk] = []
         self.device = device
         begin = 0
@@ -172,7 +173,7 @@ class Plan:
 
     def _close(self, begin: int, rows: list[Span]) -> int:
         if rows:
-            group = _Group(begin, rows, self.device, exact=self.exact)
+            group = Group(begin, rows, self.device, exact=self.exact)
             self.groups.append(group)
             begin = group.end
             rows.clear()
@@ -193,13 +194,18 @@ class PagedCache:
         self._fused = device.type != "cpu" or dtype == torch.float32
         """Whether torch's fused attention beats two matrix products for chunks (measured: not in bfloat16 on CPUs)."""
 
+    def begin(self, plan: Plan) -> None:
+        """What an earlier holder left in a block must not be a NaN: it is masked, but 0 * NaN is one."""
+        if len(plan.begun):
+            self.data.index_fill_(3, plan.begun, 0)
+
     def attend(self, plan: Plan, layer: int, how: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the pass's keys and values, then attend.
 
         q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]. Returns [tokens, heads * head_dim].
         """
-        if layer == 0 and len(plan.begun):  # what an earlier holder left behind must not be a NaN: 0 * NaN is one
-            self.data.index_fill_(3, plan.begun, 0)
+        if layer == 0:
+            self.begin(plan)
         self._by_slot[layer, 0].index_copy_(1, plan.slots, k.transpose(0, 1))
         self._by_slot[layer, 1].index_copy_(1, plan.slots, v.transpose(0, 1))
         parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
@@ -210,7 +216,7 @@ class PagedCache:
         """[kv_heads * rows, whole blocks, head_dim]"""
         return self._by_block[layer, part].index_select(1, blocks).view(self._shape[0] * rows, -1, self._shape[2])
 
-    def _rows(self, group: _Group, layer: int, how: Attention, q: Tensor) -> Tensor:
+    def _rows(self, group: Group, layer: int, how: Attention, q: Tensor) -> Tensor:
         rows, heads, dim = q.shape
         kv_heads = self._shape[0]
         keys = self._dense(layer, 0, group.blocks, rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -34,6 +34,7 @@ Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
     device: str = "cpu"
+    """`auto`, or a kind of `node.runtime.hal` with or without an index."""
     """torch's; ONNX models run on the CPU."""
     dtype: str = "float32"
     threads: int = 1
@@ -98,7 +99,11 @@ async def open_tasks(
     settings: TaskSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
 ) -> AsyncIterator[TaskModels]:
-    """Load models. Raises `ModelError`, also for bytes that its model id does not commit to (M1)."""
+    """Load models. Raises `DeviceNotFound`, and `ModelError`, also for bytes that its model id does not commit to (M1)."""
+    from node.runtime.hal.probe import chosen
+
+    choice = await trio.to_thread.run_sync(chosen, settings.device)
+    settings = replace(settings, device=choice.device.torch_name)
     backend = TaskModels(settings.max_jobs)
     for manifest in models:
         with watch(manifest) as progress:

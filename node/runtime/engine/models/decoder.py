@@ -155,16 +155,21 @@ class _Turns:
     def __init__(self, rope: Rope, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = rope.frequencies().to(device)
         self._dtype = dtype
-        self._cos = torch.empty(0, len(self._frequencies), dtype=dtype, device=device)
+        self._cos = torch.empty(0, 2 * len(self._frequencies), dtype=dtype, device=device)
         self._sin = self._cos
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self._cos, self._sin
+
     def of(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
-        """Each [tokens, 1, dim / 2]; no position is above `last`."""
+        """Cosines, and sines with the first half's sign turned: each [tokens, 1, dim]. No position is above `last`."""
         while len(self._cos) <= last:
             at = torch.arange(len(self._cos), len(self._cos) + self.STEP, device=positions.device)
             angles = at[:, None].float() * self._frequencies
-            self._cos = torch.cat((self._cos, angles.cos().to(self._dtype)))
-            self._sin = torch.cat((self._sin, angles.sin().to(self._dtype)))
+            cos, sin = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
+            self._cos = torch.cat((self._cos, torch.cat((cos, cos), dim=1)))
+            self._sin = torch.cat((self._sin, torch.cat((-sin, sin), dim=1)))
         return self._cos[positions][:, None], self._sin[positions][:, None]
 
 
@@ -186,7 +191,7 @@ class Decoder:
         self.norm = _Norm(config, "norm", weights, self.dtype)
         self._tile = tile
         head = weights["embed" if config.tied else "head.weight"]
-        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True), tile)
+        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True, few_rows=tile == 0), tile)
         self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile) for n in range(config.layers)]
         ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
         self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
@@ -196,17 +201,24 @@ class Decoder:
         """Bytes of the linear layers and the embedding as they are held."""
         return self.embedding.nbytes + self.head.nbytes + sum(layer.nbytes for layer in self.layers)
 
-    def forward(self, token_ids: Tensor, plan: Plan, cache: PagedCache) -> Tensor:
-        """Run int64 [tokens] of one pass; returns hidden states [tokens, hidden] and fills the cache."""
+    def forward(self, token_ids: Tensor, plan: Plan, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
+        """Run int64 [tokens] of one pass; returns hidden states [rows, hidden] and fills the cache.
+
+        `rows`: which tokens' states are wanted; None: all. The last layer then computes no others, a thirtieth of a prompt.
+        """
         hidden = F.embedding(token_ids, self.embedding)
         if self.config.embedding_scale != 1.0:
             hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=self.dtype)
         if self.positions is not None:
             hidden = hidden + F.embedding(plan.positions, self.positions)
         turns = {rope: turn.of(plan.positions, plan.last) for rope, turn in self._turns.items()}
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden = layer.forward(hidden, turns, plan, cache)
-        return hidden
+        return self.layers[-1].forward(hidden, turns, plan, cache, rows)
+
+    def tables(self) -> list[Tensor]:
+        """The tensors of positions, as far as they have grown."""
+        return [table for turn in self._turns.values() for table in turn.tables]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [rows, vocab] of hidden states as `forward` returns them."""
@@ -258,7 +270,7 @@ class _Layer:
             weight = (
                 torch.cat([weights[f"{key}.weight"] for key in keys]) if len(keys) > 1 else weights[f"{keys[0]}.weight"]
             )
-            return _tiled(make_linear(weight, fmt, torch.cat(biases) if biases else None), tile)
+            return _tiled(make_linear(weight, fmt, torch.cat(biases) if biases else None, few_rows=tile == 0), tile)
 
         def norm(name: str, rms: bool = False) -> _Norm:
             return _Norm(config, f"{index}.{name}", weights, dtype, rms)
@@ -282,12 +294,20 @@ class _Layer:
         return sum(part.nbytes for part in (self.qkv, self.output, self.up, self.down))
 
     def forward(
-        self, hidden: Tensor, turns: Mapping[Rope, tuple[Tensor, Tensor]], plan: Plan, cache: PagedCache
+        self,
+        hidden: Tensor,
+        turns: Mapping[Rope, tuple[Tensor, Tensor]],
+        plan: Plan,
+        cache: PagedCache,
+        rows: Tensor | None = None,
     ) -> Tensor:
         x = self.attention_norm(hidden)
         attended = self._attend(x, turns, plan, cache)
+        if rows is not None:
+            hidden, attended = hidden[rows], attended[rows]
+        attended = self.output(attended)
         if self.feed_norm is None:
-            return hidden + attended + self._feed(x)
+            return hidden + attended + self._feed(x if rows is None else x[rows])
         if self.attention_post is not None:
             attended = self.attention_post(attended)
         hidden = hidden + attended
@@ -310,13 +330,14 @@ class _Layer:
         if self.rope is not None:
             turned = _rotate(turned, self.rope.dim, *turns[self.rope])
         queries, keys = turned[:, : config.heads], turned[:, config.heads :]
-        return self.output(cache.attend(plan, self.index, self.how, queries, keys, values))
+        return cache.attend(plan, self.index, self.how, queries, keys, values)
 
 
 def _rotate(x: Tensor, dim: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first `dim` numbers of each head of [tokens, heads, head_dim]; cos and sin are [tokens, 1, dim / 2]."""
-    first, second = x[..., : dim // 2], x[..., dim // 2 : dim]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., dim:]), dim=-1)
+    """Turn the first `dim` numbers of each head of [tokens, heads, head_dim]; cos and sin are [tokens, 1, dim]."""
+    if dim < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :dim], dim, cos, sin), x[..., dim:]), dim=-1)
+    return torch.addcmul(x * cos, x.roll(dim // 2, dims=-1), sin)
 
 
 class _Tiled:
