@@ -473,9 +473,9 @@ class EngineConfig:
     )
     dtype: str = setting(
         "float32",
-        "Number format of weights and activations.",
-        check=one_of("float32", "bfloat16", "float16"),
-        values="float32, bfloat16, float16",
+        "Number format of the linear layers' weights; offers declare it.",
+        check=one_of("float32", "bfloat16", "float16", "int8", "int4"),
+        values="float32, bfloat16, float16, int8, int4",
     )
     threads: int = setting(1, "CPU threads of the engine.", unit="threads", low=1, high=1024)
     kv_bytes: int = setting(
