@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import ChainMap
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
@@ -46,6 +47,7 @@ from protocol.signing import KeyRole
 if TYPE_CHECKING:
     from node.models.manifest import Manifest
     from node.models.store import Progress
+    from node.runtime.backend import TorchBackend
     from node.runtime.hal.devices import Choice, Device
 
 Say = Callable[[str], None]
@@ -61,6 +63,8 @@ class Running:
     worker: Worker
     chains: Chains
     backend: Backend
+    models: TorchBackend | None = None
+    """The model runtime, where it is ours to manage."""
 
     def metrics(self) -> bytes:
         """The page for Prometheus, as it is now."""
@@ -179,12 +183,14 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
 
 def _runtimes(
     config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
-) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
+) -> tuple[AbstractAsyncContextManager[TorchBackend], AbstractAsyncContextManager[TaskBackend] | None]:
     """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
-    # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
-    sys.setswitchinterval(SWITCH_SECONDS)
+    if config.engine.isolation == "thread":
+        # The engine's thread needs the interpreter between any two kernels; by default the network's may keep it for 5 ms.
+        sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
+    from node.runtime.host import Limits
     from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
 
     store = ModelStore(config.models_dir)
@@ -197,6 +203,12 @@ def _runtimes(
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
+        isolation=config.engine.isolation,
+        memory_budget=config.engine.memory_budget,
+        pinned=config.engine.pinned,
+        lazy=config.engine.lazy,
+        limits=Limits(load_s=config.engine.load_ms / 1000, hang_s=config.engine.hang_ms / 1000),
+        hidden=tuple(str(path) for path in (config.keys_dir, config.journal("worker")) if path.exists()),
         trace=config.telemetry.engine_trace,
     )
 
@@ -211,7 +223,7 @@ def _runtimes(
         device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
     )
     tasks = open_tasks(store, others, task_settings, watch) if others else None
-    return open_backend(store, chats, settings, watch, heard), tasks
+    return open_backend(store, chats, settings, watch, heard, say=say), tasks
 
 
 def benched(
@@ -256,11 +268,9 @@ async def open_worker(
     from node.network.host import open_host
 
     choices: list[Choice] = []
-    engine: AbstractAsyncContextManager[Backend]
+    engine: AbstractAsyncContextManager[TorchBackend] | None = None
     if backend is None:
         engine, tasks = _runtimes(config, say, bar, choices.append)
-    else:
-        engine = nullcontext(backend)
     async with AsyncExitStack() as stack:
         books = await stack.enter_async_context(open_books(config, "worker", {KeyRole.WORKER: key}))
         hot, ledger = books.signers[KeyRole.WORKER], books.ledger
@@ -270,15 +280,14 @@ async def open_worker(
         network = await stack.enter_async_context(
             open_host(hot, listen=config.p2p.listen, bootstrap=config.p2p.bootstrap)
         )
-        backend = await stack.enter_async_context(engine)
+        models = None
+        if engine is not None:
+            backend = models = await stack.enter_async_context(engine)
         for choice in choices:
             say(f"models run on {choice.device.label}: {choice.why}")
-        speeds = await self_test(backend)
-        for model, speed in speeds.items():
-            info = backend.models[model]
-            say(f"{info.name}: self-test passed, {speed.tokens_per_second} tokens/s, first token {speed.ttft_ms} ms")
-        if choices:
-            speeds |= benched(config, hot.address, backend.models, choices[0].device, say)
+        tested = models.speeds if models else await self_test(backend)
+        claims = benched(config, hot.address, backend.models, choices[0].device, say) if choices else {}
+        speeds = ChainMap(claims, tested)
         runtime = await stack.enter_async_context(tasks) if tasks is not None else None
         if runtime is not None:
             for model, spent in (await try_tasks(runtime)).items():
@@ -304,6 +313,6 @@ async def open_worker(
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chains, backend)
+            yield Running(worker, chains, backend, models)
         finally:
             nursery.cancel_scope.cancel()

@@ -479,7 +479,42 @@ class EngineConfig:
     )
     threads: int = setting(1, "CPU threads of the engine.", unit="threads", low=1, high=1024)
     kv_bytes: int = setting(
-        256 << 20, "Memory for the keys and values of running sequences.", unit="bytes", low=1 << 20, high=1 << 44
+        256 << 20,
+        "Memory for the keys and values of running sequences, per model.",
+        unit="bytes",
+        low=1 << 20,
+        high=1 << 44,
+    )
+    isolation: str = setting(
+        "auto",
+        "How an engine is kept from keys and network: `bwrap`, behind bubblewrap; `process`, a plain child; `thread`, not at "
+        "all, for debugging; `auto`, bwrap where it works, else process. `status` shows what holds.",
+        check=one_of("auto", "bwrap", "process", "thread"),
+        values="auto, bwrap, process, thread",
+    )
+    memory_budget: int = setting(
+        0,
+        "Memory of all loaded models together, weights and `engine.kv_bytes` of each. 0: what the machine has, where models run "
+        "on the CPU, else no limit.",
+        unit="bytes",
+        low=0,
+        high=1 << 50,
+    )
+    pinned: tuple[str, ...] = setting((), "Names or ids of models that are never put out of memory for another.")
+    lazy: bool = setting(
+        False,
+        "Sell models on that were put out of memory for others, and load them when a job wants them. The time to the first token "
+        "in their offer has the load in it.",
+    )
+    hang_ms: int = setting(
+        30_000,
+        "An engine that ends no step in this time is killed and started again.",
+        unit="ms",
+        low=100,
+        high=3_600_000,
+    )
+    load_ms: int = setting(
+        600_000, "An engine that has not loaded its model in this time is killed.", unit="ms", low=1000, high=86_400_000
     )
 
 

@@ -450,6 +450,15 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """What the self-test measured of a model before it was offered."""
+
+    tokens_per_second: float = 0.0
+    ttft_ms: float = 0.0
+    """Of a model that is loaded when a job wants it, the load included."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A request made ready for the engine."""
 

@@ -80,6 +80,41 @@ def verify(shared: Shared, models: tuple[str, ...]) -> None:
         shared.output.row({**_data(manifest, store), "verified": True}, f"{manifest.name}  {manifest.id}  verified")
 
 
+@command.command()
+@click.argument("model")
+@click.pass_obj
+def load(shared: Shared, model: str) -> None:
+    """Have the running worker load MODEL, test it, and sell it. Idle models make room where the memory budget says so."""
+    _change(shared, "load", f"loading {model}", model=model)
+
+
+@command.command()
+@click.argument("model")
+@click.pass_obj
+def unload(shared: Shared, model: str) -> None:
+    """Have the running worker sell MODEL no more, let its streams end, and free its memory."""
+    _change(shared, "unload", f"unloading {model}", model=model)
+
+
+@command.command()
+@click.argument("old")
+@click.argument("new")
+@click.pass_obj
+def swap(shared: Shared, old: str, new: str) -> None:
+    """Have the running worker replace OLD by NEW. No stream is cut: new jobs go to NEW while those of OLD come to their end."""
+    _change(shared, "swap", f"loading {new} for {old}", model=new, old=old)
+
+
+def _change(shared: Shared, action: str, what: str, **arguments: str) -> None:
+    """Ask the running worker, and show how far it is."""
+    import trio
+
+    from node.cli.model_control import watched
+
+    answer = trio.run(watched, shared, action, what, arguments)
+    shared.output.result(answer, str(answer["text"]))
+
+
 def _store(shared: Shared) -> ModelStore:
     return ModelStore(shared.config.models_dir)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from node.app import Running
     from node.chains import Chains
+    from node.runtime.backend import TorchBackend
     from node.store.channels import ChannelBook
     from node.worker.claims import ClaimReport
     from node.worker.worker import Worker
@@ -85,6 +86,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
     import trio
 
     from node.app import open_worker
+    from node.cli.model_control import model_handlers
     from node.cli.models import progress
     from node.worker import control
 
@@ -96,7 +98,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
         worker = running.worker
 
         async def status(_: dict[str, Any]) -> Mapping[str, Any]:
-            return await report(worker)
+            return await report(worker, running.models)
 
         async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
             return await claim_report(worker.chains, worker.book, await worker.claim())
@@ -105,7 +107,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
             stop.set()
             return {"draining": True}
 
-        handlers = {"status": status, "claim": claim, "drain": drain}
+        handlers = {"status": status, "claim": claim, "drain": drain, **model_handlers(shared, running.models)}
         path = shared.config.data_dir / "control.sock"
         nursery.start_soon(control.serve, path, handlers)
         metrics = await _metrics(shared, running, nursery) if shared.config.telemetry.metrics else None
@@ -148,7 +150,7 @@ async def _metrics(shared: Shared, running: Running, nursery: trio.Nursery) -> s
     return where
 
 
-async def report(worker: Worker) -> dict[str, Any]:
+async def report(worker: Worker, models: TorchBackend | None = None) -> dict[str, Any]:
     """What `status` shows. Amounts stand once for each asset."""
     from protocol.payment import unsecured
 
@@ -163,7 +165,9 @@ async def report(worker: Worker) -> dict[str, Any]:
         "peer_id": str(worker.key.peer_id),
         "account": str(worker.key.address),
         "addresses": list(worker.network.addresses),
-        "models": [
+        "models": models.report()
+        if models
+        else [
             {"name": info.name, "id": str(info.id), "dtype": info.dtype}
             for info in worker.server.backend.models.values()
         ],

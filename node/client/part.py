@@ -16,8 +16,8 @@ import trio
 from node.client import feed
 from node.client.values import ChatChunk, PartRecord, Usage
 from node.errors import NetworkError, NodeError, Refused, Timeout, VerificationFailed, WorkerFault
+from node.groups import plain_errors
 from node.network.drive import JobStream
-from node.network.groups import plain_errors
 from node.ports import ByteStream, StreamClosed
 from node.store.faults import fault_point
 from protocol.channel import ChannelState, JobEnded, JobOpened, Role

@@ -29,8 +29,8 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from node.errors import NetworkError
+from node.groups import plain_errors
 from node.network.gossip import Gossip, open_gossip
-from node.network.groups import plain_errors
 from node.network.guards import Guards, NetworkLimits
 from node.network.sockets import BufferedSocket, Listening, address_of_socket, host_and_port
 from node.network.stats import NetworkStats

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from node.errors import NetworkError
-from node.network.groups import plain_errors
+from node.groups import plain_errors
 from node.network.stats import NetworkStats
 from node.ports import ByteStream, StreamClosed, StreamHandler
 from protocol.errors import GristmillError

@@ -9,7 +9,6 @@ later is answered to nobody, since a late answer must never be taken for that of
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import trio
 
 import node
 from node.errors import KeyError_, NodeError, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
+from node.hardening import environment
 from node.signer import wire
 from node.signer.keys import NO_JOURNAL, Answer, Asked, Follow, Signers, refused
 from node.signer.sources import KeySource
@@ -293,16 +293,12 @@ async def open_process(
 async def _spawn(*sockets: socket.socket) -> subprocess.Popen[bytes]:
     """The same interpreter and the same tree as ours, nothing of our environment but what it needs."""
     root = str(Path(node.__file__).resolve().parents[1])
-    kept = ("PATH", "LANG", "LC_ALL", "TZ", "GRISTMILL_TESTING", "GRISTMILL_FAULT")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment["PYTHONPATH"] = root
+    env = environment(PYTHONPATH=root)
     descriptors = [one.fileno() for one in sockets]
     command = [sys.executable, "-P", "-m", "node.signer", *map(str, descriptors)]
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     try:
-        return subprocess.Popen(
-            command, pass_fds=descriptors, env=environment, cwd="/", start_new_session=True, **options
-        )
+        return subprocess.Popen(command, pass_fds=descriptors, env=env, cwd="/", start_new_session=True, **options)
     except OSError as error:
         raise SignerError(f"the signer's process cannot be started: {error}") from error
 

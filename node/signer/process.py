@@ -13,12 +13,8 @@ each question has a number of 8 bytes, and its answer begins with it.
 
 from __future__ import annotations
 
-import ctypes
-import resource
 import select
-import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +23,7 @@ from typing import Final
 import msgspec
 
 from node.errors import NodeError, SignerError, SignerFailed
+from node.hardening import harden
 from node.signer import wire
 from node.signer.core import Answer, Core
 from node.signer.sources import open_key
@@ -37,20 +34,8 @@ from protocol.identity import MAX_BYTES, IdentityMessage
 from protocol.signing import KeyRole, Mark, Request, SigningReason, SigningRefused, request
 from protocol.signing_history import KnownChannel, KnownWord
 
-PR_SET_DUMPABLE: Final = 4
-PR_SET_NO_NEW_PRIVS: Final = 38
 IDENTITY_LIMIT: Final = MAX_BYTES + 64
 _READ: Final = 1 << 18
-
-
-def harden() -> None:
-    """Keep other processes of this user out of our memory, as far as the system lets us."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 class Line:

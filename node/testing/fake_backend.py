@@ -34,6 +34,8 @@ class FakeSettings:
     """Grammars that it says it follows; its words are the same. None: it does not offer the parameter."""
     room: int | None = None
     """Tokens of prompt and answer that fit into its memory; None = any."""
+    in_service: bool = True
+    """False: its model is not sold now, as when an engine is started again."""
 
 
 class FakeBackend:
@@ -51,7 +53,7 @@ class FakeBackend:
     @property
     def models(self) -> Mapping[ModelId, ModelInfo]:
         honoured = SAMPLING_PARAMS if self.settings.formats is None else (*SAMPLING_PARAMS, "response_format")
-        return {FAKE_MODEL: replace(self._info, params=honoured)}
+        return {FAKE_MODEL: replace(self._info, params=honoured)} if self.settings.in_service else {}
 
     @property
     def free_slots(self) -> int:

@@ -29,8 +29,8 @@ from node.client.client import Client
 from node.client.settings import ClientSettings, Means
 from node.client.wallet import ClientWallet
 from node.errors import NodeError
+from node.groups import plain_errors
 from node.network.discovery import OfferBook
-from node.network.groups import plain_errors
 from node.network.memory import MemoryHub, open_hub
 from node.ports import ByteStream, Chain, StreamHandler, TaskBackend
 from node.signer.journal import attach, known_channels

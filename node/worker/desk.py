@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 
 import trio
 
-from node.ports import ModelInfo, Signer
+from node.ports import ModelInfo, Signer, Speed
 from node.worker.accepted import AcceptedAssets
 from protocol.ids import Hash32, ModelId
 from protocol.messages import OfferMessage
@@ -30,14 +30,6 @@ class Terms:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """What the self-test measured of a model before it was offered."""
-
-    tokens_per_second: float = 0.0
-    ttft_ms: float = 0.0
-
-
 def merged(chats: Mapping[ModelId, ModelInfo], others: Mapping[ModelId, ModelInfo]) -> dict[ModelId, ModelInfo]:
     """What both runtimes serve. A model that is in both does what either does for it; its tasks share one price."""
     models = {**chats, **others}
@@ -54,7 +46,7 @@ class OfferDesk:
         self,
         key: Signer,
         terms: Terms,
-        models: Mapping[ModelId, ModelInfo],
+        models: Callable[[], Mapping[ModelId, ModelInfo]],
         speeds: Mapping[ModelId, Speed],
         addresses: Callable[[], tuple[str, ...]],
         free_slots: Callable[[], int],
@@ -68,6 +60,10 @@ class OfferDesk:
         self._free_slots = free_slots
         self._now_ms = now_ms
         self._current: VerifiedOffer | None = None
+        self._last: tuple[ModelInfo, ...] = ()
+        """Models of the last offer that had any."""
+        self._made_of: Set[ModelId] = frozenset()
+        """Models that were ready when the offer of now was made."""
         self._valid: dict[Hash32, VerifiedOffer] = {}
         self._signing = trio.Lock()
 
@@ -77,13 +73,18 @@ class OfferDesk:
         return self._valid
 
     async def current(self) -> OfferMessage:
-        """The offer of now, signed anew when half of its life is over. Raises `SignerError`."""
+        """The offer of now, signed anew when half of its life is over or other models are sold. Raises `SignerError`."""
         async with self._signing:
             now = self._now_ms()
             held = self._current
-            if held is not None and now < (held.document.issued + held.document.expires) // 2:
+            if held is not None and now < (held.document.issued + held.document.expires) // 2 and not self.outdated:
                 return held.message
             return await self.renew()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the offer of now sells other models than we do."""
+        return self._current is None or self._models().keys() != self._made_of
 
     async def renew(self) -> OfferMessage:
         """Sign a fresh offer, for instance because the free places changed."""
@@ -98,6 +99,9 @@ class OfferDesk:
 
     def _document(self, now: int) -> OfferDocument:
         terms = self._terms
+        # An offer names at least one model. While none is ready, the last ones stand in it, without a place for anybody.
+        ready = self._models()
+        self._last, self._made_of = tuple(ready.values()) or self._last, frozenset(ready)
         return OfferDocument(
             peer_id=str(self._key.peer_id),
             addresses=self._addresses(),
@@ -111,13 +115,13 @@ class OfferDesk:
                 )
                 for one in terms.accepted
             ),
-            models=tuple(self._model(info) for info in self._models.values()),
+            models=tuple(self._model(info) for info in self._last),
             issued=now,
             expires=now + terms.ttl_ms,
             tick_tokens=terms.tick_tokens,
             tick_ms=terms.tick_ms,
             credit_tokens=terms.credit_tokens,
-            free_slots=max(0, self._free_slots()),
+            free_slots=max(0, self._free_slots()) if ready else 0,
             version=terms.version,
         )
 

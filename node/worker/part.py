@@ -20,8 +20,8 @@ import msgspec
 import trio
 
 from node.errors import InputInvalid, ModelError, SignerError, SignerRefused
+from node.groups import plain_errors
 from node.network.drive import JobStream
-from node.network.groups import plain_errors
 from node.ports import Prompt, Step, StreamClosed, TaskInput
 from node.store.faults import fault_point
 from node.store.results import KEEP_MS

@@ -297,6 +297,8 @@ class JobServer:
         model, request = ModelId(ask.model_id), ask.request
         try:
             if isinstance(request, ChatRequest):
+                if model not in self.backend.models:  # it was when the offer was signed
+                    raise Rejected(RefusalReason.BUSY, "the model is not in service now")
                 if sum(len(m.content) for m in request.messages) < 16_384:
                     return self.backend.prepare(model, request.messages)
                 return await trio.to_thread.run_sync(self.backend.prepare, model, request.messages)

@@ -16,9 +16,9 @@ import trio
 
 from node.chains import Chains
 from node.errors import LedgerError, NetworkError, SignerFailed
+from node.groups import plain_errors
 from node.network.discovery import OfferBook, announce, follow_gossip
 from node.network.drive import serve_one
-from node.network.groups import plain_errors
 from node.ports import Backend, ByteStream, Chain, ChainEvent, Network, Signer, TaskBackend
 from node.store.channels import ChannelBook
 from node.store.ledger import Ledger
@@ -74,6 +74,8 @@ class WorkerSettings:
     """How old a chain's newest block may be; any age where there is no entry."""
     sweep_ms: int = 600_000
     """How often kept results past their time are dropped. (Room for a new one is made at once, whenever it is needed.)"""
+    models_poll_ms: int = 500
+    """How often the models of the offer are compared with those that are ready."""
     batch: BatchSettings | None = None
     """None: no batch jobs."""
     version: str = ""
@@ -104,6 +106,8 @@ class Worker:
         self.settings = settings
         self.now_ms = now_ms
         self.book = book or ChannelBook.restore(ledger, Role.WORKER, chains.domains)
+        self.speeds = {} if speeds is None else speeds
+        """As `speeds` changes, so do our offers."""
         self.results = Results(ledger)
         self.meter = Meter()
         self.offers = OfferBook(now_ms)
@@ -165,8 +169,8 @@ class Worker:
                 max_tokens=settings.max_tokens,
                 version=settings.version,
             ),
-            models,
-            speeds or {},
+            lambda: merged(backend.models, tasks.models if tasks else {}),
+            self.speeds,
             lambda: network.addresses,
             lambda: self.server.offered_slots,
             now_ms,
@@ -184,7 +188,7 @@ class Worker:
             now_ms=now_ms,
             chain_age_ms=self.sight_age_ms,
         )
-        self.batch = self._batch_service(settings.batch, speeds or {}) if settings.batch else None
+        self.batch = self._batch_service(settings.batch, self.speeds) if settings.batch else None
         if self.batch:
             self.server.lodger = self.batch.runner
 
@@ -299,13 +303,15 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------ loops
 
     async def _announce(self) -> None:
-        """Gossip the offer now and whenever half of its life is over."""
+        """Gossip the offer now, whenever half of its life is over, and when other models are sold."""
         while True:
             try:
                 await announce(self.network, await self.desk.current())
             except NetworkError as error:
                 log.warning("the offer could not be gossiped: %s", error)
-            await trio.sleep(self.settings.offer_ttl_ms / 2000)
+            with trio.move_on_after(self.settings.offer_ttl_ms / 2000):
+                while not self.desk.outdated:
+                    await trio.sleep(self.settings.models_poll_ms / 1000)
 
     async def _sweep(self) -> None:
         """Clients' data do not stay longer than was said, also on a disk that never gets full."""

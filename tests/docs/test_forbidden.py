@@ -12,6 +12,8 @@ PRODUCT = sorted(path for package in ("node", "protocol") for path in (ROOT / pa
 MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 METHODS = {("torch", "load"), ("os", "system"), ("os", "popen"), ("numpy", "load"), ("np", "load"), ("torch", "hub")}
+NESTED = {("jit", "load"), ("package", "PackageImporter"), ("ops", "load_library"), ("utils", "cpp_extension")}
+"""Of torch: what loads code with a model."""
 RAW = {"sign_der", "sign_recoverable"}
 """Signatures over bytes that the caller chose."""
 SIGNS = {"node/signer/core.py": {"sign_der"}, "protocol/keys.py": {"sign", "sign_der", "sign_recoverable"}}
@@ -32,6 +34,8 @@ def findings(source: str) -> list[str]:
             case ast.Call(func=ast.Name(id=name)) if name in CALLS:
                 found.append(name)
             case ast.Attribute(value=ast.Name(id=module), attr=name) if (module, name) in METHODS:
+                found.append(f"{module}.{name}")
+            case ast.Attribute(value=ast.Attribute(attr=module), attr=name) if (module, name) in NESTED:
                 found.append(f"{module}.{name}")
             case ast.keyword(arg="shell" | "trust_remote_code", value=ast.Constant(value=True)):
                 found.append(f"{one.arg}=True")
@@ -97,6 +101,9 @@ def test_product_code_is_free_of_it(path: Path) -> None:
         "f(trust_remote_code=True)",
         "load(p, weights_only=False)",
         "os.system('x')",
+        "torch.jit.load(folder / 'model.pt')",
+        "torch.ops.load_library(path)",
+        "torch.package.PackageImporter(path)",
     ],
 )
 def test_each_would_be_found(planted: str) -> None:

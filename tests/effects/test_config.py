@@ -236,6 +236,7 @@ def other_value(name: str, salt: int) -> Any:
         "engine.device": f"cuda:{salt}",
         "telemetry.metrics": f"127.0.0.1:{9000 + salt}",
         "engine.dtype": ("float32", "bfloat16", "float16", "float32")[salt],
+        "engine.isolation": ("auto", "bwrap", "process", "thread")[salt],
         "keys.signer": ("process", "inline", "process", "inline")[salt],
         "keys.scrypt_n": 1 << (12 + salt),
     }

@@ -12,6 +12,7 @@ from node.audit import audit
 from node.client.client import Client
 from node.client.settings import ClientSettings
 from node.errors import NoWorker, Refused, Timeout, VerificationFailed, WorkerFault
+from node.network.discovery import fetch_offer
 from node.testing.cheaters import CHEATS, corrupt, silence
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
@@ -41,6 +42,44 @@ def window(client: Client, worker: Worker) -> int:
 
 async def clean(client: Client) -> None:
     assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chains) == []
+
+
+def test_a_model_that_is_out_of_service_is_not_sold_until_it_is_back() -> None:
+    """The offer says so within a moment, an ask under the old one is refused, and both end by themselves."""
+
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=5))
+        worker = await market.worker(backend=backend)
+        client = await market.client()
+        assert await talk(client)
+
+        async def slots() -> int:
+            await fetch_offer(client.network, client.offers, worker.key.peer_id)
+            offer = client.offers.of(worker.key.peer_id)
+            assert offer is not None
+            return offer.document.free_slots
+
+        assert await slots() > 0
+        backend.settings.in_service = False
+        with pytest.raises((NoWorker, Refused)) as refused:
+            await talk(client)
+        if isinstance(refused.value, Refused):
+            assert refused.value.reason is RefusalReason.BUSY
+            assert "not in service" in refused.value.detail
+        await trio.sleep(2 * worker.settings.models_poll_ms / 1000 + 0.1)
+        assert await slots() == 0
+        backend.settings.in_service = True
+        await trio.sleep(2 * worker.settings.models_poll_ms / 1000 + 0.1)
+        assert await slots() > 0
+        assert await talk(await market.client())  # the first one gives a busy worker a rest
+        await clean(client)
+
+    run_market(test)
+
+
+async def talk(client: Client) -> str:
+    async with client.chat("fake", HELLO, max_tokens=5) as stream:
+        return "".join([chunk.text async for chunk in stream])
 
 
 ERRORS = {

@@ -20,8 +20,8 @@ import trio.testing
 
 from node.chain.pending import PendingTx
 from node.errors import KeyError_, SignerError, SignerFailed, SignerLocked, SignerOutdated, SignerRefused
+from node.groups import plain_errors
 from node.keystore import Keystore
-from node.network.groups import plain_errors
 from node.signer.client import ProcessSigners, open_process
 from node.signer.journal import BEGUN, attach
 from node.signer.keys import Follow, Signers

@@ -83,6 +83,27 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def make_chat_model(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    """A tiny Llama that can be talked to: one token per byte, and a template. The store takes such a folder."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    def make(**changes: Any) -> Path:
+        folder = make_model(vocab_size=258, eos_token_id=257, bos_token_id=256, **changes)
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "</s>"}))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
     """Folder of a known model by name, converted for this run as `smollm` is; skips where its packages are not installed."""
     for package in ("torch", "safetensors", "tokenizers"):

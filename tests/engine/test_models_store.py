@@ -18,7 +18,8 @@ from node.errors import ModelError
 from node.models.manifest import FileEntry, Manifest
 from node.models.safetensors_file import read_header
 from node.models.store import ModelStore, Progress
-from node.runtime.backend import EngineSettings, open_backend
+from node.runtime.backend import open_backend
+from node.runtime.fleet import EngineSettings
 from protocol.ids import ModelId
 
 
@@ -101,7 +102,7 @@ def test_who_waits_for_a_model_to_be_hashed_sees_how_far_it_is(store: ModelStore
         async with open_backend(store, [manifest], EngineSettings(), watch):
             pass
 
-    with pytest.raises(ModelError, match="cannot be loaded"):  # it has no layers
+    with pytest.raises(ModelError, match="cannot be read"):  # it has no layers
         trio.run(main)
     assert sum(seen) == sum(entry.size for entry in manifest.files)
 
@@ -148,7 +149,7 @@ def test_files_are_hashed_side_by_side(store: ModelStore, folder: Path, monkeypa
         async with open_backend(store, [manifest], EngineSettings()):
             pass
 
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be read"):
         trio.run(main)
     assert not met.broken
 

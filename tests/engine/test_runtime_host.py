@@ -1,10 +1,11 @@
-"""The bridge between the engine's thread and trio, and what the back end makes of the engine's steps. No model needed."""
+"""The line between node and engine, and what the back end makes of the engine's steps. No model and no process needed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Callable, Container, Hashable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,18 @@ from hypothesis import strategies as st
 pytest.importorskip("torch", reason="torch is not installed: the engine's types need it")
 
 from node.errors import ModelError
-from node.ports import ModelInfo, Prompt, Step
-from node.runtime.backend import EngineSettings, TorchBackend, _Loaded
+from node.models.manifest import FileEntry, Manifest
+from node.ports import Prompt, Step
+from node.runtime import wire
+from node.runtime.backend import TorchBackend
+from node.runtime.child import Tell
 from node.runtime.engine.errors import InvalidSequence
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
+from node.runtime.fleet import EngineSettings, Fleet
 from node.runtime.host import EngineHost
+from node.runtime.launch import ThreadLauncher
+from node.runtime.life import Phase
+from node.runtime.resident import Resident
 from node.runtime.stops import StopStrings
 from node.telemetry.engine import ITL, EngineMetrics
 from node.telemetry.exposition import Histogram
@@ -41,6 +49,7 @@ class CountingEngine:
     def __init__(self, fail_at: int | None = None) -> None:
         self.running: dict[Hashable, list[int]] = {}
         self.limits: dict[Hashable, int] = {}
+        self.prompts: dict[Hashable, int] = {}
         self.stepped = 0
         self.aborted: list[Hashable] = []
         self.fail_at = fail_at
@@ -52,8 +61,9 @@ class CountingEngine:
     def submit(self, sequence: Sequence) -> None:
         if not sequence.prompt_ids:
             raise InvalidSequence("the prompt is empty")
-        self.running[sequence.id] = []
+        self.running[sequence.id] = list(sequence.generated_ids)
         self.limits[sequence.id] = sequence.max_tokens
+        self.prompts[sequence.id] = len(sequence.prompt_ids)
 
     def abort(self, sequence_id: Hashable) -> bool:
         known = self.running.pop(sequence_id, None) is not None
@@ -71,7 +81,8 @@ class CountingEngine:
                 raise RuntimeError("the device has gone")
             tokens.append(len(tokens))
             last = len(tokens) == self.limits[key]
-            outputs.append(StepOutput(key, tokens[-1], len(tokens), FinishReason.LENGTH if last else None))
+            position = self.prompts[key] + len(tokens) - 1
+            outputs.append(StepOutput(key, tokens[-1], position, FinishReason.LENGTH if last else None))
             if last:
                 del self.running[key]
         return outputs
@@ -79,20 +90,33 @@ class CountingEngine:
     def check_integrity(self) -> None:
         pass
 
+    def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
+        return prompt_tokens + max_tokens <= 2048
+
+    def could_fit(self, tokens: int) -> bool:
+        return tokens <= 2048
+
+    vocab_size, context_length, eos_ids = 4096, 2048, frozenset[int]()
+
+    def numerics_probe(self) -> bytes:
+        return bytes(32)
+
 
 def sequence(name: str, max_tokens: int, prompt: tuple[int, ...] = (1,)) -> Sequence:
     return Sequence(name, prompt, SamplingParams(temperature=0), max_tokens)
 
 
-def run(engine: CountingEngine, work: Callable[[EngineHost], Any], window: int = 8) -> None:
+LOAD = wire.Load("/nowhere", "cpu", "float32", 1, 1 << 20, 8, 0)
+
+
+def run(engine: CountingEngine, work: Callable[[EngineHost], Any], **options: Any) -> None:
     async def main() -> None:
-        host = EngineHost(lambda: engine, window=window)  # type: ignore[arg-type, return-value]
-        await host.start()
-        try:
-            with trio.fail_after(20):
+        host = EngineHost(ThreadLauncher(lambda load, tell: engine), LOAD, **options)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(host.run)
                 await work(host)
-        finally:
-            await host.stop()
+                nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -156,32 +180,29 @@ def test_times_and_ends_of_requests_are_counted_once_each() -> None:
     engine, told = CountingEngine(), Told()
     engine.stats = EngineNumbers()  # type: ignore[attr-defined]
 
-    async def main() -> None:
-        host = EngineHost(lambda: engine, metrics=EngineMetrics("m", 100), observers=[told])  # type: ignore[arg-type, return-value]
-        await host.start()
-        with trio.fail_after(20):
-            assert len([o async for batch in host.generate(sequence("whole", 5)) for o in batch]) == 5
-            async with aclosing(host.generate(sequence("left", 1000))) as stream:
-                await anext(stream)
-            async with aclosing(host.generate(sequence("enough", 1000))) as stream:
-                await anext(stream)
-                host.satisfied("enough")
-            with pytest.raises(ModelError):
-                await anext(host.generate(sequence("refused", 5, prompt=())))
-            while not engine.idle:
-                await trio.sleep(0.001)
-        await host.stop()
+    async def work(host: EngineHost) -> None:
+        assert len([o async for batch in host.generate(sequence("whole", 5)) for o in batch]) == 5
+        async with aclosing(host.generate(sequence("left", 1000))) as stream:
+            await anext(stream)
+        async with aclosing(host.generate(sequence("enough", 1000))) as stream:
+            await anext(stream)
+            host.satisfied("enough")
+        with pytest.raises(ModelError):
+            await anext(host.generate(sequence("refused", 5, prompt=())))
+        while not engine.idle:
+            await trio.sleep(0.001)
+        await trio.sleep(0.05)
         seen.update(counts(host))
 
     seen: dict[str, float] = {}
-    trio.run(main)
+    run(engine, work, metrics=EngineMetrics("m", 100), observers=[told])
     ends = {name: seen[f"request_success_total/{name}"] for name in ("stop", "length", "abort", "error")}
     assert ends == {"stop": 1, "length": 1, "abort": 1, "error": 1}
     assert seen["time_to_first_token_seconds"] == seen["request_decode_time_seconds"] == 3
     assert seen["request_queue_time_seconds"] == 3 and seen["e2e_request_latency_seconds"] == 4
     assert seen["inter_token_latency_seconds"] >= 4, "the whole stream's at least"
     assert seen["iteration_tokens_total"] == len(told.steps) > 5
-    assert all(stats is engine.stats and began <= ended for stats, began, ended in told.steps)  # type: ignore[attr-defined]
+    assert all(isinstance(stats, wire.Stats) and began <= ended for stats, began, ended in told.steps)
     assert host_is_in_order(told)
 
 
@@ -225,7 +246,7 @@ def test_leaving_a_stream_aborts_it() -> None:
             await anext(stream)
         while not engine.aborted:
             await trio.sleep(0.001)
-        assert engine.aborted == ["left"]
+        assert len(engine.aborted) == 1
         assert engine.idle
 
     run(engine, work)
@@ -240,23 +261,24 @@ def test_a_refused_sequence_and_a_failed_engine_are_model_errors() -> None:
     run(CountingEngine(), refused)
 
     async def failed(host: EngineHost) -> None:
-        with pytest.raises(ModelError, match="the device has gone"):
+        with pytest.raises(
+            ModelError, match="died 2 times while this sequence ran, last: RuntimeError: the device has gone"
+        ):
             async for _ in host.generate(sequence("doomed", 1000)):
                 pass
-        with pytest.raises(ModelError):  # and so is every later call
-            async for _ in host.generate(sequence("late", 3)):
-                pass
+        assert host.deaths == 2
 
     run(CountingEngine(fail_at=5), failed)
 
 
 def test_a_model_that_cannot_be_loaded_is_said_at_start() -> None:
-    def load() -> Any:
+    def load(_load: wire.Load, _tell: Tell) -> Any:
         raise OSError("no such file")
 
     async def main() -> None:
-        with pytest.raises(ModelError, match="no such file"):
-            await EngineHost(load).start()
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(ModelError, match="no such file"):
+                await nursery.start(EngineHost(ThreadLauncher(load), LOAD).run)
 
     trio.run(main)
 
@@ -305,7 +327,9 @@ class Batches:
 
     def satisfied(self, sequence_id: Any) -> None: ...
 
-    async def generate(self, sequence: Sequence) -> AsyncGenerator[list[StepOutput], None]:
+    async def generate(
+        self, sequence: Sequence, response_format: object = None
+    ) -> AsyncGenerator[list[StepOutput], None]:
         for n, batch in enumerate(self.batches):
             await trio.lowlevel.checkpoint()
             end = n == len(self.batches) - 1
@@ -317,10 +341,13 @@ class Batches:
 
 def delivered(batches: list[list[int]], stop: tuple[str, ...]) -> tuple[list[int], str, Finish | None]:
     model = ModelId(bytes(32))
-    backend = TorchBackend(EngineSettings())
     host: Any = Batches(batches, FinishReason.LENGTH)
-    info, engine = ModelInfo(model, "letters", 100, "none", ""), Any
-    backend._loaded[model] = _Loaded(info, Letters(), Any, host, engine)  # type: ignore[arg-type]
+    letters: Any = Letters()
+    one = Resident(Manifest("letters", "none", 100, "F32", "", "", (FileEntry("x", 1, "0" * 64),)), Path("/nowhere"))
+    one.phase, one.host, one.tokenizer = Phase.READY, host, letters
+    nothing: Any = None
+    backend = TorchBackend(EngineSettings(), lambda test: Fleet(nothing, EngineSettings(), nothing, nothing, test))
+    backend.fleet.residents[model] = one
 
     async def main() -> list[Step]:
         return [step async for step in backend.generate(Prompt(model, (1,)), Params(max_tokens=50, stop=stop))]

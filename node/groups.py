@@ -1,4 +1,4 @@
-"""Exceptions that pass through the network's nurseries come out as they went in."""
+"""Exceptions that pass through nurseries come out as they went in."""
 
 from __future__ import annotations
 

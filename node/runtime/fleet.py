@@ -1,0 +1,375 @@
+"""The models of one worker under one memory budget: loaded, tested, swapped, put out of memory, kept alive.
+
+Rules
+- Memory is counted before it is used: weights by the files' headers and the whole key and value cache, against `memory_budget`.
+- Room is made by putting out the model that was used longest ago. Never one that is pinned, and never one with a stream.
+- What is not tested is not sold: a model is ready when a real job has passed since its engine last started.
+- One change of the fleet at a time; streams do not wait for changes of other models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from node.errors import ModelError
+from node.models.manifest import Manifest
+from node.models.store import ModelStore, Progress
+from node.models.tokenizer import Tokenizer
+from node.ports import SAMPLING_PARAMS, ModelInfo, Speed
+from node.runtime import wire
+from node.runtime.footprint import measure
+from node.runtime.host import EngineHost, Limits
+from node.runtime.launch import Launcher
+from node.runtime.life import Event, Phase
+from node.runtime.proof import prove
+from node.runtime.resident import Resident
+from node.runtime.selftest import SelfTest
+from node.telemetry.engine import EngineMetrics
+from node.telemetry.steps import StepTrace
+from protocol.ids import ModelId
+
+log = logging.getLogger(__name__)
+Watch = Callable[[Manifest], AbstractContextManager[Progress]]
+"""Sees a model being hashed."""
+_LOOK_S: Final = 0.05
+"""How often a job that waits for room looks again."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    device: str = "cpu"
+    """`auto`, or a kind of `node.runtime.hal` with or without an index."""
+    dtype: str = "float32"
+    threads: int = 1
+    cache_bytes: int = 1 << 30
+    """Per model."""
+    max_streams: int = 4
+    isolation: str = "auto"
+    memory_budget: int = 0
+    """Bytes of all models in memory together; 0: no end."""
+    pinned: tuple[str, ...] = ()
+    """Names or ids of models."""
+    lazy: bool = False
+    """Models that were put out of memory are sold on, and loaded when a job wants them."""
+    window: int = 16
+    limits: Limits = field(default_factory=Limits)
+    hidden: tuple[str, ...] = ()
+    """Paths that no engine should be able to read."""
+    trace: Path | None = None
+    """Where each model's steps are traced: its name is put before the file's suffix unless it is the only one."""
+
+
+class Fleet:
+    """Made and run by `node.runtime.backend.open_backend`."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        settings: EngineSettings,
+        launch: Launcher,
+        nursery: trio.Nursery,
+        test: Callable[[Resident], Any],
+        watch: Watch = lambda _: nullcontext(lambda _: None),
+    ) -> None:
+        """`test` is an async function that runs the self-test job on a model and returns `SelfTest`."""
+        self._store = store
+        self._settings = settings
+        self._launch = launch
+        self._nursery = nursery
+        self._test = test
+        self._watch = watch
+        self._changing = trio.Lock()
+        self._uses = itertools.count(1)
+        self.residents: dict[ModelId, Resident] = {}
+        self.speeds: dict[ModelId, Speed] = {}
+
+    # ------------------------------------------------------------------------------------------------------- questions
+
+    @property
+    def sold(self) -> Mapping[ModelId, ModelInfo]:
+        """What may be advertised now."""
+        return {model: one.info for model, one in self.residents.items() if one.info and self.on_sale(one)}
+
+    def on_sale(self, one: Resident) -> bool:
+        return one.ready or (self._settings.lazy and one.phase is Phase.COLD and bool(one.test and one.test.passed))
+
+    @property
+    def used(self) -> int:
+        """Bytes of the models in memory, those included that are on their way in or out."""
+        return sum(one.footprint.total for one in self.residents.values() if one.host is not None)
+
+    def could_warm(self, one: Resident) -> bool:
+        """Whether a cold model could be brought in now."""
+        evictable = sum(other.footprint.total for other in self.residents.values() if other.idle)
+        budget = self._settings.memory_budget
+        return not budget or self.used - evictable + one.footprint.total <= budget
+
+    def get(self, model: ModelId) -> Resident:
+        try:
+            return self.residents[model]
+        except KeyError:
+            raise ModelError(f"model {model} is not loaded") from None
+
+    def touch(self, one: Resident) -> None:
+        one.used = next(self._uses)
+
+    # --------------------------------------------------------------------------------------------------------- changes
+
+    async def load(self, manifest: Manifest, *, evict: bool = True) -> Resident:
+        """Bring a model in and test it. Idempotent. `evict`: others may be put out for it. Raises `ModelError`: no room, damaged,
+        not loadable, test not passed."""
+        async with self._changing:
+            one = self._known(manifest)
+            if not one.ready:
+                await self._bring_in(one, evict=evict)
+            return one
+
+    async def warm(self, one: Resident) -> None:
+        """For a job: a model that is sold is in memory after this. Waits while streams of others have the room.
+
+        Raises `ModelError`."""
+        while True:
+            if one.phase is Phase.DRAINING and one.ending:
+                await one.changed.wait()
+            elif one.ready or (one.host is not None and one.host.facts is not None):
+                return  # it runs, or is started again
+            else:
+                async with self._changing:
+                    if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
+                        raise ModelError(one.trouble or f"{one.manifest.name} is not in service")
+                    if one.phase is Phase.COLD:
+                        with suppress(NoRoom):
+                            await self._bring_in(one)
+                await trio.sleep(0 if one.ready else _LOOK_S)
+
+    async def unload(self, model: ModelId) -> None:
+        """Let a model's streams end, then free its memory."""
+        async with self._changing:
+            await self._put_out(self.get(model))
+            self._forget(model)
+
+    async def swap(self, old: ModelId, manifest: Manifest) -> bool:
+        """Replace a model by another; no stream is cut. True when both were in memory for a while, so that there was no moment
+        without either; False when there was room for one only, and the old one had to end first."""
+        async with self._changing:
+            leaving, coming = self.get(old), self._known(manifest)
+            if leaving is coming:
+                raise ModelError(f"{manifest.name} is the same model")
+            try:
+                await self._bring_in(coming, keep=leaving)
+                beside = True
+            except NoRoom:
+                beside = False
+                await self._put_out(leaving)
+                await self._bring_in(coming)
+            else:
+                await self._put_out(leaving)
+            self._forget(old)
+            return beside
+
+    def _known(self, manifest: Manifest) -> Resident:
+        one = self.residents.get(manifest.id)
+        if one is None:
+            pinned = not {manifest.name, str(manifest.id)}.isdisjoint(self._settings.pinned)
+            one = self.residents[manifest.id] = Resident(manifest, self._store.path(manifest.id), pinned)
+        return one
+
+    def _forget(self, model: ModelId) -> None:
+        self.residents.pop(model).close()
+        self.speeds.pop(model, None)
+
+    async def _bring_in(self, one: Resident, *, evict: bool = True, keep: Resident | None = None) -> None:
+        """Load and test. Whatever is raised, the model holds no memory then, or will hold none once its streams have ended."""
+        if one.host is not None:  # it failed, and its engine is still being tried
+            await self._put_out(one)
+        one.on(Event.LOAD)
+        one.trouble = ""
+        try:
+            with self._watch(one.manifest) as progress:
+                await prove(self._store, one, progress)
+            settings = self._settings
+            one.footprint = measure(one.folder, one.manifest, settings.dtype, settings.cache_bytes)
+            await self._make_room(one, evict, keep)
+            await self._start(one)
+        except BaseException as error:
+            one.host = one.hashing = None
+            one.trouble = error.message if isinstance(error, ModelError) else "the load was broken off"
+            if isinstance(error, NoRoom):  # nothing is wrong with it
+                one.on(Event.UNLOAD)
+                one.on(Event.EMPTY)
+            one.news(Event.FLUNKED)
+            raise
+        while one.phase in (Phase.LOADING, Phase.TESTING):
+            await one.changed.wait()
+        if not one.ready:
+            raise ModelError(f"{one.manifest.name}: {one.trouble or one.phase}")
+
+    async def _start(self, one: Resident) -> None:
+        settings = self._settings
+        if one.tokenizer is None:
+            one.tokenizer = Tokenizer(one.folder)
+        one.tokenizer.warm()
+        load = wire.Load(
+            folder=str(one.folder),
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            cache_bytes=settings.cache_bytes,
+            window=settings.window,
+            # What a GPU's driver maps is not memory of the process, and was not measured under a limit.
+            memory_limit=one.footprint.process_limit if settings.device == "cpu" else 0,
+            hidden=settings.hidden,
+        )
+        seen = _Seen()
+        if one.metrics is None:
+            one.metrics = EngineMetrics(one.manifest.name, one.manifest.context_length)
+        if one.trace is None and settings.trace is not None:
+            one.trace = _open_trace(settings.trace, one.manifest.name, alone=len(self.residents) == 1)
+        one.host = EngineHost(
+            self._launch,
+            load,
+            limits=settings.limits,
+            heard=lambda: self._heard(one, seen),
+            metrics=one.metrics,
+            observers=[one.trace] if one.trace else [],
+        )
+        one.scope = trio.CancelScope()
+        await self._nursery.start(self._keep, one)
+
+    async def _keep(self, one: Resident, task_status: trio.TaskStatus[None]) -> None:
+        """Run the engine until its scope is cancelled. A fault of ours ends the model, not the worker."""
+        host = one.engine()
+        try:
+            with one.scope:
+                await host.run(task_status)
+        except ModelError:
+            raise
+        except Exception as error:
+            log.exception("the host of %s failed", one.manifest.name)
+            one.trouble = f"a fault of ours: {type(error).__name__}: {error}"[:300]
+            one.news(Event.DIED)
+            one.news(Event.FLUNKED)
+        one.notify()
+
+    async def _make_room(self, one: Resident, evict: bool, keep: Resident | None) -> None:
+        """Raises `NoRoom`."""
+        budget, needs = self._settings.memory_budget, one.footprint.total
+        while budget and self.used + needs > budget:
+            idle = [other for other in self.residents.values() if other.idle and other is not keep]
+            if not idle or not evict or needs > budget:
+                raise NoRoom.of(one, self.used, budget)
+            victim = min(idle, key=lambda other: other.used)
+            log.warning("%s is put out of memory for %s", victim.manifest.name, one.manifest.name)
+            await self._put_out(victim)
+
+    async def _put_out(self, one: Resident) -> None:
+        """Let its streams end, then its engine."""
+        if one.phase is Phase.COLD:
+            return
+        if one.phase is not Phase.DRAINING:
+            one.on(Event.UNLOAD)
+        await self._end_engine(one)
+        one.on(Event.EMPTY)
+
+    async def _end_engine(self, one: Resident) -> None:
+        while one.users:
+            await one.changed.wait()
+        one.scope.cancel()
+        while one.host is not None and not one.host.stopped:
+            await one.changed.wait()
+        one.host = None
+
+    # ---------------------------------------------------------------------------------------------- what engines do
+
+    def _heard(self, one: Resident, seen: _Seen) -> None:
+        """The host's news as events of the model's life."""
+        host = one.host
+        if host is None:
+            return
+        if seen.ready and not host.ready:
+            seen.ready = False
+            one.news(Event.DIED)
+        if host.failure != seen.failure:
+            seen.failure = one.trouble = host.failure
+            if host.failure:
+                one.news(Event.FLUNKED)
+        if host.ready and not seen.ready:
+            seen.ready = True
+            self._met(one, host)
+            one.news(Event.LOADED)
+            if one.phase is Phase.TESTING and not one.examining:
+                one.examining = True
+                self._nursery.start_soon(self._examine, one)
+        one.notify()
+
+    def _met(self, one: Resident, host: EngineHost) -> None:
+        facts = host.facts
+        if facts is not None:
+            from node.runtime.grammar import Grammars
+
+            one.capacity, one.load_s = facts.capacity, host.load_s
+            one.grammars = one.grammars or Grammars(one.folder, facts.eos_ids)
+            one.info = ModelInfo(
+                id=one.manifest.id,
+                name=one.manifest.name,
+                context_length=facts.context_length,
+                dtype=self._settings.dtype,
+                numerics_class=facts.numerics_class,
+                params=(*SAMPLING_PARAMS, "response_format"),
+            )
+
+    async def _examine(self, one: Resident) -> None:
+        """The self-test, and what follows from it."""
+        try:
+            tested: SelfTest = await self._test(one)
+        finally:
+            one.examining = False
+        one.test = tested
+        self.touch(one)
+        if tested.passed:
+            lazy = one.load_s * 1000 if self._settings.lazy and not one.pinned else 0.0
+            speed = tested.speed
+            self.speeds[one.manifest.id] = Speed(speed.tokens_per_second, round(speed.ttft_ms + lazy, 2))
+            if one.phase is Phase.TESTING:
+                one.on(Event.PASSED)
+        elif one.phase in (Phase.LOADING, Phase.TESTING):
+            one.trouble = f"the self-test did not pass: {tested.reason}"
+            log.error("%s is not sold: %s", one.manifest.name, one.trouble)
+            one.on(Event.FLUNKED)
+            await self._end_engine(one)
+
+
+class NoRoom(ModelError):
+    """The memory budget cannot hold this model now."""
+
+    @classmethod
+    def of(cls, one: Resident, used: int, budget: int) -> NoRoom:
+        return cls(
+            f"{one.manifest.name} needs {one.footprint.total} bytes of memory "
+            f"({one.footprint.weights} weights, {one.footprint.cache} keys and values); "
+            f"{max(budget - used, 0)} of {budget} are free",
+            hint="lower engine.kv_bytes, raise engine.memory_budget, or unload a model",
+        )
+
+
+def _open_trace(path: Path, name: str, *, alone: bool) -> StepTrace:
+    try:
+        return StepTrace(path if alone else path.with_name(f"{path.stem}-{name}{path.suffix}"), name)
+    except OSError as error:
+        raise ModelError(f"the trace cannot be written to {path}: {error.strerror}") from None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was told of a host already."""
+
+    ready: bool = False
+    failure: str = ""

@@ -1,0 +1,343 @@
+"""Models under one memory budget: loaded, tested (M8), sold, put out, swapped, and never under a running stream (M9)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import trio
+
+pytest.importorskip("torch")
+
+from node.errors import ModelError
+from node.models.manifest import Manifest
+from node.models.store import ModelStore
+from node.ports import Step
+from node.runtime import backend as backend_module
+from node.runtime.backend import TorchBackend, open_backend
+from node.runtime.fleet import EngineSettings, Fleet
+from node.runtime.footprint import measure
+from node.runtime.host import Limits
+from node.runtime.launch import ProcessLauncher, ThreadLauncher
+from node.runtime.life import Phase
+from node.runtime.resident import Resident
+from node.runtime.selftest import SelfTest
+from node.testing.planted import notices
+from protocol.messages import ChatMessage, FinishReason, Params
+
+HELLO = [ChatMessage(role="user", content="hello")]
+SETTINGS = EngineSettings(cache_bytes=1 << 20, max_streams=8, isolation="thread", limits=Limits(backoff_s=0.02))
+
+
+@dataclass(frozen=True)
+class Models:
+    store: ModelStore
+    manifests: tuple[Manifest, ...]
+
+    def bytes_of(self, n: int) -> int:
+        manifest = self.manifests[n]
+        return measure(self.store.path(manifest.id), manifest, "float32", SETTINGS.cache_bytes).total
+
+
+@pytest.fixture(scope="module")
+def models(make_chat_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
+    store = ModelStore(tmp_path_factory.mktemp("store"))
+    manifests = tuple(
+        store.add_folder(make_chat_model(num_hidden_layers=layers), f"tiny-{layers}") for layers in (1, 2, 3)
+    )
+    return Models(store, manifests)
+
+
+@asynccontextmanager
+async def opened(models: Models, *which: int, **changes: object) -> AsyncIterator[TorchBackend]:
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    said: list[str] = []
+    with trio.fail_after(60):
+        async with open_backend(
+            models.store, [models.manifests[n] for n in which], settings, launch=ThreadLauncher(), say=said.append
+        ) as backend:
+            backend.said = said  # type: ignore[attr-defined]
+            yield backend
+
+
+def stream(backend: TorchBackend, models: Models, n: int, tokens: int = 100) -> AsyncGenerator[Step, None]:
+    prompt = backend.prepare(models.manifests[n].id, HELLO)
+    return backend.generate(prompt, Params(max_tokens=tokens, temperature=0, logit_bias=((257, -100.0),)))
+
+
+def phases(backend: TorchBackend, models: Models) -> list[Phase | None]:
+    residents = [backend.fleet.residents.get(manifest.id) for manifest in models.manifests]
+    return [one.phase if one else None for one in residents]
+
+
+async def text(steps: AsyncGenerator[Step, None]) -> str:
+    return "".join([step.text async for step in steps])
+
+
+def test_the_footprint_is_that_of_the_file_to_the_byte(models: Models) -> None:
+    manifest = models.manifests[2]
+    folder = models.store.path(manifest.id)
+    size = (folder / "model.safetensors").stat().st_size
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert measure(folder, manifest, "float32", 1000).weights == size - 8 - header
+    assert measure(folder, manifest, "bfloat16", 1000).weights * 2 == size - 8 - header
+    assert measure(folder, manifest, "float32", 1000).total == size - 8 - header + 1000
+
+
+def test_what_is_sold_has_answered_a_job(models: Models) -> None:
+    async def main() -> None:
+        async with opened(models, 0, 1) as backend:
+            assert set(backend.models) == {models.manifests[0].id, models.manifests[1].id}
+            for one in backend.report():
+                assert one["phase"] == "ready"
+                assert one["self_test"]["passed"] and one["self_test"]["tokens"] > 0
+                assert one["isolation"].startswith("thread: none")
+            assert all(speed.ttft_ms > 0 for speed in backend.speeds.values())
+            assert any("self-test passed" in line for line in backend.said)  # type: ignore[attr-defined]
+
+    trio.run(main)
+
+
+def test_a_model_that_fails_its_test_is_not_sold_and_says_why(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backend_module.self_test
+
+    async def red(prepare: object, generate: object) -> SelfTest:
+        found = await real(prepare, generate)  # type: ignore[arg-type]
+        return replace(found, passed=False, reason="planted")
+
+    async def main() -> None:
+        async with opened(models, 0) as backend:
+            monkeypatch.setattr(backend_module, "self_test", red)
+            with pytest.raises(ModelError, match="planted"):
+                await backend.fleet.load(models.manifests[1])
+            assert set(backend.models) == {models.manifests[0].id}
+            failed = backend.report()[1]
+            assert failed["phase"] == "failed" and "planted" in failed["trouble"]
+            while backend.fleet.residents[models.manifests[1].id].host is not None:
+                await trio.sleep(0.01)
+            monkeypatch.setattr(backend_module, "self_test", real)
+            await backend.fleet.load(models.manifests[1])  # mended, it can be loaded again
+            assert len(backend.models) == 2
+
+    trio.run(main)
+
+
+def test_the_budget_is_never_passed_and_the_longest_unused_goes(models: Models) -> None:
+    budget = models.bytes_of(1) + models.bytes_of(2)
+
+    async def main() -> None:
+        async with opened(models, 0, 1, memory_budget=budget, lazy=True) as backend:
+            assert phases(backend, models)[:2] == [Phase.READY, Phase.READY]
+            await text(stream(backend, models, 0, 3))  # now 1 is the longest unused
+            await backend.fleet.load(models.manifests[2])
+            assert phases(backend, models) == [Phase.READY, Phase.COLD, Phase.READY]
+            assert backend.fleet.used <= budget
+
+    trio.run(main)
+
+
+def test_one_byte_less_and_it_does_not_fit(models: Models) -> None:
+    def outcome(budget: int) -> int:
+        async def main() -> int:
+            async with opened(models, 0, 1, memory_budget=budget) as backend:
+                return len(backend.models)
+
+        return trio.run(main)
+
+    exact = models.bytes_of(0) + models.bytes_of(1)
+    assert outcome(exact) == 2
+    assert outcome(exact - 1) == 1
+
+
+def test_pins_and_streams_keep_a_model_in_memory(models: Models) -> None:
+    budget = models.bytes_of(0) + models.bytes_of(1)
+
+    async def main() -> None:
+        async with (
+            opened(models, 0, 1, memory_budget=budget, pinned=("tiny-1",)) as backend,
+            aclosing(stream(backend, models, 1)) as steps,
+        ):
+            await anext(steps)
+            with pytest.raises(ModelError, match=r"needs \d+ bytes"):
+                await backend.fleet.load(models.manifests[2])
+            assert phases(backend, models)[:2] == [Phase.READY, Phase.READY]
+            await text(steps)
+
+    trio.run(main)
+
+
+def test_a_cold_model_that_is_sold_is_loaded_when_a_job_wants_it(models: Models) -> None:
+    budget = max(models.bytes_of(n) for n in range(3))
+
+    async def main() -> None:
+        async with opened(models, 0, 1, memory_budget=budget, lazy=True) as backend:
+            assert phases(backend, models)[:2] == [Phase.COLD, Phase.READY]
+            assert set(backend.models) == {models.manifests[0].id, models.manifests[1].id}
+            cold = backend.fleet.residents[models.manifests[0].id]
+            assert backend.speeds[models.manifests[0].id].ttft_ms > cold.load_s * 1000  # its load is in the offer
+            prompt = backend.prepare(models.manifests[0].id, HELLO)
+            assert backend.fits(prompt, 5)
+            whole = await text(stream(backend, models, 0, 5))
+            assert whole
+            assert phases(backend, models)[:2] == [Phase.READY, Phase.COLD]
+
+    trio.run(main)
+
+
+def test_jobs_that_want_more_models_than_fit_all_end_well(models: Models) -> None:
+    """Three models, room for one, nine jobs at once: each waits for the others' streams and none is cut."""
+    budget = max(models.bytes_of(n) for n in range(3))
+
+    async def main() -> None:
+        async with opened(models, 0, 1, 2, memory_budget=budget, lazy=True) as backend:
+            ended: list[int] = []
+
+            async def job(n: int) -> None:
+                steps = [step async for step in stream(backend, models, n, 20)]
+                assert steps[-1].finish_reason is FinishReason.LENGTH
+                ended.append(n)
+
+            async with trio.open_nursery() as nursery:
+                for n in (0, 1, 2) * 3:
+                    nursery.start_soon(job, n)
+            assert sorted(ended) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+            assert backend.fleet.used <= budget
+
+    trio.run(main)
+
+
+def test_swapping_cuts_no_stream_and_leaves_no_gap(models: Models) -> None:
+    async def main() -> None:
+        async with opened(models, 0) as backend:
+            old, new = (models.manifests[n].id for n in (0, 1))
+            wanted = await text(stream(backend, models, 0))
+            sold: list[set[object]] = []
+
+            async def look() -> None:
+                while True:
+                    sold.append(set(backend.models))
+                    await trio.sleep(0)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look)
+                async with aclosing(stream(backend, models, 0)) as steps:
+                    begun = (await anext(steps)).text
+                    done: list[bool] = []
+
+                    async def swap() -> None:
+                        done.append(await backend.fleet.swap(old, models.manifests[1]))
+
+                    nursery.start_soon(swap)
+                    while new not in backend.models or old in backend.models:
+                        await trio.sleep(0.001)
+                    assert phases(backend, models)[0] is Phase.DRAINING
+                    assert not backend.fits(backend.prepare(old, HELLO), 5)  # new jobs go to the new one
+                    assert await text(stream(backend, models, 1, 5))
+                    assert begun + await text(steps) == wanted
+                while not done:
+                    await trio.sleep(0.001)
+                nursery.cancel_scope.cancel()
+            assert done == [True]
+            assert all(sold)  # there was no moment without a model
+            assert set(backend.models) == {new} and old not in backend.fleet.residents
+
+    trio.run(main)
+
+
+def test_swapping_without_room_for_both_drains_first(models: Models) -> None:
+    async def main() -> None:
+        async with opened(models, 0, memory_budget=models.bytes_of(1)) as backend:
+            assert await backend.fleet.swap(models.manifests[0].id, models.manifests[1]) is False
+            assert set(backend.models) == {models.manifests[1].id}
+
+    trio.run(main)
+
+
+def test_unloading_waits_for_streams(models: Models) -> None:
+    async def main() -> None:
+        async with opened(models, 0, 1) as backend:
+            wanted = await text(stream(backend, models, 0))
+            async with trio.open_nursery() as nursery, aclosing(stream(backend, models, 0)) as steps:
+                begun = (await anext(steps)).text
+                nursery.start_soon(backend.fleet.unload, models.manifests[0].id)
+                await trio.sleep(0.05)
+                assert set(backend.models) == {models.manifests[1].id}
+                assert begun + await text(steps) == wanted
+            assert set(backend.fleet.residents) == {models.manifests[1].id}
+
+    trio.run(main)
+
+
+def test_a_model_damaged_between_two_loads_is_not_read(
+    models: Models, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """M1, for every load and not only the first: what has changed since it matched is hashed again."""
+
+    async def main() -> None:
+        store = ModelStore(tmp_path)
+        manifest = _copy(store, models, tmp_path_factory.mktemp("source"))
+        again = Models(store, (manifest,))
+        async with opened(again, 0) as backend:
+            await backend.fleet.unload(manifest.id)
+            await backend.fleet.load(manifest)
+            one = backend.fleet.residents[manifest.id]
+            assert one.proven
+            await backend.fleet._put_out(one)
+            file = store.path(manifest.id) / "model.safetensors"
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.chmod(0o644)
+            file.write_bytes(data)
+            with pytest.raises(ModelError, match="damaged"):
+                await backend.fleet.load(manifest)
+
+    trio.run(main)
+
+
+def _copy(store: ModelStore, models: Models, folder: Path) -> Manifest:
+    source = models.store.path(models.manifests[0].id)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return store.add_folder(folder, "copy")
+
+
+def test_an_engine_that_dies_is_not_noticed_by_other_models(models: Models) -> None:
+    """M5. Two processes; one is killed under a stream of each."""
+
+    async def main() -> None:
+        settings = replace(SETTINGS, isolation="process")
+        async with open_backend(models.store, models.manifests[:2], settings, launch=ProcessLauncher()) as backend:
+            wanted = [await text(stream(backend, models, n)) for n in (0, 1)]
+            killed, other = (backend.fleet.residents[models.manifests[n].id] for n in (0, 1))
+            async with aclosing(stream(backend, models, 0)) as first, aclosing(stream(backend, models, 1)) as second:
+                begun = [(await anext(steps)).text for steps in (first, second)]
+                assert killed.host is not None and killed.host.pid is not None
+                os.kill(killed.host.pid, signal.SIGKILL)
+                assert begun[1] + await text(second) == wanted[1]
+                assert begun[0] + await text(first) == wanted[0]
+            assert killed.host.deaths == 1
+            assert other.host is not None and other.host.deaths == 0
+            while len(backend.models) < 2:  # tested again, sold again
+                await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+def test_a_model_that_is_put_out_under_a_stream_would_be_noticed(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M9, planted: whoever has a stream counts as idle, and its engine is ended at once."""
+    monkeypatch.setattr(Resident, "idle", property(lambda self: self.phase is Phase.READY))
+    assert notices(lambda: test_pins_and_streams_keep_a_model_in_memory(models))
+
+
+def test_a_model_that_is_sold_untested_would_be_noticed(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M8, planted: loaded is good enough."""
+    monkeypatch.setattr(Fleet, "on_sale", lambda self, one: one.phase is not Phase.COLD)
+    with pytest.MonkeyPatch.context() as inner:
+        assert notices(lambda: test_a_model_that_fails_its_test_is_not_sold_and_says_why(models, inner))
