@@ -1,6 +1,6 @@
 """The torch back end behind the `Backend` port: tokenizer and text here, tokens from engines that may die, models of a fleet.
 
-torch is loaded by the engine's process, not by the node's.
+Nothing is computed in the node's process.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from node.runtime.engine.sequence import StepOutput
 
 _READ: Final = 1 << 18
+_LITTLE: Final = 16 << 20
+"""Bytes that a process with memory to spare can have."""
 
 
 class LoadedEngine(StepEngine, Protocol):
@@ -198,9 +200,15 @@ def _obey(line: Line, stepper: Stepper, constraints: Constraints, message: wire.
 
 
 def _for_memory(error: Exception) -> bool:
-    """torch says it by a subclass on GPUs and by words on CPUs; only the operator's message depends on it."""
+    """torch says it by a subclass on GPUs and by words on CPUs; oneDNN says nothing, so what is left is tried. Only the operator's
+    message depends on it."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return True
+    try:
+        return not bytearray(_LITTLE)
+    except MemoryError:
+        return True
 
 
 def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:

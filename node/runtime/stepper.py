@@ -7,9 +7,10 @@ that: the payment's edge reaches the engine as tokens that nobody takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from node.runtime.engine.sequence import Sequence, StepOutput
+if TYPE_CHECKING:  # torch comes after the walls: it starts threads, and a process with threads cannot leave its network
+    from node.runtime.engine.sequence import Sequence, StepOutput
 
 
 class StepEngine(Protocol):

@@ -111,8 +111,10 @@ def test_what_a_plain_child_can_reach_is_said(tiny: Path, tmp_path: Path) -> Non
         async with running(ProcessLauncher(), load(tiny, hidden=(str(tmp_path / "key"),))) as host:
             assert host.facts is not None and host.facts.walls is not None
             assert not host.facts.walls.keys  # it is our user, and says so
-            assert "OPEN: keys" in words(host.mode, host.facts.walls)
+            assert "keys" in words(host.mode, host.facts.walls).split("OPEN: ")[1]
             assert host.facts.walls.cores
+            allowed = subprocess.run(["unshare", "--user", "--net", "true"], capture_output=True, check=False)
+            assert host.facts.walls.network == (allowed.returncode == 0)
 
     trio.run(main)
 
@@ -181,9 +183,9 @@ def test_the_setting_asks_for_what_it_says(monkeypatch: pytest.MonkeyPatch) -> N
         trio.run(launcher, "bwrap")
 
 
-def test_the_node_itself_never_loads_torch() -> None:
-    """The weights' reader and its kernels are the child's alone."""
-    code = "import sys, node.runtime.backend; sys.exit('torch' in sys.modules)"
+def test_torch_comes_after_the_walls() -> None:
+    """It starts threads, and a process that has some cannot leave its network."""
+    code = "import sys, node.runtime.child, node.runtime.walls; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False).returncode == 0
 
 
