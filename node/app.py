@@ -203,6 +203,7 @@ def _runtimes(
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
         max_streams=config.worker.max_streams,
+        exact=config.engine.exact,
         isolation=config.engine.isolation,
         memory_budget=config.engine.memory_budget,
         pinned=config.engine.pinned,

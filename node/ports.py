@@ -464,6 +464,8 @@ class Prompt:
 
     model: ModelId
     token_ids: tuple[int, ...]
+    salt: bytes = b""
+    """Names the tenant: what is kept of prompts is shared among equal salts only (`node.worker.tenants`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,6 +237,7 @@ def _model(shared: Shared, name: str, device: Device) -> Model:
         dtype=config.engine.dtype,
         threads=config.engine.threads,
         cache_bytes=config.engine.kv_bytes,
+        exact=config.engine.exact,
     )
     return Model(
         manifest.id, manifest.name, config.engine.dtype, lambda: load_engine(store.path(manifest.id), settings)
@@ -256,7 +257,11 @@ def _again(shared: Shared, verified: VerifiedBenchmark) -> None:
     model = ModelId(bench.model_id)
     store.verify(model)
     settings = EngineSettings(
-        chosen(config.device).device.torch_name, bench.dtype, config.threads, cache_bytes=config.kv_bytes
+        chosen(config.device).device.torch_name,
+        bench.dtype,
+        config.threads,
+        cache_bytes=config.kv_bytes,
+        exact=config.exact,
     )
     shared.output.say(f"running {bench.name} in {bench.dtype} again")
     if not answers_again(load_engine(store.path(model), settings), verified.document):

@@ -118,6 +118,8 @@ class TorchBackend:
             sampling=sampling_params(params),
             max_tokens=params.max_tokens,
             generated_ids=tuple(resume),
+            salt=prompt.salt,
+            paid=True,  # by a voucher of its channel, or by the lock of its batch job
         )
         wanted = None if isinstance(params.response_format, UnsetType) else params.response_format
         if wanted is not None:  # the engine takes only what was found good here, in time and memory
@@ -212,7 +214,14 @@ def load_engine(folder: Path, settings: EngineSettings) -> Engine:
     Raises `EngineError`."""
     from node.runtime.engine.engine import Engine
 
-    return Engine(folder, settings.device, settings.dtype, settings.threads, cache_bytes=settings.cache_bytes)
+    return Engine(
+        folder,
+        settings.device,
+        settings.dtype,
+        settings.threads,
+        cache_bytes=settings.cache_bytes,
+        exact=settings.exact,
+    )
 
 
 async def _load_all(backend: TorchBackend, models: Sequence[Manifest], say: Callable[[str], None], evict: bool) -> None:

@@ -175,6 +175,9 @@ def _obey(line: Line, stepper: Stepper, constraints: Constraints, message: wire.
                 generated_ids=message.generated_ids,
                 eos_ids=None if message.eos_ids is None else frozenset(message.eos_ids),
                 logprobs=message.logprobs,
+                salt=message.salt,
+                paid=message.paid,
+                speculate=message.speculate,
             )
             try:
                 if wanted is not None:
@@ -213,7 +216,9 @@ def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:
     from node.runtime.engine.engine import Engine
 
     tell(wire.Loading("reading weights"))
-    return Engine(Path(load.folder), load.device, load.dtype, load.threads, cache_bytes=load.cache_bytes)
+    return Engine(
+        Path(load.folder), load.device, load.dtype, load.threads, cache_bytes=load.cache_bytes, exact=load.exact
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -51,6 +51,8 @@ class EngineSettings:
     threads: int = 1
     cache_bytes: int = 1 << 30
     """Per model."""
+    exact: bool = False
+    """Tokens depend on nothing else that runs, bit for bit."""
     max_streams: int = 4
     isolation: str = "auto"
     memory_budget: int = 0
@@ -226,6 +228,7 @@ class Fleet:
             window=settings.window,
             # What a GPU's driver maps is not memory of the process, and was not measured under a limit.
             memory_limit=one.footprint.process_limit if settings.device == "cpu" else 0,
+            exact=settings.exact,
             hidden=settings.hidden,
         )
         seen = _Seen()

@@ -426,6 +426,9 @@ class EngineHost:
                 None if sequence.eos_ids is None else tuple(sequence.eos_ids),
                 sequence.logprobs,
                 stream.response_format,
+                sequence.salt,
+                sequence.paid,
+                sequence.speculate,
             )
         )
         stream.submitted = True

@@ -52,6 +52,7 @@ class Load(_Message):
     """Tokens that a stream may be ahead of its reader."""
     memory_limit: Count
     """Bytes of private memory that the process may have; 0: no limit."""
+    exact: bool = False
     hidden: tuple[str, ...] = ()
     """What the process should not be able to read; it tries, and says so."""
 
@@ -69,6 +70,9 @@ class Submit(_Message):
     logprobs: Annotated[int, _Meta(ge=0, le=64)] = 0
     response_format: ResponseFormat | None = None
     """A grammar that the node has found good."""
+    salt: Annotated[bytes, _Meta(max_length=64)] = b""
+    paid: bool = True
+    speculate: bool = True
 
 
 class Abort(_Message):

@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
@@ -28,6 +28,7 @@ from node.store.errors import ResultConflict, ResultsFull
 from node.store.results import KEEP_MS, Results
 from node.worker.batch_pace import Pace, hopeless, pressed
 from node.worker.batch_quotes import HeldQuote, parts_of, spec_key
+from node.worker.tenants import Tenants
 from protocol.batch import BatchGivenUp, BatchResultKept, BatchState
 from protocol.errors import InvalidValue, ProtocolError
 from protocol.escrow import JobState
@@ -76,6 +77,8 @@ class _Job:
     until_ms: int
     """How long its pieces are kept."""
     guess_s: float
+    salt: bytes
+    """Its client's, for the runtime."""
     items: dict[int, ResultItem] = field(default_factory=dict)
     waiting: deque[int] = field(default_factory=deque)
     running: dict[int, trio.CancelScope] = field(default_factory=dict)
@@ -121,6 +124,7 @@ class BatchRunner:
         chain_now: Callable[[Domain], int],
         streams_live: Callable[[], int],
         places: int,
+        tenants: Tenants,
         seconds_per_item: Callable[[ModelId, int], float] = lambda model, tokens: 0.0,
         least: Callable[[BatchState], int] = lambda state: 0,
     ) -> None:
@@ -132,6 +136,7 @@ class BatchRunner:
         self._chain_now = chain_now
         self._streams_live = streams_live
         self._places = places
+        self._tenants = tenants
         self._seconds_per_item = seconds_per_item
         self._least = least
         self._jobs: dict[JobId, _Job] = {}
@@ -309,7 +314,8 @@ class BatchRunner:
             await trio.sleep(self._settings.pause_s)
 
     def _prepare(self, job: _Job, index: int) -> Prompt:
-        return self._backend.prepare(ModelId(job.spec.model_id), job.spec.prompt(index))
+        prompt = self._backend.prepare(ModelId(job.spec.model_id), job.spec.prompt(index))
+        return replace(prompt, salt=job.salt)
 
     # ------------------------------------------------------------------------------------------------------ on the disk
 
@@ -322,7 +328,8 @@ class BatchRunner:
         ends_in = state.quote.deadline + state.quote.window - self._chain_now(state.domain)
         until_ms = self._now_ms() + ends_in * 1000 + KEEP_MS
         guess_s = self._seconds_per_item(ModelId(spec.model_id), spec.params.max_tokens)
-        job = _Job(state.job_id, state.domain, spec, state.quote.deadline, until_ms, guess_s)
+        salt = self._tenants.salt(state.quote.client)
+        job = _Job(state.job_id, state.domain, spec, state.quote.deadline, until_ms, guess_s, salt)
         whole = self._results.get(bytes(state.job_id))
         if whole is not None:  # we died between the bytes and the journal: these bytes are the result, no others
             job.items.update(enumerate(read_result(whole).items))

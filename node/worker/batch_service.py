@@ -21,6 +21,7 @@ from node.worker.batch import BatchDesk, BatchRules, Sign
 from node.worker.batch_quotes import BatchAsset, QuoteDesk, QuoteRules, spec_key
 from node.worker.batch_run import BatchRunner, RunSettings
 from node.worker.desk import Speed
+from node.worker.tenants import Tenants
 from protocol.batch import BatchState, Step, Timing
 from protocol.channel import Role
 from protocol.ids import Address, ModelId
@@ -60,6 +61,7 @@ class BatchService:
         streams_live: Callable[[], int],
         chain_age_ms: Callable[[Domain], int],
         now_ms: Callable[[], int],
+        tenants: Tenants,
         random16: Callable[[], bytes] = lambda: os.urandom(16),
     ) -> None:
         """`chains`: by the domain of their Jobs contract. `assets`: what jobs are paid in, by that domain and token.
@@ -98,6 +100,7 @@ class BatchService:
             chain_now=lambda domain: jobs[domain].clock.now,
             streams_live=streams_live,
             places=places,
+            tenants=tenants,
             seconds_per_item=lambda model, tokens: self.quotes.seconds_of(model, (0,), tokens),
             least=self._least,
         )

@@ -27,6 +27,7 @@ from node.worker.accepted import AcceptedAssets
 from node.worker.desk import OfferDesk
 from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, result_key
 from node.worker.part import ServedPart
+from node.worker.tenants import Tenants
 from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
 from protocol.channel import ChannelState, VoucherAdded
 from protocol.claiming import PATIENCE
@@ -111,6 +112,7 @@ class JobServer:
         settings: ServeSettings,
         now_ms: Callable[[], int],
         chain_age_ms: Callable[[ChannelState], int],
+        tenants: Tenants,
     ) -> None:
         self.key = key
         self.accepted = accepted
@@ -123,6 +125,7 @@ class JobServer:
         self.settings = settings
         self.now_ms = now_ms
         self.chain_age_ms = chain_age_ms
+        self.tenants = tenants
         self.stats = Stats()
         self.draining = False
         self.busy = 0
@@ -225,6 +228,7 @@ class JobServer:
                 await self._check_format(ask)
                 work = await self._prepare(ask)
                 if isinstance(work, Prompt):
+                    work = replace(work, salt=self.tenants.salt(checked.channel.config.payer))
                     await self._make_room(work, ask.params.max_tokens)
                 serving = ServedPart(self, link, checked, work, self._agree(checked, part, work))
                 receipt = await serving.run()

@@ -31,6 +31,7 @@ from node.worker.channels import ChannelDesk, ChannelRules
 from node.worker.claims import Claimer, ClaimPolicy, ClaimReport, claim_all
 from node.worker.desk import OfferDesk, Speed, Terms, merged
 from node.worker.serve import JobServer, ServeSettings
+from node.worker.tenants import Tenants
 from node.worker.watch import ChainWatch
 from protocol.channel import ChannelState, ClaimNow, Role
 from protocol.errors import RemoteProtocolError, WireCode
@@ -175,6 +176,7 @@ class Worker:
             lambda: self.server.offered_slots,
             now_ms,
         )
+        self.tenants = Tenants()
         self.server = JobServer(
             key=key,
             accepted=self.accepted,
@@ -187,6 +189,7 @@ class Worker:
             settings=settings.serve,
             now_ms=now_ms,
             chain_age_ms=self.sight_age_ms,
+            tenants=self.tenants,
         )
         self.batch = self._batch_service(settings.batch, self.speeds) if settings.batch else None
         if self.batch:
@@ -212,6 +215,7 @@ class Worker:
             streams_live=lambda: self.server.live,
             chain_age_ms=lambda jobs: self.age_of(by_jobs[jobs].domain),
             now_ms=self.now_ms,
+            tenants=self.tenants,
         )
 
     @property

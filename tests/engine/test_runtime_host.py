@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncGenerator, Callable, Container, Hashable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class CountingEngine:
         self.prompts: dict[Hashable, int] = {}
         self.stepped = 0
         self.aborted: list[Hashable] = []
+        self.taken: list[Sequence] = []
         self.fail_at = fail_at
 
     @property
@@ -61,6 +63,7 @@ class CountingEngine:
     def submit(self, sequence: Sequence) -> None:
         if not sequence.prompt_ids:
             raise InvalidSequence("the prompt is empty")
+        self.taken.append(sequence)
         self.running[sequence.id] = list(sequence.generated_ids)
         self.limits[sequence.id] = sequence.max_tokens
         self.prompts[sequence.id] = len(sequence.prompt_ids)
@@ -119,6 +122,29 @@ def run(engine: CountingEngine, work: Callable[[EngineHost], Any], **options: An
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_the_engine_gets_the_sequence_as_it_was_asked_for() -> None:
+    engine = CountingEngine()
+    asked = Sequence(
+        "s",
+        (3, 1, 4),
+        SamplingParams(temperature=0.5, seed=7, logit_bias=((5, -1.5),)),
+        6,
+        generated_ids=(0, 1),
+        eos_ids=frozenset({9, 11}),
+        logprobs=2,
+        salt=b"a tenant",
+        paid=False,
+        speculate=False,
+    )
+
+    async def work(host: EngineHost) -> None:
+        assert [o.token_id async for batch in host.generate(asked) for o in batch] == [2, 3, 4, 5]
+
+    run(engine, work)
+    (taken,) = engine.taken
+    assert replace(taken, id="s") == asked
 
 
 def test_streams_side_by_side_get_their_own_tokens_in_order() -> None:
