@@ -305,6 +305,8 @@ class _Layer:
         attended = self._attend(x, turns, plan, cache)
         if rows is not None:
             hidden, attended = hidden[rows], attended[rows]
+            if not len(rows):  # a prompt in its middle: keys and values were all that was wanted
+                return hidden
         attended = self.output(attended)
         if self.feed_norm is None:
             return hidden + attended + self._feed(x if rows is None else x[rows])
