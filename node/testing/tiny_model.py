@@ -24,7 +24,7 @@ TEMPLATE: Final = (
 TEXT: Final = (
     "A worker lends what it has, and a client pays for what it gets. The words of a stream come one by one, and each is counted. "
     "What is signed is what was delivered; what was delivered is what is paid. It isn't more, and it's never less: we'll see "
-    "that they've the same digest, the same count, the same cost. Naïve “quotes”, 東京 and Zürich, 1234567890, x[0] += f(y) * 3.14; "
+    "that they've the same digest, the same count, the same cost. Naïve “quotes”, 東京 and Zürich, 1234567890, x[0] += 3.14; "
 ) * 3
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],

@@ -22,7 +22,6 @@ def main(path: str, slots: int = 4) -> None:
     params.n_gpu_layers = 0
     params.endpoint_metrics = True
     params.warmup = False
-    params.no_extra_bufts = True
     params.offline = True
     params.ui = False
     params.verbosity = -1
