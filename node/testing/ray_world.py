@@ -1,0 +1,180 @@
+"""A Ray cluster of two nodes on this machine, a back end on it, and a node that dies under load. Product code: for tests.
+
+    python -m node.testing.ray_world FOLDER     prints one JSON object with what was seen
+
+Runs in whatever Python has Ray; the test starts it in one that has. The nodes are processes on loopback, and the model is of
+random weights: what is real is Ray, the engine, and the death.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from node.models.manifest import Manifest
+from node.models.store import ModelStore
+from node.ports import Prompt
+from node.runtime.backend import EngineSettings, open_backend
+from node.runtime.backends.autoscale import Scale
+from node.runtime.backends.ray_backend import RayBackend, RaySettings, open_ray
+from node.testing.tiny_model import add_tiny
+from protocol.messages import Params
+
+STREAMS: Final = 8
+TOKENS: Final = 300
+SLOTS: Final = 4
+LOOPBACK: Final = "127.0.0.2"
+"""Ray reads 127.0.0.1 and `localhost` as "this machine" and puts the address of its network card there."""
+
+
+def store_of(folder: Path) -> tuple[ModelStore, Manifest]:
+    store, source = ModelStore(folder / "store"), folder / "source"
+    source.mkdir(parents=True)
+    return store, add_tiny(store, source)
+
+
+def asked(manifest: Manifest, number: int) -> tuple[Prompt, Params]:
+    """The same in every run: one of several streams, drawn with a seed, that does not end by itself."""
+    prompt = Prompt(manifest.id, tuple((7 * n + number) % 400 + 3 for n in range(20)))
+    never = ((2, -100.0),)
+    return prompt, Params(max_tokens=TOKENS, temperature=1.0, top_p=0.95, seed=number, logit_bias=never)
+
+
+class Load:
+    """All streams at once, and what became of them."""
+
+    def __init__(self, backend: RayBackend, manifest: Manifest) -> None:
+        self._backend, self._manifest = backend, manifest
+        self.ids: dict[int, list[int]] = {number: [] for number in range(STREAMS)}
+        self.text = dict.fromkeys(range(STREAMS), "")
+        self.pause = 0.0
+        """Longest between two steps of a stream, in seconds."""
+
+    async def run(self, strike: Callable[[], Awaitable[None]]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(strike)
+            for number in range(STREAMS):
+                nursery.start_soon(self._stream, number)
+
+    async def under_way(self, streams: int) -> None:
+        """Until so many streams have had some tokens each."""
+        while sum(len(ids) >= 8 for ids in self.ids.values()) < streams:
+            await trio.sleep(0.002)
+
+    async def _stream(self, number: int) -> None:
+        last = 0.0
+        async with aclosing(self._backend.generate(*asked(self._manifest, number))) as steps:
+            async for step in steps:
+                now = time.perf_counter()
+                self.pause = max(self.pause, now - last if last else 0.0)
+                last = now
+                self.ids[number] += step.token_ids
+                self.text[number] += step.text
+
+    def compare(self, wanted: Mapping[int, tuple[list[int], str]]) -> dict[str, Any]:
+        return {
+            "same tokens": sum(self.ids[n] == wanted[n][0] for n in range(STREAMS)),
+            "same text": sum(self.text[n] == wanted[n][1] for n in range(STREAMS)),
+            "tokens": sum(map(len, self.ids.values())),
+            "longest pause s": round(self.pause, 2),
+        }
+
+
+async def direct(store: ModelStore, manifest: Manifest) -> dict[int, tuple[list[int], str]]:
+    """What one engine in this process says."""
+    found = {}
+    async with open_backend(store, [manifest], EngineSettings()) as backend:
+        for number in range(STREAMS):
+            ids: list[int] = []
+            text = ""
+            async with aclosing(backend.generate(*asked(manifest, number))) as steps:
+                async for step in steps:
+                    ids += step.token_ids
+                    text += step.text
+            found[number] = ids, text
+    return found
+
+
+def settings(address: str, scale: Scale, health_s: float) -> RaySettings:
+    engine = EngineSettings(max_streams=SLOTS)
+    return RaySettings(engine=engine, address=address, scale=scale, health_s=health_s, load_s=240, queue_s=240)
+
+
+async def a_node_dies(store: ModelStore, manifest: Manifest, address: str, kill: Callable[[], object]) -> Load:
+    """Two replicas on two nodes, places for all streams; one node goes while every stream is under way."""
+    async with open_ray(store, [manifest], settings(address, Scale(2, 2), health_s=10)) as backend:
+        while backend.replicas < 2:
+            await trio.sleep(0.1)
+        load = Load(backend, manifest)
+
+        async def strike() -> None:
+            await load.under_way(STREAMS)
+            await trio.to_thread.run_sync(kill)
+
+        await load.run(strike)
+        return load
+
+
+async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str, Any]) -> Load:
+    """One replica on a cluster of our own; the queue has a second one started, which then stops answering; idle ones leave."""
+    scale = Scale(1, 2, up_s=0.2, down_s=1.0)
+    async with open_ray(store, [manifest], settings("", scale, health_s=4)) as backend:
+        seen["replicas"] = [backend.replicas]
+        load = Load(backend, manifest)
+
+        async def strike() -> None:
+            while backend.replicas < 2:
+                await trio.sleep(0.05)
+            seen["replicas"].append(2)
+            second = backend._members[-1]
+            while not second.pid or not second.active:
+                await trio.sleep(0.01)
+            os.kill(second.pid, signal.SIGSTOP)
+            seen["hung with streams"] = second.active
+
+        await load.run(strike)
+        with trio.move_on_after(60):
+            while backend.replicas > 1:
+                await trio.sleep(0.1)
+        seen["replicas"].append(backend.replicas)
+        return load
+
+
+def main(folder: Path) -> None:
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the path of a socket has 107 bytes at most
+        os.environ["RAY_TMPDIR"] = short
+        print(json.dumps(_run(folder)))  # noqa: T201
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from ray.cluster_utils import Cluster
+
+    store, manifest = store_of(folder)
+    wanted = trio.run(direct, store, manifest)
+    common = {"include_dashboard": False, "object_store_memory": 80 << 20, "node_ip_address": LOOPBACK}
+    cluster = Cluster(initialize_head=True, head_node_args={**common, "num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1, **common) for _ in range(2)]
+        kill = partial(cluster.remove_node, nodes[0], allow_graceful=False)
+        died = trio.run(a_node_dies, store, manifest, cluster.address, kill).compare(wanted)
+    finally:
+        cluster.shutdown()
+    hung: dict[str, Any] = {}
+    hung |= trio.run(a_replica_hangs, store, manifest, hung).compare(wanted)
+    return {"node dies": died, "replica hangs": hung}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
