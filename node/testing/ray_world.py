@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes on this machine, a back end on it, and a node that dies under load. Product code: for tests.
 
-    python -m node.testing.ray_world FOLDER     prints one JSON object with what was seen
+    python -m node.testing.ray_world FOLDER dies     a node of two dies under load; prints one JSON object with what was seen
+    python -m node.testing.ray_world FOLDER hangs    a replica that the queue had started stops answering
 
 Runs in whatever Python has Ray; the test starts it in one that has. The nodes are processes on loopback, and the model is of
 random weights: what is real is Ray, the engine, and the death.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from node.testing.tiny_model import add_tiny
 from protocol.messages import Params
 
 STREAMS: Final = 8
-TOKENS: Final = 300
+TOKENS: Final = 400
 SLOTS: Final = 4
 LOOPBACK: Final = "127.0.0.2"
 """Ray reads 127.0.0.1 and `localhost` as "this machine" and puts the address of its network card there."""
@@ -59,6 +61,8 @@ class Load:
         self.ids: dict[int, list[int]] = {number: [] for number in range(STREAMS)}
         self.text = dict.fromkeys(range(STREAMS), "")
         self.pause = 0.0
+        self.cut = 0
+        """Streams under way at what happened."""
         """Longest between two steps of a stream, in seconds."""
 
     async def run(self, strike: Callable[[], Awaitable[None]]) -> None:
@@ -87,6 +91,7 @@ class Load:
             "same tokens": sum(self.ids[n] == wanted[n][0] for n in range(STREAMS)),
             "same text": sum(self.text[n] == wanted[n][1] for n in range(STREAMS)),
             "tokens": sum(map(len, self.ids.values())),
+            "under way": self.cut,
             "longest pause s": round(self.pause, 2),
         }
 
@@ -120,6 +125,7 @@ async def a_node_dies(store: ModelStore, manifest: Manifest, address: str, kill:
 
         async def strike() -> None:
             await load.under_way(STREAMS)
+            load.cut = sum(len(ids) < TOKENS for ids in load.ids.values())
             await trio.to_thread.run_sync(kill)
 
         await load.run(strike)
@@ -141,7 +147,7 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
             while not second.pid or not second.active:
                 await trio.sleep(0.01)
             os.kill(second.pid, signal.SIGSTOP)
-            seen["hung with streams"] = second.active
+            load.cut = second.active
 
         await load.run(strike)
         with trio.move_on_after(60):
@@ -151,30 +157,33 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
         return load
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, what: str) -> None:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the path of a socket has 107 bytes at most
-        os.environ["RAY_TMPDIR"] = short
-        print(json.dumps(_run(folder)))  # noqa: T201
-
-
-def _run(folder: Path) -> dict[str, Any]:
-    from ray.cluster_utils import Cluster
-
     store, manifest = store_of(folder)
     wanted = trio.run(direct, store, manifest)
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the path of a socket has 107 bytes at most
+        os.environ["RAY_TMPDIR"] = short
+        seen: dict[str, Any] = {}
+        load = dies(store, manifest) if what == "dies" else trio.run(a_replica_hangs, store, manifest, seen)
+        print(json.dumps(seen | load.compare(wanted)))  # noqa: T201
+
+
+def dies(store: ModelStore, manifest: Manifest) -> Load:
+    from ray.cluster_utils import Cluster
+
     common = {"include_dashboard": False, "object_store_memory": 80 << 20, "node_ip_address": LOOPBACK}
     cluster = Cluster(initialize_head=True, head_node_args={**common, "num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1, **common) for _ in range(2)]
         kill = partial(cluster.remove_node, nodes[0], allow_graceful=False)
-        died = trio.run(a_node_dies, store, manifest, cluster.address, kill).compare(wanted)
+        return trio.run(a_node_dies, store, manifest, cluster.address, kill)
     finally:
         cluster.shutdown()
-    hung: dict[str, Any] = {}
-    hung |= trio.run(a_replica_hangs, store, manifest, hung).compare(wanted)
-    return {"node dies": died, "replica hangs": hung}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

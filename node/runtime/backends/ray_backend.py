@@ -402,6 +402,7 @@ def _first_line(error: BaseException) -> str:
 def _connect(settings: RaySettings) -> None:
     """Blocks until the cluster is there."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read at import: nothing is reported to anybody
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # who reaches its ports and has no token runs nothing
     import ray
 
     options: dict[str, Any] = {

@@ -12,13 +12,14 @@ Rules:
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import trio
@@ -26,12 +27,9 @@ import trio
 import node
 from node.errors import ModelError
 from node.models.store import ModelStore
-from node.ports import Prompt
+from node.ports import Backend, Prompt
 from protocol.ids import ModelId
 from protocol.messages import Params
-
-if TYPE_CHECKING:
-    from node.runtime.backend import TorchBackend
 
 AHEAD: Final = 64
 """Steps that a stream may be ahead of its reader; the engine is not pulled further."""
@@ -51,32 +49,32 @@ class _Stream:
 
 
 class Replica:
-    """Methods are what the head calls. Raises `ModelError` when the models cannot be served."""
+    """Methods are what the head calls. None of them is `async`: with one such, Ray calls all of them on one thread, in turns."""
 
     def __init__(self, models_dir: str, models: Sequence[str], engine: Mapping[str, Any], coalesce_ms: int) -> None:
-        """`models`: CIDs in the store at `models_dir` on this machine; `engine`: fields of `EngineSettings`."""
+        """`models`: CIDs in the store at `models_dir` on this machine; `engine`: fields of `EngineSettings`.
+
+        Raises `ModelError` when the models cannot be served."""
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
         sys.setswitchinterval(0.00005)
         self._coalesce_s = coalesce_ms / 1000
-        self._backend: TorchBackend | None = None
-        self._streams: dict[int, _Stream] = {}
-        self._failure: BaseException | None = None
-        self._ready, self._token, self._nursery = threading.Event(), None, None
+        ready: queue.SimpleQueue[_Host | BaseException] = queue.SimpleQueue()
         threading.Thread(
-            target=self._run, args=(models_dir, tuple(models), dict(engine)), name="trio", daemon=True
+            target=_run, args=(ready, Path(models_dir), tuple(models), dict(engine)), name="trio", daemon=True
         ).start()
-        self._ready.wait()
-        if self._failure is not None:
-            raise ModelError(f"{type(self._failure).__name__}: {self._failure}"[:500])
+        host = ready.get()
+        if not isinstance(host, _Host):
+            raise ModelError(f"{type(host).__name__}: {host}"[:500])
+        self._host, self._token = host, host.token
 
     def describe(self) -> dict[str, Any]:
         """What the head must know; replicas that differ in it are not of one worker."""
-        models = {}
-        for model, info in self._opened().models.items():
+        backend, models = self._host.backend, {}
+        for model, info in backend.models.items():
             low, high = 1, info.context_length
             while low < high:  # the largest that could fit
                 middle = (low + high + 1) // 2
-                low, high = (middle, high) if self._opened().could_fit(model, middle) else (low, middle - 1)
+                low, high = (middle, high) if backend.could_fit(model, middle) else (low, middle - 1)
             models[str(model)] = {
                 "name": info.name,
                 "context_length": info.context_length,
@@ -100,11 +98,11 @@ class Replica:
             msgspec.msgpack.decode(params, type=Params),
             tuple(resume),
         )
-        trio.from_thread.run_sync(self._start, stream, asked, trio_token=self._token)
+        trio.from_thread.run_sync(self._host.start, stream, *asked, trio_token=self._token)
         try:
             wait_s = 0.0  # the first token goes out at once
             while True:
-                batch = trio.from_thread.run(self._batch, stream, wait_s, trio_token=self._token)
+                batch = trio.from_thread.run(self._host.batch, stream, wait_s, trio_token=self._token)
                 if batch is None:
                     return
                 yield batch
@@ -112,41 +110,42 @@ class Replica:
                     return
                 wait_s = self._coalesce_s
         finally:
-            trio.from_thread.run_sync(self._forget, stream, trio_token=self._token)
+            self.stop(stream)
 
     def stop(self, stream: int) -> None:
         """The reader has left: the engine ends it within a step."""
-        trio.from_thread.run_sync(self._forget, stream, trio_token=self._token)
+        trio.from_thread.run_sync(self._host.forget, stream, trio_token=self._token)
 
-    # ------------------------------------------------------------------------------------------- the trio thread
 
-    def _run(self, models_dir: str, models: tuple[str, ...], engine: dict[str, Any]) -> None:
-        try:
-            trio.run(self._serve, models_dir, models, engine)
-        except BaseException as error:  # the boundary of the thread: told to whoever waits for it
-            self._failure = error
-        finally:
-            self._ready.set()
+def _run(ready: queue.SimpleQueue[Any], models_dir: Path, models: tuple[str, ...], engine: dict[str, Any]) -> None:
+    """The trio thread."""
+    from node.runtime.backend import EngineSettings, open_backend
 
-    async def _serve(self, models_dir: str, models: tuple[str, ...], engine: dict[str, Any]) -> None:
-        from node.runtime.backend import EngineSettings, open_backend
-
-        store = ModelStore(Path(models_dir))
+    async def serve() -> None:
+        store = ModelStore(models_dir)
         manifests = [store.resolve(model) for model in models]
         async with open_backend(store, manifests, EngineSettings(**engine)) as backend, trio.open_nursery() as nursery:
-            self._backend, self._nursery, self._token = backend, nursery, trio.lowlevel.current_trio_token()
-            self._ready.set()
+            ready.put(_Host(backend, nursery, trio.lowlevel.current_trio_token()))
             await trio.sleep_forever()
 
-    def _opened(self) -> TorchBackend:
-        if self._backend is None:
-            raise ModelError("this replica has no back end")
-        return self._backend
+    try:
+        trio.run(serve)
+    except BaseException as error:  # the boundary of the thread: told to whoever waits for it
+        ready.put(error)
 
-    def _start(self, stream: int, asked: tuple[Prompt, Params, tuple[int, ...]]) -> None:
+
+class _Host:
+    """The streams of a replica. Everything here runs on its trio thread."""
+
+    def __init__(self, backend: Backend, nursery: trio.Nursery, token: trio.lowlevel.TrioToken) -> None:
+        self.backend, self.token = backend, token
+        self._nursery = nursery
+        self._streams: dict[int, _Stream] = {}
+
+    def start(self, stream: int, prompt: Prompt, params: Params, resume: tuple[int, ...]) -> None:
         send, receive = trio.open_memory_channel[Batch](AHEAD)
         self._streams[stream] = _Stream(trio.CancelScope(), receive)
-        self._nursery.start_soon(self._pump, self._streams[stream].scope, send, *asked)
+        self._nursery.start_soon(self._pump, self._streams[stream].scope, send, prompt, params, resume)
 
     async def _pump(
         self,
@@ -156,13 +155,12 @@ class Replica:
         params: Params,
         resume: tuple[int, ...],
     ) -> None:
-        backend = self._opened()
         with scope, send:
             try:
-                if not backend.fits(prompt, params.max_tokens):
+                if not self.backend.fits(prompt, params.max_tokens):
                     await send.send(((), 0, BUSY))
                     return
-                async with aclosing(backend.generate(prompt, params, resume)) as steps:
+                async with aclosing(self.backend.generate(prompt, params, resume)) as steps:
                     async for step in steps:
                         await send.send((step.token_ids, int(step.finish_reason or 0), ""))
             except ModelError as error:
@@ -170,8 +168,8 @@ class Replica:
             except trio.BrokenResourceError:  # the reader has left
                 return
 
-    async def _batch(self, stream: int, wait_s: float) -> Batch | None:
-        """The next steps of a stream as one, for `wait_s` after its first; None when it is over."""
+    async def batch(self, stream: int, wait_s: float) -> Batch | None:
+        """The next steps of a stream as one, those of `wait_s` after its first; None when it is over."""
         found = self._streams.get(stream)
         if found is None:
             return None
@@ -187,7 +185,7 @@ class Replica:
             return (tuple(ids), 0, "") if ids else None
         return tuple(ids), reason, fault
 
-    def _forget(self, stream: int) -> None:
+    def forget(self, stream: int) -> None:
         found = self._streams.pop(stream, None)
         if found is not None:
             found.scope.cancel()
