@@ -180,7 +180,7 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
 def _runtimes(
     config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
 ) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
-    """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
+    """The configured back end on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
@@ -211,6 +211,10 @@ def _runtimes(
         device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
     )
     tasks = open_tasks(store, others, task_settings, watch) if others else None
+    if config.engine.backend != "torch":
+        from node.runtime.backends.chosen import open_chosen
+
+        return open_chosen(config, store, chats, say, watch), tasks
     return open_backend(store, chats, settings, watch, heard), tasks
 
 

@@ -70,9 +70,9 @@ def serve(
                 values = {
                     "served": (NAME,),
                     "dtype": "bfloat16",
-                    "connect_s": 2.0,
-                    "first_token_s": 5.0,
-                    "stall_s": 5.0,
+                    "connect_s": 20.0,
+                    "first_token_s": 30.0,
+                    "stall_s": 30.0,
                     **options,
                 }
                 given = ServerSettings(server.url, **values)
@@ -182,6 +182,10 @@ def test_parameters_go_out_under_the_names_of_the_server(stored: Stored) -> None
             assert asked["logit_bias"] == {"7": -1.5}
 
         serve(stored, test, Script(owned_by=owner))
+
+
+WAITED_OUT = {"silent", "silent midway", "no head", "endless comments", "endless nothing"}
+"""What only a limit of time ends."""
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["ids", "text"])
