@@ -56,7 +56,11 @@ def asked(manifest: Manifest, number: int) -> tuple[Prompt, Params]:
 class Load:
     """All streams at once, and what became of them."""
 
-    def __init__(self, backend: RayBackend, manifest: Manifest) -> None:
+    def __init__(self, backend: RayBackend, manifest: Manifest, *, hold: bool = False) -> None:
+        """`hold`: streams stop after their first tokens until `go`."""
+        self.go = trio.Event()
+        if not hold:
+            self.go.set()
         self._backend, self._manifest = backend, manifest
         self.ids: dict[int, list[int]] = {number: [] for number in range(STREAMS)}
         self.text = dict.fromkeys(range(STREAMS), "")
@@ -85,6 +89,8 @@ class Load:
                 last = now
                 self.ids[number] += step.token_ids
                 self.text[number] += step.text
+                if len(self.ids[number]) >= 8:
+                    await self.go.wait()
 
     def compare(self, wanted: Mapping[int, tuple[list[int], str]]) -> dict[str, Any]:
         return {
@@ -137,17 +143,17 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
     scale = Scale(1, 2, up_s=0.2, down_s=1.0)
     async with open_ray(store, [manifest], settings("", scale, health_s=4)) as backend:
         seen["replicas"] = [backend.replicas]
-        load = Load(backend, manifest)
+        load = Load(backend, manifest, hold=True)
 
         async def strike() -> None:
-            while backend.replicas < 2:
-                await trio.sleep(0.05)
-            seen["replicas"].append(2)
+            await load.under_way(STREAMS)  # half of them by the second replica, which their waiting has started
+            seen["replicas"].append(backend.replicas)
             second = backend._members[-1]
-            while not second.pid or not second.active:
+            while not second.pid:
                 await trio.sleep(0.01)
             os.kill(second.pid, signal.SIGSTOP)
             load.cut = second.active
+            load.go.set()
 
         await load.run(strike)
         with trio.move_on_after(60):

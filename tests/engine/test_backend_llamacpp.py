@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
@@ -23,7 +22,7 @@ from node.worker.worker import self_test
 from protocol.messages import ChatMessage, FinishReason, Params
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("GRISTMILL_PEERS", ROOT / "build")) / "llamacpp" / "bin" / "python"
+PYTHON = ROOT / "build" / "llamacpp" / "bin" / "python"
 NAME = "smollm2-135m-instruct"
 PARTY = "Repeat this line three times: 🎉 naïve café 東京 🎉🎈"
 
