@@ -2,6 +2,7 @@
 
     python -m node.testing.ray_world FOLDER dies     a node of two dies under load; prints one JSON object with what was seen
     python -m node.testing.ray_world FOLDER hangs    a replica that the queue had started stops answering
+    python -m node.testing.ray_world FOLDER costs    what a token costs directly and through Ray
 
 Runs in whatever Python has Ray; the test starts it in one that has. The nodes are processes on loopback, and the model is of
 random weights: what is real is Ray, the engine, and the death.
@@ -20,13 +21,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import trio
 
 from node.models.manifest import Manifest
 from node.models.store import ModelStore
-from node.ports import Prompt
+from node.ports import Backend, Prompt
 from node.runtime.backend import EngineSettings, open_backend
 from node.runtime.backends.autoscale import Scale
 from node.runtime.backends.ray_backend import RayBackend, RaySettings, open_ray
@@ -163,16 +165,58 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
         return load
 
 
+async def timed(backend: Backend, manifest: Manifest, streams: int) -> tuple[float, float]:
+    """Seconds to the first token of the first stream, and seconds per token when so many run side by side."""
+    began, first, count = time.perf_counter(), [0.0], [0]
+
+    async def one(number: int) -> None:
+        async with aclosing(backend.generate(*asked(manifest, number))) as steps:
+            async for step in steps:
+                first[0] = first[0] or time.perf_counter() - began
+                count[0] += len(step.token_ids)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(streams):
+            nursery.start_soon(one, number)
+    return first[0], (time.perf_counter() - began - first[0]) / count[0]
+
+
+async def what_it_costs(store: ModelStore, manifest: Manifest, runs: int = 7) -> dict[str, float]:
+    """Medians over runs in turns: the engine in this process, and the same engine in a replica."""
+    found: dict[str, list[float]] = {}
+    local = EngineSettings(max_streams=SLOTS)
+    async with (
+        open_ray(store, [manifest], settings("", Scale(1, 1), health_s=60)) as there,
+        open_backend(store, [manifest], local) as here,
+    ):
+        for run in range(runs + 1):
+            for streams in (1, SLOTS):
+                for name, backend in (("direct", here), ("ray", there)):
+                    first, each = await timed(backend, manifest, streams)
+                    if run:  # the first warms up
+                        found.setdefault(f"us_per_token_{name}_{streams}", []).append(each * 1e6)
+                        found.setdefault(f"ttft_ms_{name}_{streams}", []).append(first * 1e3)
+    figures = {name: round(median(values), 2) for name, values in found.items()}
+    for streams in (1, SLOTS):
+        for unit in ("us_per_token", "ttft_ms"):
+            added = figures[f"{unit}_ray_{streams}"] - figures[f"{unit}_direct_{streams}"]
+            figures[f"added_{unit}_{streams}"] = round(added, 2)
+    return figures
+
+
 def main(folder: Path, what: str) -> None:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     store, manifest = store_of(folder)
-    wanted = trio.run(direct, store, manifest)
     token = folder / "token"
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the path of a socket has 107 bytes at most
         os.environ["RAY_TMPDIR"] = short
+        if what == "costs":
+            print(json.dumps(trio.run(what_it_costs, store, manifest)))  # noqa: T201
+            return
+        wanted = trio.run(direct, store, manifest)
         seen: dict[str, Any] = {}
         load = dies(store, manifest) if what == "dies" else trio.run(a_replica_hangs, store, manifest, seen)
         print(json.dumps(seen | load.compare(wanted)))  # noqa: T201
