@@ -158,6 +158,12 @@ def _chunks(make: Callable[[_Reply], Sequence[object]]) -> Wound:
     return reply
 
 
+async def _cut_midway(one: _Reply) -> None:
+    """A line that breaks: fewer bytes than the head has promised."""
+    await one.send(_STREAM.replace(b"Connection: close", b"Content-Length: 99999"))
+    await one.tokens(2)
+
+
 async def _endless_tokens(one: _Reply) -> None:
     await one.send(_STREAM)
     for token in itertools.cycle(one.ids[:-1]):
@@ -187,6 +193,7 @@ WOUNDS: Final[Mapping[str, Wound]] = MappingProxyType(
         "an end only": _chunks(lambda one: [one.chunk("", [], "stop")]),
         "aborted": _chunks(lambda one: [one.chunk("", one.ids[:1], "abort")]),
         "cut": _raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 99999\r\n\r\n", b"data: {"),
+        "cut midway": _cut_midway,
         "html": _raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<p/>"),
         "no stream": _raw(
             _status("200 OK", json.dumps({"choices": [{"text": "hi", "finish_reason": "stop"}]}).encode())
@@ -222,6 +229,9 @@ ID_WOUNDS: Final[Mapping[str, Wound]] = MappingProxyType(
         "id far outside": _chunks(lambda one: [one.chunk("", [1 << 80], None)]),
         "id negative": _chunks(lambda one: [one.chunk("", [-1], None)]),
         "wrong text": _chunks(lambda one: [one.chunk("surely not", one.ids[:1]), one.chunk("", [], "stop")]),
+        "another text": _chunks(
+            lambda one: [one.chunk(one.tokenizer.decode(one.ids[:9]).swapcase(), one.ids[:9], "stop")]
+        ),
         "text without ids": _chunks(lambda one: [one.chunk(one.tokenizer.decode(one.ids), [], "stop")]),
         "ids without text": _chunks(lambda one: [one.chunk("", one.ids[:3], "stop")]),
     }

@@ -31,15 +31,15 @@ from node.models.store import ModelStore
 from node.ports import Backend, Prompt
 from node.runtime.backend import EngineSettings, open_backend
 from node.runtime.backends.autoscale import Scale
-from node.runtime.backends.ray_backend import RayBackend, RaySettings, open_ray
+from node.runtime.backends.ray_backend import RayBackend, open_ray
+from node.runtime.backends.ray_cluster import LOOPBACK
+from node.runtime.backends.ray_pool import RaySettings
 from node.testing.tiny_model import add_tiny
 from protocol.messages import Params
 
 STREAMS: Final = 8
 TOKENS: Final = 400
 SLOTS: Final = 4
-LOOPBACK: Final = "127.0.0.2"
-"""Ray reads 127.0.0.1 and `localhost` as "this machine" and puts the address of its network card there."""
 
 
 def store_of(folder: Path) -> tuple[ModelStore, Manifest]:
@@ -127,7 +127,7 @@ def settings(address: str, scale: Scale, health_s: float) -> RaySettings:
 async def a_node_dies(store: ModelStore, manifest: Manifest, address: str, kill: Callable[[], object]) -> Load:
     """Two replicas on two nodes, places for all streams; one node goes while every stream is under way."""
     async with open_ray(store, [manifest], settings(address, Scale(2, 2), health_s=10)) as backend:
-        while backend.replicas < 2:
+        while len(backend.pool.members) < 2:
             await trio.sleep(0.1)
         load = Load(backend, manifest)
 
@@ -144,13 +144,13 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
     """One replica on a cluster of our own; the queue has a second one started, which then stops answering; idle ones leave."""
     scale = Scale(1, 2, up_s=0.2, down_s=1.0)
     async with open_ray(store, [manifest], settings("", scale, health_s=4)) as backend:
-        seen["replicas"] = [backend.replicas]
+        seen["replicas"] = [len(backend.pool.members)]
         load = Load(backend, manifest, hold=True)
 
         async def strike() -> None:
             await load.under_way(STREAMS)  # half of them by the second replica, which their waiting has started
-            seen["replicas"].append(backend.replicas)
-            second = backend._members[-1]
+            seen["replicas"].append(len(backend.pool.members))
+            second = backend.pool.members[-1]
             while not second.pid:
                 await trio.sleep(0.01)
             os.kill(second.pid, signal.SIGSTOP)
@@ -159,9 +159,9 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
 
         await load.run(strike)
         with trio.move_on_after(60):
-            while backend.replicas > 1:
+            while len(backend.pool.members) > 1:
                 await trio.sleep(0.1)
-        seen["replicas"].append(backend.replicas)
+        seen["replicas"].append(len(backend.pool.members))
         return load
 
 

@@ -79,7 +79,8 @@ def _ray(
 ) -> AbstractAsyncContextManager[Backend]:
     from node.runtime.backend import EngineSettings
     from node.runtime.backends.autoscale import Scale
-    from node.runtime.backends.ray_backend import RaySettings, open_ray
+    from node.runtime.backends.ray_backend import open_ray
+    from node.runtime.backends.ray_pool import RaySettings
 
     engine, given = config.engine, config.ray
     if given.replicas_min > given.replicas_max:

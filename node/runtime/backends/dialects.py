@@ -5,8 +5,8 @@ that is continued from delivered tokens. Frequency and presence penalties are in
 of the prompt to every server, and is then not counted. No server draws with our noise, so sampled answers cannot be
 replayed and the numerics class is empty.
 
-Sources: documentation of vLLM 0.11+, SGLang 0.5, llama.cpp's server; llama.cpp was also tried (its token ids, told through
-`logprobs`, lack those of characters that take several tokens, so its text is what counts).
+Sources: documentation of vLLM 0.11+, SGLang 0.5, llama.cpp's server. vLLM 0.32 and llama.cpp were also tried; the latter's token
+ids, told through `logprobs`, lack those of characters that take several tokens, so its text is what counts.
 """
 
 from __future__ import annotations

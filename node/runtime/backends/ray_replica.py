@@ -155,6 +155,7 @@ class _Host:
         params: Params,
         resume: tuple[int, ...],
     ) -> None:
+        begun = False
         with scope, send:
             try:
                 if not self.backend.fits(prompt, params.max_tokens):
@@ -162,9 +163,12 @@ class _Host:
                     return
                 async with aclosing(self.backend.generate(prompt, params, resume)) as steps:
                     async for step in steps:
+                        begun = True
                         await send.send((step.token_ids, int(step.finish_reason or 0), ""))
             except ModelError as error:
-                await send.send(((), 0, str(error)))
+                # Of two that were asked about in one moment one may not have fitted after all.
+                busy = not begun and not self.backend.fits(prompt, params.max_tokens)
+                await send.send(((), 0, BUSY if busy else str(error)))
             except trio.BrokenResourceError:  # the reader has left
                 return
 
