@@ -164,6 +164,14 @@ async def _cut_midway(one: _Reply) -> None:
     await one.tokens(2)
 
 
+async def _dripping_nothing(one: _Reply) -> None:
+    """Too slow to fill anything, and never silent."""
+    await one.send(_STREAM)
+    while True:
+        await one.event(one.chunk("", []))
+        await trio.sleep(0.05)
+
+
 async def _endless_tokens(one: _Reply) -> None:
     await one.send(_STREAM)
     for token in itertools.cycle(one.ids[:-1]):
@@ -208,6 +216,7 @@ WOUNDS: Final[Mapping[str, Wound]] = MappingProxyType(
         "endless event": _for_ever(_STREAM, b"data: " + b"z" * 1000 + b"\n"),
         "endless comments": _for_ever(_STREAM, b": still here\n\n" * 1000),
         "endless nothing": _for_ever(_STREAM, _json({"choices": [{"index": 0, "text": ""}]})),
+        "dripping nothing": _dripping_nothing,
         "huge text": _chunks(lambda one: [one.chunk("word " * 200_000, [1])]),
         "no utf-8": _after(1, b'data: {"choices": [{"index": 0, "text": "\xff\xfe"}]}\n\n'),
         "lone surrogate": _after(1, b'data: {"choices": [{"index": 0, "text": "\\ud800", "token_ids": [5]}]}\n\n'),

@@ -184,7 +184,7 @@ def test_parameters_go_out_under_the_names_of_the_server(stored: Stored) -> None
         serve(stored, test, Script(owned_by=owner))
 
 
-WAITED_OUT = {"silent", "silent midway", "no head", "endless comments", "endless nothing"}
+WAITED_OUT = {"silent", "silent midway", "no head", "endless comments", "endless nothing", "dripping nothing"}
 """What only a limit of time ends."""
 
 

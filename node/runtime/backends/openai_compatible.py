@@ -173,9 +173,7 @@ class OpenAIBackend:
                     piece = parse_piece(event)
                     if piece is None:
                         continue
-                    if (
-                        piece.text or piece.token_ids
-                    ):  # anything else may be sent for ever without bringing an answer nearer
+                    if piece.text or piece.token_ids:  # all else may come for ever and bring an answer no nearer
                         deadline = trio.current_time() + settings.stall_s
                     if piece.finish_reason is not None and not ended:
                         ended, deadline = True, trio.current_time() + _USAGE_S

@@ -82,6 +82,7 @@ class Placed:
 def connect(address: str) -> None:
     """Join a cluster, or start one on loopback for an empty address. Raises what Ray raises."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read at import: nothing is reported to anybody
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a call that is late at the end would start a cluster of its own
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # who reaches its ports and has no token runs nothing
     import ray
 
