@@ -180,7 +180,7 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
 def _runtimes(
     config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
 ) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
-    """The configured back end on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
+    """The configured back end on the models for chats, and what runs the others, if there are any. Raises `ModelError`."""
     # The engine's thread needs the interpreter between any two kernels; by default the network's thread may keep it for 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore

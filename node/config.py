@@ -649,10 +649,6 @@ class Config:
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    )
-
-
-@dataclass(frozen=True, slots=True)
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)

@@ -205,7 +205,12 @@ async def what_it_costs(store: ModelStore, manifest: Manifest, runs: int = 7) ->
 
 
 def main(folder: Path, what: str) -> None:
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    os.environ |= {
+        "RAY_ENABLE_AUTO_CONNECT": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
+    }
     store, manifest = store_of(folder)
     token = folder / "token"
     token.touch(0o600)

@@ -41,19 +41,19 @@ def _openai(
     from node.runtime.backends.openai_compatible import open_openai
     from node.runtime.backends.openai_meeting import ServerSettings
 
-    given = config.openai
+    server = config.openai
     settings = ServerSettings(
-        url=given.url,
-        dtype=given.dtype,
-        served=given.served,
-        kind=given.kind,
-        context_length=given.context_length,
-        secret=_secret(given.api_key_file),
+        url=server.url,
+        dtype=server.dtype,
+        served=server.served,
+        kind=server.kind,
+        context_length=server.context_length,
+        secret=_secret(server.api_key_file),
         max_streams=config.worker.max_streams,
-        connect_s=given.connect_ms / 1000,
-        first_token_s=given.first_token_ms / 1000,
-        stall_s=given.stall_ms / 1000,
-        retries=given.retries,
+        connect_s=server.connect_ms / 1000,
+        first_token_s=server.first_token_ms / 1000,
+        stall_s=server.stall_ms / 1000,
+        retries=server.retries,
     )
     return open_openai(store, models, settings, say)
 
@@ -63,12 +63,12 @@ def _transformers(
 ) -> AbstractAsyncContextManager[Backend]:
     from node.runtime.backends.transformers_backend import TransformersSettings, open_transformers
 
-    given = config.engine
+    engine = config.engine
     settings = TransformersSettings(
-        device=given.device,
-        dtype=given.dtype,
-        threads=given.threads,
-        cache_bytes=given.kv_bytes,
+        device=engine.device,
+        dtype=engine.dtype,
+        threads=engine.threads,
+        cache_bytes=engine.kv_bytes,
         max_streams=config.worker.max_streams,
     )
     return open_transformers(store, models, settings, watch)
@@ -82,10 +82,11 @@ def _ray(
     from node.runtime.backends.ray_backend import open_ray
     from node.runtime.backends.ray_pool import RaySettings
 
-    engine, given = config.engine, config.ray
-    if given.replicas_min > given.replicas_max:
+    engine = config.engine
+    ray = config.ray
+    if ray.replicas_min > ray.replicas_max:
         raise ConfigError(
-            f"ray.replicas_min is {given.replicas_min}, above ray.replicas_max, which is {given.replicas_max}",
+            f"ray.replicas_min is {ray.replicas_min}, above ray.replicas_max, which is {ray.replicas_max}",
             hint="set both",
         )
     settings = RaySettings(
@@ -94,13 +95,13 @@ def _ray(
             dtype=engine.dtype,
             threads=engine.threads,
             cache_bytes=engine.kv_bytes,
-            max_streams=given.streams,
+            max_streams=ray.streams,
         ),
-        address=given.address,
-        scale=Scale(given.replicas_min, given.replicas_max, given.up_ms / 1000, given.down_ms / 1000),
-        cpus=given.cpus,
-        gpus=given.gpus,
-        health_s=given.health_ms / 1000,
+        address=ray.address,
+        scale=Scale(ray.replicas_min, ray.replicas_max, ray.up_ms / 1000, ray.down_ms / 1000),
+        cpus=ray.cpus,
+        gpus=ray.gpus,
+        health_s=ray.health_ms / 1000,
     )
     return open_ray(store, models, settings, say)
 

@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +41,7 @@ _PROBE_TOKENS: Final = 40
 @dataclass(frozen=True, slots=True)
 class TransformersSettings:
     device: str = "cpu"
+    """As `engine.device`: `auto`, or a kind with or without an index."""
     dtype: str = "float32"
     threads: int = 1
     cache_bytes: int = 1 << 30
@@ -242,6 +243,10 @@ async def open_transformers(
             "the back end `transformers` needs a package that is not installed",
             hint="pip install 'gristmill[transformers]'",
         ) from None
+    from node.runtime.hal.probe import chosen
+
+    choice = await trio.to_thread.run_sync(chosen, settings.device)
+    settings = replace(settings, device=choice.device.torch_name)
     backend = TransformersBackend(settings)
     async with AsyncExitStack() as stack:
         for manifest in models:
