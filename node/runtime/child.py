@@ -200,8 +200,8 @@ def _obey(line: Line, stepper: Stepper, constraints: Constraints, message: wire.
 
 
 def _for_memory(error: Exception) -> bool:
-    """torch says it by a subclass on GPUs and by words on CPUs; oneDNN says nothing, so what is left is tried. Only the operator's
-    message depends on it."""
+    """torch says it by a subclass on GPUs and by words on CPUs; oneDNN says nothing, so what is left is tried. Only the
+    operator's message depends on it."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return True
