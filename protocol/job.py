@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -30,7 +29,7 @@ from protocol.channel import Role
 from protocol.digest import OutputDigest
 from protocol.errors import InvalidValue, LocalProtocolError, RemoteProtocolError, WireCode
 from protocol.frames import FrameReader, encode_frame
-from protocol.ids import ZERO_HASH, Address, ChannelId, Hash32, JobId, ModelId
+from protocol.ids import ZERO_HASH, ChannelId, Hash32, JobId, ModelId
 from protocol.inputs import InputFlow
 from protocol.keys import require_signer
 from protocol.messages import (
@@ -44,7 +43,6 @@ from protocol.messages import (
     FinishReason,
     Input,
     JobConversation,
-    Params,
     ReceiptMessage,
     ReceiptWire,
     Refuse,
@@ -53,13 +51,11 @@ from protocol.messages import (
     amount_to_wire,
     decode,
     encode,
-    params_hash,
-    request_hash,
 )
-from protocol.payment import LEAST_TICK
-from protocol.pricing import Price, cost
-from protocol.tasks import CHAT_SHAPE, Shape, Task, finite
-from protocol.typed_data import MARKET_DOMAIN, Ask, Domain, Receipt, Refusal, Voucher
+from protocol.tasks import Shape, Task, finite
+from protocol.terms import Terms as Terms
+from protocol.terms import ask_struct as ask_struct
+from protocol.typed_data import MARKET_DOMAIN, Receipt, Refusal, Voucher
 
 
 class Client(StrEnum):
@@ -130,84 +126,6 @@ TERMINAL: Final[frozenset[State]] = frozenset(
     {Client.DONE, Client.ABORTED, Worker.REFUSED, Worker.ABORTED},
 )
 """When either side is here the talk is over. `Worker.FINISHED` is not: the ack may still come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What both sides must agree on before a token flows. Each derives it from the ask, the offer and the channel."""
-
-    domain: Domain
-    ask: Ask
-    params: Params
-    price: Price
-    input_limit: int
-    """The most input units that are billed, with all that may still come. Of texts: at the client the most tokens that it
-    believes in, at the worker the count itself."""
-    receiver_authorizer: Address
-    """Signs the receipt."""
-    payer_authorizer: Address
-    """Signs vouchers."""
-    tick_tokens: int
-    credit_tokens: int
-    """Output tokens beyond vouchers: the worker's exposure."""
-    shape: Shape = CHAT_SHAPE
-
-    @property
-    def limit(self) -> int:
-        """The most this part can cost."""
-        return cost(self.price, self.input_limit, self.output_limit)
-
-    @property
-    def asked_units(self) -> int:
-        """Input units of what comes with the ask: those of media, or else as `input_limit`."""
-        return self.input_limit if self.shape.units is None else self.shape.units
-
-    @property
-    def output_limit(self) -> int:
-        """The most output units: tokens, or rows of numbers."""
-        return self.shape.rows or self.params.max_tokens
-
-    def spent(self, input_tokens: int, output_tokens: int) -> int:
-        return cost(self.price, input_tokens, output_tokens)
-
-    def produced(self, digest: OutputDigest) -> int:
-        """Output units of what was delivered."""
-        return digest.size // self.shape.row_bytes if self.shape.rows else digest.count
-
-    @property
-    def tick(self) -> int:
-        """Cost of one tick: what one side may be ahead of the other. A tick of output, or where input is billed as it comes, of
-        whichever is dearer."""
-        return self._ahead(self.tick_tokens)
-
-    @property
-    def least_tick(self) -> int:
-        """Cost of the smallest tick that a client may pay by."""
-        return self._ahead(min(self.tick_tokens, LEAST_TICK))
-
-    @property
-    def credit(self) -> int:
-        return self._ahead(self.credit_tokens)
-
-    def _ahead(self, units: int) -> int:
-        growing = self.shape.units != self.shape.most_units
-        dearer = max(self.price.output, self.price.input if growing else 0)
-        return cost(Price(output=dearer), 0, units)
-
-
-def ask_struct(message: AskMessage) -> Ask:
-    """The signed struct of an ask, with the hashes recomputed from its content."""
-    return Ask(
-        job_id=JobId(message.job_id),
-        part=message.part,
-        channel_id=ChannelId(message.channel_id),
-        worker=Address(message.worker),
-        model_id=ModelId(message.model_id),
-        request_hash=request_hash(message.request, message.resume),
-        params_hash=params_hash(message.params),
-        offer_hash=Hash32(message.offer_hash),
-        deadline=message.deadline,
-    )
 
 
 class _Machine:

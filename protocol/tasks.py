@@ -64,7 +64,7 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """In what a task is counted; prices are per 1,000,000 of each."""
+    """In what a task is counted; prices are per 1,000,000 of each. What is begun counts."""
 
     input: str
     output: str
@@ -81,8 +81,8 @@ UNITS: Final = MappingProxyType(
         Task.CHAT: Units("prompt token", "generated token", True, "tokens of prompt and answer together"),
         Task.EMBED: Units("token", "vector", True, "tokens of one text"),
         Task.RERANK: Units("token", "score", True, "tokens of the query and one document together"),
-        Task.TRANSCRIBE: Units("10 ms of audio, begun", "generated token", False, "units of audio in one job", True),
-        Task.OCR: Units("tile of 256 x 256 pixels, begun", "recognised character", False, "tiles of one image"),
+        Task.TRANSCRIBE: Units("10 ms of audio", "generated token", False, "units of audio in one job", True),
+        Task.OCR: Units("tile of 256 x 256 pixels", "recognised character", False, "tiles of one image"),
     }
 )
 """What is billed, by task."""

@@ -232,6 +232,24 @@ def _device(shared: Shared) -> Iterator[Finding]:
         yield Finding("sensors", "pass" if known else "warn", detail, "" if known else extra[choice.device.kind])
 
 
+def _isolation(shared: Shared) -> Iterator[Finding]:
+    import trio
+
+    from node.runtime.launch import launcher
+
+    asked = shared.config.engine.isolation
+    try:
+        mode = trio.run(launcher, asked).mode
+    except ModelError as error:
+        yield Finding("isolation", "fail", error.message, error.hint)
+        return
+    if mode == "bwrap":
+        yield Finding("isolation", "pass", "engines run behind bubblewrap; `status` shows what holds")
+    else:
+        walls = {"process": "plain children: keys and files of this user are open to them", "thread": "the node itself"}
+        yield Finding("isolation", "warn", f"engines run as {walls[mode]}", "apt install bubblewrap")
+
+
 def _models(shared: Shared) -> Iterator[Finding]:
     from node.models.store import ModelStore
 
@@ -310,6 +328,7 @@ CHECKS: dict[str, Check] = {
     "keystore": _keystore,
     "torch": _torch,
     "device": _device,
+    "isolation": _isolation,
     "models": _models,
     "chain": _chain,
 }

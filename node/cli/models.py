@@ -14,6 +14,7 @@ from node.cli.main import Group, Shared
 from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
+from node.models.tasks import tasks_of
 
 
 @click.group(cls=Group)
@@ -52,7 +53,8 @@ def list_(shared: Shared) -> None:
     """List the stored models."""
     store = _store(shared)
     for manifest in store.list():
-        text = f"{manifest.name:<28} {_bytes(manifest):>6} MB  {manifest.context_length:>7} tokens  {manifest.id}"
+        tasks = ", ".join(_tasks(store.path(manifest.id)))
+        text = f"{manifest.name:<28} {_bytes(manifest):>6} MB  {manifest.context_length:>7}  {tasks:<13}  {manifest.id}"
         shared.output.row(_data(manifest, store), text)
 
 
@@ -127,10 +129,19 @@ def _data(manifest: Manifest, store: ModelStore) -> dict[str, Any]:
         "architecture": manifest.architecture,
         "context_length": manifest.context_length,
         "dtype": manifest.dtype,
+        "tasks": _tasks(store.path(manifest.id)),
         "license": manifest.license,
         "bytes": sum(entry.size for entry in manifest.files),
         "path": store.path(manifest.id),
     }
+
+
+def _tasks(folder: Path) -> list[str]:
+    """What the model is for; nothing for one that serves no task of ours."""
+    try:
+        return [task.value for task in tasks_of(folder)]
+    except ModelError:
+        return []
 
 
 def _bytes(manifest: Manifest) -> int:

@@ -67,6 +67,8 @@ class Part:
         self._overflow: ChatChunk | None = None
         self._paying = trio.Lock()
         """Vouchers leave in the order of their amounts, whoever asks for them."""
+        self._next = 0
+        """Bytes of input that are about to be sent: paid for already."""
         self._unfed: NodeError | None = None
         """Why no more input could be sent."""
         self._taken = trio.Event()
@@ -173,7 +175,7 @@ class Part:
                         chat.timings.first_token = self._elapsed()
                     chat.usage = Usage(machine.input_tokens or 0, machine.output_tokens)
                     chat.cost = machine.spent
-                    client.meter.set(self.channel_id, self.key, machine.due())
+                    client.meter.set(self.channel_id, self.key, machine.due(self._next))
                     self._taken.set()
                     self._taken = trio.Event()
                     if said:
@@ -214,10 +216,13 @@ class Part:
                 async for data, last in pieces:
                     while self.machine.inputs.untaken + len(data) > INPUT_WINDOW:
                         await self._taken.wait()
-                    self.client.meter.set(self.channel_id, self.key, self.machine.due(len(data)))
+                    self._next = len(data)
+                    self.client.meter.set(self.channel_id, self.key, self.machine.due(self._next))
                     await self._pay()
                     fault_point("send.input")
-                    await self.link.send_frame(self.machine.feed(data, last=last))
+                    frame = self.machine.feed(data, last=last)
+                    self._next = 0
+                    await self.link.send_frame(frame)
         except (LocalProtocolError, StreamClosed):
             pass  # it is over; whoever reads the stream hears why
         except feed.SourceFailed as error:

@@ -248,7 +248,7 @@ KNOWN: Final[Mapping[str, PackageModel]] = MappingProxyType(
             ),
             _sentence_bert,
             "Apache-2.0",
-            "bafkreibzzli6qkkz22cwezefiufy4g63nxd6pfgzh3awi5e5juwhdnak3m",
+            "bafkreif2cakqggq25mjnylobmsifromghkxcrds4tzghe72jvn2l77k7ry",
         ),
         "whisper-tiny.en": PackageModel(
             (

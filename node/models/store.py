@@ -171,7 +171,7 @@ class ModelStore:
         manifest = Manifest(
             name=name,
             architecture=str(config["model_type"]),
-            context_length=config["max_position_embeddings"],
+            context_length=min(config["max_position_embeddings"], config.get("max_seq_length", 1 << 30)),
             dtype="+".join(sorted(dtypes)),
             license=license_id,
             source=source,
@@ -269,6 +269,8 @@ def _config(folder: Path) -> dict[str, Any]:
     config = _json(folder / "config.json")
     if type(config.get("model_type")) is not str or type(config.get("max_position_embeddings")) is not int:
         raise ModelError("config.json lacks model_type or max_position_embeddings")
+    if type(config.get("max_seq_length", 1)) is not int:  # Sentence-BERT's: fewer tokens than there are positions
+        raise ModelError("config.json: max_seq_length is no number")
     return config
 
 

@@ -17,7 +17,9 @@ from node.models.safetensors_file import ITEM_BYTES, read_header
 
 HEADROOM: Final = 2 << 30
 """Bytes beside weights and cache that a process may have: torch itself, a step's activations, logits, templates of kernels."""
-_ITEM: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
+"""Bytes of one number. Formats of whole numbers are counted as what they are made from: embeddings stay in it, and scales and
+copies for few rows come on top."""
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 

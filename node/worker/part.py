@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
@@ -25,6 +25,7 @@ from node.network.drive import JobStream
 from node.ports import Prompt, Step, StreamClosed, TaskInput
 from node.store.faults import fault_point
 from node.store.results import KEEP_MS
+from node.worker.intake import Intake
 from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, if_it_fits, result_key
 from node.worker.output import sellable
 from protocol.admission import Checked
@@ -44,15 +45,12 @@ from protocol.messages import (
     encode,
 )
 from protocol.payment import unsecured
-from protocol.tasks import media_of
 from protocol.typed_data import Receipt
 
 if TYPE_CHECKING:
     from node.worker.serve import JobServer
 
 log = logging.getLogger(__name__)
-SLOWEST: Final = 16_000
-"""Bytes a second below which streamed input holds a place for nothing: audio comes at twice that."""
 
 
 class ServedPart:
@@ -83,10 +81,9 @@ class ServedPart:
         self.failure = ""
         """What our runtime did."""
         self.accept = b""
-        self._opened = trio.Event()
-        self._news: deque[bytes] = deque()
-        """Frames that say what was taken. One task writes: a write that is cancelled would cost the stream."""
-        self._waited = 0.0
+        self.opened = trio.Event()
+        """The acceptance is journaled, and the machine has agreed."""
+        self.intake = Intake(self)
         self._wake = trio.Event()
 
     async def run(self) -> ReceiptMessage | None:
@@ -113,14 +110,14 @@ class ServedPart:
                 nursery.start_soon(self._listen)
                 await self._deliver()
             except StreamClosed:
-                self._end(FinishReason.CANCELLED)
+                self.end(FinishReason.CANCELLED)
             finally:
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
                     message = await self._close()
         return message
 
-    def _end(self, reason: FinishReason) -> None:
+    def end(self, reason: FinishReason) -> None:
         self.finish = self.finish or reason
         self.notify()
 
@@ -142,7 +139,7 @@ class ServedPart:
             started=server.now_ms(),
             cumulative=self.checked.cumulative,
         )
-        self._opened.set()
+        self.opened.set()
 
     # ------------------------------------------------------------------------------------------------- producing
 
@@ -150,16 +147,16 @@ class ServedPart:
         """Pull the engine; stop pulling when a tick's worth waits to be delivered."""
         limit = self.terms.tick_tokens
         try:
-            async with aclosing(self._media()) as media, aclosing(self._steps(media)) as steps:
+            async with aclosing(self.intake.media()) as media, aclosing(self._steps(media)) as steps:
                 async for step in steps:
                     self.pending.append(step)
                     self.pending_units += self._units(step)
                     self.notify()
                     while self.pending_units >= limit:
-                        await self._changed()
+                        await self.changed()
         except InputInvalid as error:
             self.fault = RemoteProtocolError(WireCode.BAD_INPUT, str(error))
-            self._end(FinishReason.CANCELLED)
+            self.end(FinishReason.CANCELLED)
         except ModelError as error:
             log.error("the model runtime failed: %s", error)
             self.failure = str(error)
@@ -176,7 +173,7 @@ class ServedPart:
                     yield step
         elif server.tasks is not None:
             raw = server.tasks.run(self.work, params, media)
-            async with aclosing(raw), aclosing(sellable(raw, self.terms, lambda: self._exhausted)) as steps:
+            async with aclosing(raw), aclosing(sellable(raw, self.terms, lambda: self.intake.exhausted)) as steps:
                 async for step in steps:
                     yield step
 
@@ -184,64 +181,6 @@ class ServedPart:
         """Output units: rows, or tokens."""
         shape = self.terms.shape
         return len(step.data) // shape.row_bytes if shape.rows else len(step.token_ids)
-
-    @property
-    def _exhausted(self) -> bool:
-        """Whether the runtime has had all of the input."""
-        return not self.terms.shape.streamed or (self._opened.is_set() and self.machine.inputs.exhausted)
-
-    # ------------------------------------------------------------------------------------------------------ input
-
-    async def _media(self) -> AsyncGenerator[bytes, None]:
-        """Audio or image, from the ask and what follows it, as the runtime asks for it. What is pulled here is billed."""
-        given = media_of(self.ask.request)
-        if given:
-            yield given
-        if self.terms.shape.streamed:
-            await self._opened.wait()
-        while not self._exhausted:
-            data = await self._take()
-            if data:
-                yield data
-
-    async def _take(self) -> bytes:
-        """Input that is there and paid for, taken and said to be. Whoever sends none, or too slowly, loses the place."""
-        inputs, began = self.machine.inputs, trio.current_time()
-        stall = self.server.settings.stall_ms / 1000
-        patience = min(stall, stall + inputs.taken_bytes / SLOWEST - self._waited)
-        while self.finish is not None or (until := self._payable()) == inputs.taken:
-            if not await self._changed(until=began + patience):
-                unpaid = inputs.untaken > 0
-                code = WireCode.UNPAID if unpaid else WireCode.BAD_INPUT
-                self.fault = RemoteProtocolError(code, "no voucher came in time" if unpaid else "input came too slowly")
-                self._end(FinishReason.CANCELLED)
-                await trio.sleep_forever()  # until the part is closed
-        self._waited += trio.current_time() - began
-        data, frame = self.machine.take(until)
-        self.server.meter.set(self.channel_id, self.key, self.machine.spent)
-        self._news.append(frame)
-        self.notify()
-        return data
-
-    async def _tell(self) -> None:
-        """Say what was taken, before anything that was said of the stream after it."""
-        while self._news:
-            fault_point("send.taken")
-            await self.link.send_frame(self._news.popleft())
-
-    def _payable(self) -> int:
-        """Up to which message the input that waits fits into the credit window."""
-        state = self.server.book.channels[self.channel_id]
-        others = self.server.meter.running(self.channel_id, without=self.key)
-        inputs = self.machine.inputs
-        until, size = inputs.taken, inputs.taken_bytes
-        for data in inputs.waiting:
-            size += len(data)
-            cost = self.terms.spent(self.terms.shape.units_with(size), self.machine.output_tokens)
-            if unsecured(state, others + cost) > self.terms.credit:
-                break
-            until += 1
-        return until
 
     # ------------------------------------------------------------------------------------------------ delivering
 
@@ -251,23 +190,23 @@ class ServedPart:
         last = stalled = -1.0
         deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
         while self.finish is None:
-            await self._tell()
+            await self.intake.tell()
             over = trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving
             if over or server.blind(self.channel_id):
-                self._end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody may be able to pay for it
+                self.end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody may be able to pay for it
                 continue
             if not self.pending:
                 if self.produced:
                     if not self.machine.output_tokens:
                         self.failure = self.failure or "the model ended before its first token"
-                    self._end(FinishReason.CANCELLED)  # the runtime stopped without a reason of the model's
+                    self.end(FinishReason.CANCELLED)  # the runtime stopped without a reason of the model's
                 else:
-                    await self._changed(until=deadline)
+                    await self.changed(until=deadline)
                 continue
             wait = last + server.settings.coalesce_ms / 1000 - trio.current_time()
             if wait > 0:
                 await trio.sleep(wait)
-            await self._tell()
+            await self.intake.tell()
             batch = self._affordable()
             if batch:
                 await self._send(batch)
@@ -275,11 +214,11 @@ class ServedPart:
                 continue
             if stalled < 0:
                 stalled = trio.current_time() + server.settings.stall_ms / 1000
-            if not await self._changed(until=min(stalled, deadline)) and stalled <= trio.current_time():
+            if not await self.changed(until=min(stalled, deadline)) and stalled <= trio.current_time():
                 log.info("job %s: no voucher in time, ending unpaid", self.key[0])
                 self.fault = RemoteProtocolError(WireCode.UNPAID, "no voucher came in time")
-                self._end(FinishReason.CANCELLED)
-        await self._tell()
+                self.end(FinishReason.CANCELLED)
+        await self.intake.tell()
 
     def _affordable(self) -> list[Step]:
         """The waiting steps that fit into the credit window and into one chunk, in order."""
@@ -334,7 +273,7 @@ class ServedPart:
             pass
         except RemoteProtocolError as error:
             self.fault = error
-        self._end(FinishReason.CANCELLED)
+        self.end(FinishReason.CANCELLED)
 
     # --------------------------------------------------------------------------------------------------- closing
 
@@ -412,7 +351,7 @@ class ServedPart:
         self._wake.set()
         self._wake = trio.Event()
 
-    async def _changed(self, until: float | None = None) -> bool:
+    async def changed(self, until: float | None = None) -> bool:
         """Wait for news; False when `until` (trio time) came first."""
         wake = self._wake
         with trio.move_on_at(float("inf") if until is None else until):

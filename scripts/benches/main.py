@@ -1,7 +1,8 @@
 """Run one benchmark and print it: a table for people, one JSON object for machines, a plot where a curve says more.
 
-A benchmark is a module beside this one with `run(args) -> {"figures", "peers", "conditions", "curves"?}`. Nothing here times
-anything; whoever compares figures compares ratios of one run, because machines are noisy.
+A benchmark is a module beside this one with `run(args) -> {"figures", "peers", "conditions", "curves"?}`; it may bring a `table`
+and a `plot` of its own. Nothing here times anything; whoever compares figures compares ratios of one run, because machines are
+noisy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent.parent))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent.parent)]
 
 
 def names() -> list[str]:
@@ -30,6 +31,7 @@ def load(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise SystemExit(f"error: no benchmark {name}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -87,6 +89,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distributions")
     parser.add_argument("--runs", type=int, help="how often to measure, where a benchmark repeats")
+    parser.add_argument("--only", metavar="A,B", help="engine: measure these contenders only")
+    parser.add_argument("--compiled", action="store_true", help="engine: vLLM compiled as well; a minute to start")
+    parser.add_argument("--install-peers", action="store_true", help="engine: first install the peers that are missing")
+    parser.add_argument("--peers-dir", type=Path, metavar="DIR", help="engine: the peers' environments (build/peers)")
     parser.add_argument("--records", type=int, help="journal: records to replay")
     parser.add_argument("--repeat", type=int, help="journal: medians of so many")
     args = parser.parse_args()
@@ -94,13 +100,16 @@ def main() -> int:
         for name in names():
             print(f"{name:<12} {(load(name).__doc__ or '').strip().splitlines()[0]}")
         return 0
-    found = load(args.name).run(args)
+    module = load(args.name)
+    found = module.run(args)
     result = {"bench": args.name, **found, "conditions": {**conditions(), **found.get("conditions", {})}}
     result.setdefault("peers", {})
-    if args.plot and result.get("curves"):
+    if args.plot and hasattr(module, "plot"):
+        module.plot(result, args.plot)
+    elif args.plot and result.get("curves"):
         plot(result, args.plot)
     result.pop("curves", None)
-    print(json.dumps(result) if args.json else table(result))
+    print(json.dumps(result) if args.json else getattr(module, "table", table)(result))
     return 0
 
 

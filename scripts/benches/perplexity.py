@@ -50,11 +50,11 @@ def run(args: Any = None) -> dict[str, Any]:
             tokens = tokenizer.encode(TEXT.read_text())
         finally:
             tokenizer.close()
-        for fmt in (os.environ.get("FM","").split() or FORMATS):
+        for fmt in FORMATS:
             engine = Engine(folder, "cpu", fmt)
             figures[f"perplexity_{fmt}"] = round(perplexity(engine, tokens), 4)
-            figures[f"weights_mb_{fmt}"] = round(engine._model.nbytes / 1e6, 1)
+            figures[f"weights_mb_{fmt}"] = round(engine.weight_bytes / 1e6, 1)
             del engine
-    for fmt in (os.environ.get("FM","").split() or FORMATS):
+    for fmt in FORMATS:
         figures[f"{fmt}_over_bfloat16"] = round(figures[f"perplexity_{fmt}"] / figures["perplexity_bfloat16"], 5)
     return {"figures": figures, "conditions": {"model": MODEL, "tokens": len(tokens), "window": WINDOW}}

@@ -6,6 +6,7 @@ import hashlib
 import io
 import wave
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -622,3 +623,31 @@ def test_a_crash_in_the_middle_of_live_sound_leaves_both_journals_sound(who: str
         assert await audit(client.book.ledger, Role.CLIENT, client.wallet.chains) == []
 
     run_market(test)
+
+
+def test_what_is_said_meanwhile_does_not_lower_what_a_piece_is_paid_with() -> None:
+    """A voucher for the second piece is being written when the first one is taken: it covers the second one all the same."""
+
+    async def test(market: Market) -> None:
+        tasks = FakeTasks(FakeTaskSettings(change=lambda step: Step((), "", step.finish_reason)))
+        settings = replace(market.settings(), credit_ticks=0)
+        worker, client = await market.worker(tasks=tasks, settings=settings), await market.client()
+        add = client.vouchers.add
+
+        async def slowly(*args: Any, **options: Any) -> Any:
+            await trio.sleep(0.02)
+            return await add(*args, **options)
+
+        client.vouchers.add = slowly  # type: ignore[method-assign]
+
+        async def source() -> AsyncIterator[bytes]:
+            for n in (1, 2):
+                yield audio(2)
+                while n == 2 and tasks.heard < 4 * SECOND:
+                    await trio.sleep(0.01)
+
+        async with client.transcribe("fake-transcribe", source(), max_seconds=9) as stream:
+            assert await stream.text() == "", "it hears and says nothing: no chunk but those that tell what was taken"
+        await sound(worker, client)
+
+    run_market(test, timeout_s=5, price=Price(input=3_000_000))

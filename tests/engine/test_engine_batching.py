@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from node.runtime.engine import blocks, lookup  # noqa: E402
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, chain, root  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
-from node.runtime.engine.errors import CacheFull, IntegrityError  # noqa: E402
+from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError, UnsupportedModel  # noqa: E402
 from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
@@ -245,6 +245,36 @@ def test_guesses_change_no_token(tiny: Path, sampling: SamplingParams) -> None:
     assert engine.stats.steps < plain.stats.steps
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_draft_model_changes_no_token(tiny: Path, make_model: Callable[..., Path], sampling: SamplingParams) -> None:
+    """Its own model guesses perfectly where decoding is greedy; a stranger hardly ever."""
+    stranger = make_model(num_hidden_layers=1, rope_theta=500.0)
+    jobs = [job(n, SHARED[n : n + 25], 60, sampling=replace(sampling, seed=n)) for n in range(3)]
+    plain = Engine(tiny, lookup=False)
+    wanted = {one.id: run(plain, one)[one.id] for one in jobs}
+    for draft, lookup_too in ((tiny, False), (tiny, True), (stranger, False)):
+        engine = Engine(tiny, lookup=lookup_too, draft_dir=draft, prefill_chunk=16)
+        assert run(engine, *jobs) == wanted
+        assert engine.stats.guessed_tokens > 0
+        if draft == tiny and sampling.greedy:
+            assert engine.stats.accepted_tokens == engine.stats.guessed_tokens > 100
+        for one in jobs:
+            engine.submit(one)
+        for _ in range(6):
+            engine.step()
+        assert engine.abort(0) and engine.abort(2)
+        engine.check_integrity()
+        engine.abort(1)
+        assert engine._draft is not None and engine._draft._pool.held == 0
+    small = Engine(tiny, lookup=False, draft_dir=tiny, draft_cache_bytes=3 * 16 * 384)
+    assert run(small, *jobs) == wanted, "a draft model without room guesses less"
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Path, make_model: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedModel, match="96 tokens"):
+        Engine(tiny, draft_dir=make_model(vocab_size=96))
+
+
 def test_a_guess_ends_where_the_answer_ends(tiny: Path) -> None:
     plain, engine = Engine(tiny, lookup=False), Engine(tiny)
     for tokens in range(30, 50):
@@ -345,3 +375,19 @@ def test_exact_logits_are_the_same_bits_in_any_company(tiny: Path, dtype: str) -
         for n, row in enumerate(alone[one.id]):
             assert all(torch.equal(crowd[one.id][n], row) for crowd in crowds), f"row {n} of {one.id}"
             assert torch.equal(replay[n], row), "one prefill computes the same bits"
+
+
+def test_exact_is_not_claimed_where_it_does_not_hold(tiny: Path) -> None:
+    engine = Engine(tiny, exact=True)
+    probe = engine.numerics_probe()
+    assert probe == Engine(tiny, exact=True).numerics_probe() != Engine(tiny).numerics_probe()
+    inner = engine._model.layers[1].output
+
+    def by_company(x: torch.Tensor) -> torch.Tensor:
+        """A library whose rows depend on how many there are."""
+        return inner(x) * (1 + 1e-6 * (len(x) % 3))
+
+    engine._model.layers[1].output = by_company  # type: ignore[assignment]
+    with pytest.raises(EngineError, match="alike"):
+        engine.numerics_probe()
+    engine.check_integrity()

@@ -183,6 +183,7 @@ STEEP = [-((i * 7919) % 9000) / 40 for i in range(9000)]
         {"top_k": 8999, "top_p": 0.7},
         {"top_k": 2500, "min_p": 0.6},
         {"min_p": 0.5},
+        {"min_p": math.exp(-10 / 64) * (1 - 1e-9)},  # just under the weight of some
         {"min_p": 1.0, "top_p": 0.4},
     ],
     ids=str,
@@ -194,7 +195,7 @@ def test_filters_of_a_large_vocabulary(logits: list[float], filters: dict[str, A
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 10.0])
-@pytest.mark.parametrize("filters", [{}, {"top_p": 0.999999}, {"min_p": 1e-9}], ids=str)
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.999999}, {"min_p": 1e-9}, {"top_k": 2500}], ids=str)
 def test_draws_over_a_whole_vocabulary(temperature: float, filters: dict[str, Any]) -> None:
     """The noise that is not computed could not have won: 40 positions, logits of three widths."""
     for position in range(40):

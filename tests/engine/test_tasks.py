@@ -21,7 +21,8 @@ from node.errors import InputInvalid, ModelError  # noqa: E402
 from node.models.manifest import Manifest  # noqa: E402
 from node.models.store import ModelStore  # noqa: E402
 from node.ports import Step, TaskInput  # noqa: E402
-from node.runtime.tasks.backend import TaskModels, TaskSettings, is_task_model, open_tasks  # noqa: E402
+from node.runtime.tasks.backend import TaskModels, is_task_model, open_tasks  # noqa: E402
+from node.runtime.tasks.loading import TaskSettings  # noqa: E402
 from protocol.ids import ModelId  # noqa: E402
 from protocol.messages import FinishReason, Params  # noqa: E402
 from protocol.tasks import (  # noqa: E402
@@ -346,6 +347,7 @@ def test_hostile_pictures_are_the_client_s_fault_and_cost_no_memory(stored: Call
         "truncated JPEG": jpeg[: len(jpeg) // 2],
         "too little data": png(512, 512, raw=bytes(100)),
         "a bomb": png(30_000, 30_000, raw=bytes(100)),
+        "a whole one too large": png(8192, 4096),
         "thousands of scans": jpeg[:-2] + scan * 5000 + jpeg[-2:],
         "a GIF": b"GIF89a" + bytes(64),
         "text": b"hello, I am no picture",
@@ -358,8 +360,10 @@ def test_hostile_pictures_are_the_client_s_fault_and_cost_no_memory(stored: Call
             good = backend.prepare(model, ocr(picture()))
             for name, data in hostile.items():
                 tracemalloc.start()
-                with pytest.raises(InputInvalid):
+                with pytest.raises(InputInvalid) as caught:
                     await answer(backend, good, data)
+                said = {"a whole one too large": "33554432 pixels", "thousands of scans": "more than 64 scans"}
+                assert said.get(name, "") in caught.value.message.replace("8192 x 4096", "33554432")
                 _, peak = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
                 assert peak < 48 << 20, name

@@ -56,8 +56,8 @@ def sound_of(seed: int, seconds: float) -> Any:
     return (noise * torch.linspace(0.01, 0.3, len(noise))).clamp(-1, 1)
 
 
-def random_model(folder: Path, seed: int, **generation: Any) -> Any:
-    """A tiny model of transformers', written as a folder of ours."""
+def random_model(folder: Path, seed: int, *, ends_like: int | None = None, **generation: Any) -> Any:
+    """A tiny model of transformers', written as a folder of ours. `ends_like`: a token that the end is made to resemble."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**CONFIG, init_std=0.3)).eval()
@@ -66,6 +66,10 @@ def random_model(folder: Path, seed: int, **generation: Any) -> Any:
             torch.nn.init.normal_(one, 1.0 if name.endswith("weight") else 0.0, 0.3)
         elif name.endswith("bias"):
             torch.nn.init.normal_(one, 0.0, 0.2)
+    if ends_like is not None:
+        with torch.no_grad():
+            rows = model.model.decoder.embed_tokens.weight
+            rows[END] = rows[ends_like] + 0.1 * torch.randn(rows.shape[1])
     model.generation_config = transformers.GenerationConfig(**{**GENERATION, **generation})
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({**GENERATION, **generation}))
@@ -99,17 +103,24 @@ def test_frames_equal_transformers() -> None:
             mel(bad)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
-def test_tokens_equal_transformers_on_random_weights(tmp_path: Path, seed: int) -> None:
-    theirs = random_model(tmp_path, seed)
-    ours = Whisper.load(tmp_path)
-    seen = set()
-    for number in range(3):
-        sound = sound_of(10 * seed + number, 2.0 + number)
-        expected = their_tokens(theirs, sound)
-        assert list(ours.transcribe(sound)) == expected
-        assert list(ours.transcribe(sound, max_tokens=3)) == expected[:3]
-        seen |= set(expected)
+def test_tokens_equal_transformers_on_random_weights(tmp_path: Path) -> None:
+    seen, lengths, came_later = set(), set(), 0
+    for seed in range(6):
+        random_model(tmp_path / f"{seed}", seed)
+        first = next(Whisper.load(tmp_path / f"{seed}").transcribe(sound_of(10 * seed, 2.0)))
+        # What it would say first is what it may not say first, though later; and the end is as likely as that.
+        theirs = random_model(tmp_path / f"{seed}", seed, begin_suppress_tokens=[first, END], ends_like=first)
+        ours = Whisper.load(tmp_path / f"{seed}")
+        for number in range(3):
+            sound = sound_of(10 * seed + number, 2.0 + number)
+            expected = their_tokens(theirs, sound)
+            assert list(ours.transcribe(sound)) == expected
+            assert list(ours.transcribe(sound, max_tokens=3)) == expected[:3]
+            assert expected[0] != first
+            came_later += first in expected
+            lengths.add(len(expected))
+            seen |= set(expected)
+    assert came_later and min(lengths) < 20 < max(lengths)
     assert not seen & set(GENERATION["suppress_tokens"])
 
 

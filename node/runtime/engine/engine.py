@@ -24,6 +24,7 @@ from torch import Tensor
 
 from node.runtime.engine import sampler, weights
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from node.runtime.engine.draft import DraftModel
 from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
 from node.runtime.engine.graphs import DecodeGraphs
 from node.runtime.engine.history import History
@@ -80,10 +81,13 @@ class Engine:
         exact: bool = False,
         prefix_cache: bool = True,
         lookup: bool = True,
+        draft_dir: Path | str | None = None,
+        draft_cache_bytes: int = 1 << 28,
     ) -> None:
         """`dtype`: of the linear layers, one of `linear.FORMATS`. `threads`: of torch, for the whole process. `cache_bytes`:
         KV cache of all sequences together. `prefill_chunk`: prompt tokens that one step computes for one sequence;
-        `token_budget`: for all of them. `lookup`: guess by prompt lookup."""
+        `token_budget`: for all of them. `lookup`: guess by prompt lookup. `draft_dir`: a smaller model of the same
+        vocabulary that guesses where lookup does not."""
         if threads < 1 or prefill_chunk < 1 or token_budget < 1 or cache_bytes < 0:
             raise EngineError("threads, prefill_chunk and token_budget must be at least 1, cache_bytes at least 0")
         torch.set_num_threads(threads)
@@ -112,6 +116,16 @@ class Engine:
         self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
         self._home = sampler.home(self._device)
         self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
+        self._draft: DraftModel | None = None
+        if draft_dir is not None:
+            self._draft = DraftModel(
+                Path(draft_dir),
+                self._device,
+                dtype,
+                vocab_size=self.vocab_size,
+                cache_bytes=draft_cache_bytes,
+                chunk=prefill_chunk,
+            )
         self._arrivals = 0
         self._token_seconds = self._answer_seconds = 0.0
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
@@ -125,6 +139,11 @@ class Engine:
     def running(self) -> int:
         """Sequences that are not finished."""
         return len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held, packed copies included."""
+        return self._model.nbytes
 
     @property
     def cache_used(self) -> int:
@@ -164,7 +183,7 @@ class Engine:
         self._arrivals += 1
         running = Running(sequence, eos_ids, self._arrivals, [*sequence.prompt_ids, *sequence.generated_ids])
         running.history = History(sequence.sampling, sequence.prompt_ids, sequence.generated_ids, self._home)
-        if self._lookup and sequence.speculate and sequence.constraint is None:
+        if (self._lookup or self._draft is not None) and sequence.speculate and sequence.constraint is None:
             running.lookup = Lookup()
         self._scheduler.submit(running)
 
@@ -191,6 +210,8 @@ class Engine:
 
     def abort(self, sequence_id: Hashable) -> bool:
         """Drop a sequence and free its memory at once; no output follows. False when it is not running."""
+        if self._draft is not None:
+            self._draft.forget(sequence_id)
         return self._scheduler.remove(sequence_id)
 
     @torch.inference_mode()
@@ -217,9 +238,17 @@ class Engine:
         answering = [one for one in self._scheduler.running.values() if one.sequence.id not in hold]
         if len(answering) > LOOKUP_STREAMS:
             return
-        for one in answering:
-            if one.lookup is not None and one.computed == len(one.tokens) - 1:
-                one.draft = one.lookup.propose(one.tokens, one.room - len(one.tokens))
+        ready = [one for one in answering if one.lookup is not None and one.computed == len(one.tokens) - 1]
+        for one in ready:
+            one.draft = (
+                one.lookup.propose(one.tokens, one.room - len(one.tokens)) if one.lookup and self._lookup else []
+            )
+            one.drafted = False
+        if self._draft is not None:
+            unguessed = [one for one in ready if not one.draft]
+            self._draft.propose(unguessed)
+            for one in unguessed:
+                one.drafted = True
 
     def _forward(self, work: list[Work]) -> Tensor:
         """Float32 [rows, vocab]: the rows of each item, in order."""
@@ -252,14 +281,16 @@ class Engine:
             one = item.running
             made = _follow(one, [next(picked) for _ in range(item.rows)])
             outputs += made
-            if one.lookup is not None:
+            if one.drafted and self._draft is not None:
+                self._draft.learn(one.sequence.id, len(one.draft), len(made) - 1)
+            elif one.lookup is not None:
                 one.lookup.learn(len(one.draft), len(made) - 1)
             self._stats.guessed_tokens += len(one.draft)
             self._stats.accepted_tokens += max(len(made) - 1, 0)
             self._stats.generation_tokens += len(made)
             self._scheduler.advance(item, [output.token_id for output in made if output.token_id >= 0])
             if made and made[-1].finish_reason is not None:
-                self._scheduler.remove(one.sequence.id)
+                self.abort(one.sequence.id)
         return outputs
 
     def _account(self, work: list[Work], prompts: int, forward: float) -> None:
@@ -309,16 +340,47 @@ class Engine:
             self._pool.release(table)
 
     def numerics_probe(self) -> bytes:
-        """sha256 of the exact logits of a fixed token sequence: equal on machines that compute bit for bit alike."""
+        """sha256 of the exact logits of a fixed token sequence: equal on machines that compute bit for bit alike.
+
+        Raises `EngineError` in exact mode when this machine's libraries do not keep its promise.
+        """
         tokens = [(7 * n * n + 3) % self.vocab_size for n in range(min(self.context_length, 40))]
+        start = max(len(tokens) - 8, 0)
+        logits = self.prefill_logits(tokens, start)
+        if self._exact and not torch.equal(self._in_company(tokens, max(start, 1)), logits[max(start, 1) - start :]):
+            raise EngineError("exact mode cannot be offered: this machine's libraries do not compute rows alike")
         mode = f"exact {TILE}" if self._exact else f"{self._chunk}"
         digest = hashlib.sha256(f"{self.dtype} {mode}".encode())
-        digest.update(self.prefill_logits(tokens, len(tokens) - 8 if len(tokens) > 8 else 0).cpu().numpy().tobytes())
+        digest.update(logits.cpu().numpy().tobytes())
         return digest.digest()
+
+    @torch.inference_mode()
+    def _in_company(self, tokens: list[int], start: int) -> Tensor:
+        """The logits from `start` on, computed in two passes, each with another sequence beside."""
+        table, other = (self._pool.allocate(blocks_for(len(tokens))) for _ in range(2))
+        try:
+            parts = [tokens[:start], tokens[start:]]
+            first, second = Span(table, 0, start), Span(table, start, len(tokens) - start)
+            self._model.forward(
+                torch.tensor(parts[0] + parts[1], device=self._device),
+                self._plan([first, Span(other, 0, len(parts[1]))]),
+                self._cache,
+            )
+            hidden = self._model.forward(
+                torch.tensor([tokens[0], *parts[1]], device=self._device),
+                self._plan([Span(other, len(parts[1]), 1), second]),
+                self._cache,
+            )
+            return self._model.logits(hidden)[1:]
+        finally:
+            self._pool.release(table)
+            self._pool.release(other)
 
     def check_integrity(self) -> None:
         """Compare the engine's books with themselves. Raises `IntegrityError`; cheap enough to run whenever idle."""
         self._scheduler.check_integrity()
+        if self._draft is not None:
+            self._draft.check_integrity([one.sequence.id for one in self._scheduler.everyone()])
 
 
 def _blend(old: float, new: float) -> float:

@@ -43,7 +43,7 @@ class History:
         room = max(64, 2 * len(ids))
         self._ids = torch.zeros(room, dtype=torch.int64, device=device)
         self._state = torch.zeros((3, room), dtype=torch.float64, device=device)
-        """Bias, times generated, and whether in prompt or generated (0 or 1)."""
+        """Bias, times generated, and above 0 where in prompt or generated."""
         self._ids[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         self._state[:, : len(ids)] = torch.tensor(
             [
@@ -73,7 +73,6 @@ class History:
             self._slots[token] = slot
             self._used += 1
         self._state[1:, slot] += 1
-        self._state[2, slot] = 1
 
     def ahead(self, tokens: Sequence[int]) -> History:
         """As it would be after these tokens; this one stays as it is."""

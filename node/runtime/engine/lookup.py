@@ -17,32 +17,20 @@ _START, _TRUST, _DECAY = 0.5, 0.25, 0.25
 _PAUSE = 32
 
 
-class Lookup:
-    """The places of every `GRAM` tokens of one sequence, and how well guesses went so far."""
+class Trust:
+    """How well guesses went so far, and so how many tokens to guess next."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, ...], int] = {}
-        self._indexed = 0
         self._acceptance = _START
         """Share of guessed tokens that were right, lately."""
         self._pause = 0
 
-    def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
-        """At most `limit` tokens that may follow; none when there is no likeness or guesses do not pay."""
-        for end in range(max(self._indexed, GRAM), len(tokens)):  # the last place is not its own precedent
-            self._places[tuple(tokens[end - GRAM : end])] = end
-        self._indexed = len(tokens)
+    def length(self, limit: int) -> int:
+        """Tokens to guess, at most `limit`; 0 while guesses do not pay."""
         if self._pause:
             self._pause -= 1
-            return []
-        place = self._places.get(tuple(tokens[-GRAM:])) if len(tokens) >= GRAM else None
-        if place is None or limit < 1:
-            return []
-        length = min(limit, max(1, round(2 * LONGEST * self._acceptance)), LONGEST)
-        found = list(tokens[place : place + length])
-        while len(found) < length:  # the likeness overlaps the end: what repeats goes on repeating
-            found.append(found[len(found) - (len(tokens) - place)])
-        return found
+            return 0
+        return max(min(limit, LONGEST, max(1, round(2 * LONGEST * self._acceptance))), 0)
 
     def learn(self, guessed: int, right: int) -> None:
         """A guess of `guessed` tokens was checked, and the first `right` of them stood."""
@@ -50,3 +38,29 @@ class Lookup:
             self._acceptance += _DECAY * (right / guessed - self._acceptance)
             if self._acceptance < _TRUST:
                 self._acceptance, self._pause = _START, _PAUSE
+
+
+class Lookup:
+    """The places of every `GRAM` tokens of one sequence."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+        self._trust = Trust()
+
+    def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
+        """At most `limit` tokens that may follow; none when there is no likeness or guesses do not pay."""
+        for end in range(max(self._indexed, GRAM), len(tokens)):  # the last place is not its own precedent
+            self._places[tuple(tokens[end - GRAM : end])] = end
+        self._indexed = len(tokens)
+        length = self._trust.length(limit)
+        place = self._places.get(tuple(tokens[-GRAM:])) if length and len(tokens) >= GRAM else None
+        if place is None:
+            return []
+        found = list(tokens[place : place + length])
+        while len(found) < length:  # the likeness overlaps the end: what repeats goes on repeating
+            found.append(found[len(found) - (len(tokens) - place)])
+        return found
+
+    def learn(self, guessed: int, right: int) -> None:
+        self._trust.learn(guessed, right)

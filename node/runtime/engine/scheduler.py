@@ -53,6 +53,8 @@ class Running:
     lookup: Lookup | None = None
     draft: list[int] = field(default_factory=list)
     """Guessed tokens that this step checks."""
+    drafted: bool = False
+    """They are a draft model's."""
 
     @property
     def generated(self) -> list[int]:
@@ -104,6 +106,9 @@ class Scheduler:
 
     def find(self, sequence_id: Hashable) -> Running | None:
         return self.running.get(sequence_id) or next((r for r in self.waiting if r.sequence.id == sequence_id), None)
+
+    def everyone(self) -> list[Running]:
+        return [*self.running.values(), *self.waiting]
 
     def submit(self, new: Running) -> None:
         """Raises `CacheFull` for a paid sequence without room; an unpaid one waits."""

@@ -6,9 +6,8 @@ Ranking by such vectors (a bi-encoder) reads query and document apart from each 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -16,20 +15,15 @@ import torch
 from torch import Tensor
 
 from node.ports import Step
-from node.runtime.engine.models.bert import Bert, Row
-from node.runtime.tasks.runner import Lane, Memory, other_task
-from node.runtime.tasks.texts import Texts
+from node.runtime.engine.models.bert import Bert
+from node.runtime.engine.rows import Row
+from node.runtime.tasks.prepare import Rows
+from node.runtime.tasks.runner import Lane, Memory
 from protocol.messages import FinishReason, Params
-from protocol.tasks import TEXT_LIMIT, EmbedRequest, RerankRequest, Task, TaskRequest
+from protocol.tasks import TEXT_LIMIT, Task
 
 TOGETHER: Final = 64
 """Texts that are sorted by length and answered together: rows leave in the order in which they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    rows: Sequence[Row]
-    query: Row | None = None
 
 
 class EmbedRunner:
@@ -42,24 +36,12 @@ class EmbedRunner:
         self.context_length = self._model.config.context_length
         self.dimensions = self._model.config.hidden_size
         self.memory = Memory(self._model.weight_bytes, self._model.config.working_bytes(item=dtype.itemsize), _JOB)
-        self._texts: Final = Texts(folder, self.context_length)
         self._lane: Final = Lane()
-
-    def prepare(self, request: TaskRequest) -> tuple[int, object]:
-        match request:
-            case EmbedRequest(texts=texts):
-                rows = [self._texts.row(text, f"text {n}") for n, text in enumerate(texts)]
-                return _tokens(rows), _Texts(rows)
-            case RerankRequest(query=query, documents=documents):
-                asked = self._texts.row(query, "the query")
-                rows = [self._texts.row(text, f"document {n}") for n, text in enumerate(documents)]
-                return _tokens([asked, *rows]), _Texts(rows, asked)
-        raise other_task(request)
 
     async def run(
         self, content: object, params: Params, media: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[Step, None]:
-        if not isinstance(content, _Texts):
+        if not isinstance(content, Rows):
             raise TypeError("content of another runner")
         query: Tensor | None = None
         if content.query is not None:
@@ -85,7 +67,3 @@ _JOB: Final = TEXT_LIMIT * 8 * 5
 def float32(numbers: Tensor) -> bytes:
     """Little-endian, row after row."""
     return numbers.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
-
-
-def _tokens(rows: Sequence[Row]) -> int:
-    return sum(len(row.token_ids) for row in rows)

@@ -20,17 +20,14 @@ from PIL import Image, ImageOps
 
 from node.errors import InputInvalid, ModelError
 from node.ports import Step
-from node.runtime.tasks.runner import Lane, Memory, other_task, settings
+from node.runtime.tasks.runner import Lane, Memory, settings
 from protocol.messages import FinishReason, Params
 from protocol.tasks import (
     IMAGE_LIMIT,
     PIXEL_LIMIT,
     SIDE_LIMIT,
-    OcrRequest,
     Task,
-    TaskRequest,
     image_units,
-    shape_of,
 )
 
 _LONGEST: Final = 2000
@@ -117,11 +114,6 @@ class OcrRunner:
         size = sum((folder / name).stat().st_size for name in ("det.onnx", "cls.onnx", "rec.onnx"))
         self.memory = Memory(2 * size, _WORKING, IMAGE_LIMIT + 2 * 3 * PIXEL_LIMIT)
         self._lane: Final = Lane()
-
-    def prepare(self, request: TaskRequest) -> tuple[int, object]:
-        if not isinstance(request, OcrRequest):
-            raise other_task(request)
-        return shape_of(request).units or 0, None
 
     async def run(
         self, content: object, params: Params, media: AsyncGenerator[bytes, None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -16,17 +15,13 @@ import torch
 
 from node.errors import ModelError
 from node.ports import Step
-from node.runtime.engine.models.bert import Bert, Row
+from node.runtime.engine.models.bert import Bert
+from node.runtime.engine.rows import Row
 from node.runtime.tasks.embed import TOGETHER, float32
-from node.runtime.tasks.runner import Lane, Memory, other_task
-from node.runtime.tasks.texts import Texts
+from node.runtime.tasks.prepare import Rows
+from node.runtime.tasks.runner import Lane, Memory
 from protocol.messages import FinishReason, Params
-from protocol.tasks import TEXTS_LIMIT, RerankRequest, Task, TaskRequest
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    rows: tuple[Row, ...]
+from protocol.tasks import TEXTS_LIMIT, Task
 
 
 class RerankRunner:
@@ -42,20 +37,12 @@ class RerankRunner:
         self.dimensions = 0
         job = TEXTS_LIMIT * self.context_length * 2 * 8  # ids and type ids; the integers themselves are few and shared
         self.memory = Memory(self._model.weight_bytes, self._model.config.working_bytes(item=dtype.itemsize), job)
-        self._texts: Final = Texts(folder, self.context_length)
         self._lane: Final = Lane()
-
-    def prepare(self, request: TaskRequest) -> tuple[int, object]:
-        if not isinstance(request, RerankRequest):
-            raise other_task(request)
-        documents = enumerate(request.documents)
-        rows = tuple(self._texts.pair(request.query, text, f"the query with document {n}") for n, text in documents)
-        return sum(len(row.token_ids) for row in rows), _Pairs(rows)
 
     async def run(
         self, content: object, params: Params, media: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[Step, None]:
-        if not isinstance(content, _Pairs):
+        if not isinstance(content, Rows):
             raise TypeError("content of another runner")
         for start in range(0, len(content.rows), TOGETHER):
             rows = content.rows[start : start + TOGETHER]

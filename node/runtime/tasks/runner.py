@@ -18,7 +18,7 @@ import trio
 from node.errors import ModelError
 from node.ports import Step
 from protocol.messages import Params
-from protocol.tasks import Task, TaskRequest
+from protocol.tasks import Task
 
 T = TypeVar("T")
 
@@ -65,18 +65,11 @@ class Runner(Protocol):
     """Numbers in one vector; 0 when it makes none."""
     memory: Memory
 
-    def prepare(self, request: TaskRequest) -> tuple[int, object]:
-        """Input units, and the content that `run` wants. Any thread. Raises `InputInvalid`."""
-
     def run(self, content: object, params: Params, media: AsyncGenerator[bytes, None]) -> AsyncGenerator[Step, None]:
         """As `TaskBackend.run`."""
 
     def probe(self) -> bytes:
         """Outputs for a fixed input, bit for bit: machines that agree in them compute alike. Runs everything once."""
-
-
-def other_task(request: TaskRequest) -> ModelError:
-    return ModelError(f"this model does not serve {type(request).__name__}")
 
 
 def settings(folder: Path) -> dict[str, Any]:

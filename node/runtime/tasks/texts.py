@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from node.errors import InputInvalid, ModelError
-from node.runtime.engine.models.bert import Row
+from node.runtime.engine.rows import Row
 
 
 class Texts:

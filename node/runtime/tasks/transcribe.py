@@ -22,9 +22,9 @@ from node.runtime.engine import log_mel
 from node.runtime.engine.models.silero import SileroVad
 from node.runtime.engine.models.whisper import Whisper
 from node.runtime.engine.speech import Segmenter
-from node.runtime.tasks.runner import Lane, Memory, other_task
+from node.runtime.tasks.runner import Lane, Memory
 from protocol.messages import FinishReason, Params
-from protocol.tasks import AUDIO_LIMIT, SAMPLE_RATE, Task, TaskRequest, TranscribeRequest, audio_units, shape_of
+from protocol.tasks import AUDIO_LIMIT, SAMPLE_RATE, Task, audio_units
 
 VAD: Final = "vad.safetensors"
 """Voice activity weights in a model folder."""
@@ -48,11 +48,6 @@ class TranscribeRunner:
         caches = 2 * config.decoder_layers * (config.frames + config.positions) * config.width * dtype.itemsize
         self.memory = Memory(weights, config.working_bytes(dtype.itemsize), caches + 4 * 4 * log_mel.WINDOW)
         self._lane: Final = Lane()
-
-    def prepare(self, request: TaskRequest) -> tuple[int, object]:
-        if not isinstance(request, TranscribeRequest):
-            raise other_task(request)
-        return shape_of(request).units or 0, None
 
     async def run(
         self, content: object, params: Params, media: AsyncGenerator[bytes, None]

@@ -18,21 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.errors import InvalidSequence, UnsupportedModel
+from node.runtime.engine.rows import Row
 from node.runtime.engine.tensors import integer, read_config, read_tensors, size_of
 
 TOKEN_BUDGET: Final = 2048
 """Tokens of one batch, padding included."""
 POOLINGS: Final = ("mean", "cls")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One text, or one pair of texts, ready for the encoder."""
-
-    token_ids: Sequence[int]
-    """With the model's special tokens."""
-    type_ids: Sequence[int] = ()
-    """0 for the first text of a pair, 1 for the second; empty means all 0."""
 
 
 @dataclass(frozen=True, slots=True)
