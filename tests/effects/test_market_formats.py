@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from node.client.client import MAX_ANSWERS
-from node.errors import ConfigError, Refused
+from node.errors import ConfigError, NodeError, Refused
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
 from protocol.errors import RefusalReason
 from protocol.messages import ChatMessage, Params, ResponseFormat
 from protocol.sampling import seed_of
 from protocol.selection import Exclusion, Policy
+from protocol.tasks import ChatRequest
 
 HELLO = [{"role": "user", "content": "hello there"}]
 KNOWN = ResponseFormat("regex", "w[0-9]+")
@@ -25,7 +26,7 @@ def test_only_a_worker_that_offers_grammars_is_asked() -> None:
     async def test(market: Market) -> None:
         other, _ = await market.worker(following()), await market.worker()
         client = await market.client()
-        words = (ChatMessage("user", "hello there"),)
+        words = ChatRequest((ChatMessage("user", "hello there"),))
         choice = client.explain("fake", words, Params(response_format=KNOWN), Policy())
         assert [one.offer.peer_id for one in choice.ranked] == [other.key.peer_id]
         assert list(choice.rejected.values()) == [(Exclusion.UNSUPPORTED_PARAM,)]
@@ -68,5 +69,18 @@ def test_several_answers_differ_in_their_seeds_by_rule() -> None:
         for n in (0, MAX_ANSWERS + 1):
             with pytest.raises(ConfigError, match="answers can be asked for"):
                 client.answers("fake", HELLO, n)
+
+    run_market(test)
+
+
+def test_a_batch_job_takes_no_grammar() -> None:
+    """It could fail in the midst of an answer, and the worker's stake answers for the job."""
+
+    async def test(market: Market) -> None:
+        await market.worker(following())
+        client = await market.client()
+        with pytest.raises(NodeError) as caught:
+            await client.post_job("fake", ["one", "two"], max_tokens=8, response_format=KNOWN)
+        assert "response_format: not in batch jobs" in str(caught.value) + str(getattr(caught.value, "reasons", ""))
 
     run_market(test)

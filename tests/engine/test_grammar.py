@@ -154,6 +154,7 @@ def test_known_grammars_do_not_wait_and_few_are_kept(
 
 
 def test_answers_of_one_grammar_do_not_see_each_other(grammars: Grammars) -> None:
+    grammars.start(schema(PERSON))
     one, other = grammars.start(schema(PERSON)), grammars.start(schema(PERSON))
     before = other.mask()
     for token in write(one, 1)[:3]:

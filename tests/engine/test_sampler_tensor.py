@@ -166,6 +166,16 @@ def test_the_token_that_reaches_top_p_exactly_is_the_last() -> None:
     assert survivors_of([0.0] * 4, SamplingParams(top_p=0.5)) == [0, 1]
 
 
+@pytest.mark.parametrize("pick", [pick_rows, on_a_gpu])
+def test_top_p_is_of_what_top_k_leaves(pick: Any) -> None:
+    """1/2, 1/4, 1/4: of the two that are left the first has 2/3."""
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]]).repeat(60, 1)
+    params = [SamplingParams(top_k=2, top_p=0.66, seed=seed) for seed in range(60)]
+    assert {one.token for one in pick(logits, [Draw(one, [0], []) for one in params])} == {0}
+    params = [SamplingParams(top_k=2, top_p=0.67, seed=seed) for seed in range(60)]
+    assert {one.token for one in pick(logits, [Draw(one, [0], []) for one in params])} == {0, 1}
+
+
 FLAT = [((i * 7919) % 64) / 64 for i in range(9000)]
 STEEP = [-((i * 7919) % 9000) / 40 for i in range(9000)]
 

@@ -189,8 +189,8 @@ class PagedCache:
         # On a CPU the pages become real only as tokens fill them.
         self.data = torch.empty(layers, 2, kv_heads, blocks, BLOCK_TOKENS, head_dim, dtype=dtype, device=device)
         self._shape = (kv_heads, blocks, head_dim)
-        self._by_slot = self.data.view(layers, 2, kv_heads, blocks * BLOCK_TOKENS, head_dim)
-        self._by_block = self.data.view(layers, 2, kv_heads, blocks, BLOCK_TOKENS * head_dim)
+        self._by_slot = self.data.view(layers, 2 * kv_heads, blocks * BLOCK_TOKENS, head_dim)
+        self._by_block = self.data.view(layers, 2 * kv_heads, blocks, BLOCK_TOKENS * head_dim)
         self._fused = device.type != "cpu" or dtype == torch.float32
         """Whether torch's fused attention beats two matrix products for chunks (measured: not in bfloat16 on CPUs)."""
 
@@ -199,38 +199,37 @@ class PagedCache:
         if len(plan.begun):
             self.data.index_fill_(3, plan.begun, 0)
 
-    def attend(self, plan: Plan, layer: int, how: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, plan: Plan, layer: int, how: Attention, q: Tensor, kv: Tensor) -> Tensor:
         """Store the pass's keys and values, then attend.
 
-        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]. Returns [tokens, heads * head_dim].
+        q: [tokens, heads, head_dim]; kv: [tokens, 2 * kv_heads, head_dim], keys first. Returns [tokens, heads * head_dim].
         """
         if layer == 0:
             self.begin(plan)
-        self._by_slot[layer, 0].index_copy_(1, plan.slots, k.transpose(0, 1))
-        self._by_slot[layer, 1].index_copy_(1, plan.slots, v.transpose(0, 1))
+        self._by_slot[layer].index_copy_(1, plan.slots, kv.transpose(0, 1))
         parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
         parts += [self._chunk(chunk, layer, how, q[chunk.begin : chunk.end]) for chunk in plan.chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _dense(self, layer: int, part: int, blocks: Tensor, rows: int) -> Tensor:
-        """[kv_heads * rows, whole blocks, head_dim]"""
-        return self._by_block[layer, part].index_select(1, blocks).view(self._shape[0] * rows, -1, self._shape[2])
+    def _dense(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [kv_heads * rows, whole blocks, head_dim]."""
+        both = self._by_block[layer].index_select(1, blocks)
+        keys, values = both.view(2, self._shape[0] * rows, -1, self._shape[2])
+        return keys, values
 
     def _rows(self, group: Group, layer: int, how: Attention, q: Tensor) -> Tensor:
         rows, heads, dim = q.shape
         kv_heads = self._shape[0]
-        keys = self._dense(layer, 0, group.blocks, rows)
-        values = self._dense(layer, 1, group.blocks, rows)
+        keys, values = self._dense(layer, group.blocks, rows)
         # The queries that share a key head become the rows of one small matrix.
-        q = q.view(rows, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads * rows, -1, dim)
+        q = q.reshape(rows, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads * rows, -1, dim)
         out = _products(q, keys, values, group.mask(how.window, q.dtype, kv_heads), how)
         return out.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, heads * dim)
 
     def _chunk(self, chunk: _Chunk, layer: int, how: Attention, q: Tensor) -> Tensor:
         count, heads, dim = q.shape
         kv_heads = self._shape[0]
-        keys = self._dense(layer, 0, chunk.blocks, 1)
-        values = self._dense(layer, 1, chunk.blocks, 1)
+        keys, values = self._dense(layer, chunk.blocks, 1)
         if self._fused and not how.softcap:
             mask = chunk.mask(how.window, q.dtype, 1)
             q = q.transpose(0, 1)[None]
@@ -239,7 +238,7 @@ class PagedCache:
             )
             return out[0].transpose(0, 1).reshape(count, heads * dim)
         sharing = heads // kv_heads
-        q = q.view(count, kv_heads, sharing, dim).permute(1, 2, 0, 3).reshape(kv_heads, sharing * count, dim)
+        q = q.reshape(count, kv_heads, sharing, dim).permute(1, 2, 0, 3).reshape(kv_heads, sharing * count, dim)
         out = _products(q, keys, values, chunk.mask(how.window, q.dtype, sharing)[None], how)
         return out.view(kv_heads, sharing, count, dim).permute(2, 0, 1, 3).reshape(count, heads * dim)
 

@@ -305,6 +305,8 @@ class _Layer:
         attended = self._attend(x, turns, plan, cache)
         if rows is not None:
             hidden, attended = hidden[rows], attended[rows]
+            if not len(rows):  # a prompt in its middle: keys and values were all that was wanted
+                return hidden
         attended = self.output(attended)
         if self.feed_norm is None:
             return hidden + attended + self._feed(x if rows is None else x[rows])
@@ -322,22 +324,19 @@ class _Layer:
         return self.down(self.activation(up))
 
     def _attend(self, x: Tensor, turns: Mapping[Rope, tuple[Tensor, Tensor]], plan: Plan, cache: PagedCache) -> Tensor:
-        config = self.config
-        heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
-        turned, values = heads[:, : config.heads + config.kv_heads], heads[:, config.heads + config.kv_heads :]
+        config, turned = self.config, self.config.heads + self.config.kv_heads
+        heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)  # queries, keys, values
         if self.q_norm is not None and self.k_norm is not None:
-            turned = torch.cat((self.q_norm(turned[:, : config.heads]), self.k_norm(turned[:, config.heads :])), dim=1)
+            heads[:, : config.heads] = self.q_norm(heads[:, : config.heads])
+            heads[:, config.heads : turned] = self.k_norm(heads[:, config.heads : turned])
         if self.rope is not None:
-            turned = _rotate(turned, self.rope.dim, *turns[self.rope])
-        queries, keys = turned[:, : config.heads], turned[:, config.heads :]
-        return cache.attend(plan, self.index, self.how, queries, keys, values)
+            _turn(heads[:, :turned, : self.rope.dim], *turns[self.rope])
+        return cache.attend(plan, self.index, self.how, heads[:, : config.heads], heads[:, config.heads :])
 
 
-def _rotate(x: Tensor, dim: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first `dim` numbers of each head of [tokens, heads, head_dim]; cos and sin are [tokens, 1, dim]."""
-    if dim < x.shape[-1]:
-        return torch.cat((_rotate(x[..., :dim], dim, cos, sin), x[..., dim:]), dim=-1)
-    return torch.addcmul(x * cos, x.roll(dim // 2, dims=-1), sin)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn heads [tokens, heads, dim] in place; cos and sin are [tokens, 1, dim], the sines of the first half negative."""
+    torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, out=x)
 
 
 class _Tiled:
