@@ -183,9 +183,10 @@ def worker_settings(config: Config, chains: Chains) -> WorkerSettings:
 
 def _runtimes(
     config: Config, say: Say, bar: Bar, heard: Callable[[Choice], None]
-) -> tuple[AbstractAsyncContextManager[TorchBackend], AbstractAsyncContextManager[TaskBackend] | None]:
-    """The torch engine on the configured models for chats, and what runs the others, if there are any. Raises `ModelError`."""
-    if config.engine.isolation == "thread":
+) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
+    """The configured back end on the models for chats, and what runs the others, if there are any. Raises `ConfigError`,
+    `ModelError`."""
+    if config.engine.isolation == "thread" or config.engine.backend == "transformers":
         # The engine's thread needs the interpreter between any two kernels; by default the network's may keep it for 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
@@ -224,6 +225,10 @@ def _runtimes(
         device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
     )
     tasks = open_tasks(store, others, task_settings, watch) if others else None
+    if config.engine.backend != "torch":
+        from node.runtime.backends.chosen import open_chosen
+
+        return open_chosen(config, settings, store, chats, say, watch), tasks
     return open_backend(store, chats, settings, watch, heard, say=say), tasks
 
 
@@ -269,7 +274,7 @@ async def open_worker(
     from node.network.host import open_host
 
     choices: list[Choice] = []
-    engine: AbstractAsyncContextManager[TorchBackend] | None = None
+    engine: AbstractAsyncContextManager[Backend] | None = None
     if backend is None:
         engine, tasks = _runtimes(config, say, bar, choices.append)
     async with AsyncExitStack() as stack:
@@ -283,11 +288,16 @@ async def open_worker(
         )
         models = None
         if engine is not None:
-            backend = models = await stack.enter_async_context(engine)
+            from node.runtime.backend import TorchBackend
+
+            backend = await stack.enter_async_context(engine)
+            models = backend if isinstance(backend, TorchBackend) else None
         for choice in choices:
             say(f"models run on {choice.device.label}: {choice.why}")
         tested = models.speeds if models else await self_test(backend)
-        claims = benched(config, hot.address, backend.models, choices[0].device, say) if choices else {}
+        # A benchmark is one of the fast mode.
+        fast = choices and not config.engine.exact
+        claims = benched(config, hot.address, backend.models, choices[0].device, say) if fast else {}
         speeds = ChainMap(claims, tested)
         runtime = await stack.enter_async_context(tasks) if tasks is not None else None
         if runtime is not None:

@@ -462,6 +462,13 @@ class ClientConfig:
 class EngineConfig:
     """The model runtime."""
 
+    backend: str = setting(
+        "torch",
+        "What runs the models: our own engine on `torch`; an `openai`-compatible server that runs already (`[openai]`); the slow "
+        "fallback `transformers`, for architectures that our engine lacks; or our engine on a cluster of `ray` (`[ray]`).",
+        check=one_of("torch", "openai", "transformers", "ray"),
+        values="torch, openai, transformers, ray",
+    )
     device: str = setting(
         "auto",
         "Where models run. `auto` takes the best that is there, in this order: cuda, rocm, xpu, mps, cpu; `start` says which "
@@ -543,6 +550,77 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenAIConfig:
+    """A model server that the operator runs, for `engine.backend = "openai"`: vLLM, SGLang, llama.cpp and their like."""
+
+    url: str = setting(
+        "http://127.0.0.1:8000",
+        "Its address, without `/v1`.",
+        check=web_address,
+        values="an http or https address",
+    )
+    served: tuple[str, ...] = setting(
+        (),
+        "What it calls the models of `worker.models`, in that order. Empty: by the same names, or the only one that it has.",
+    )
+    kind: str = setting(
+        "auto",
+        "Which server it is, and so which parameters it honours. `auto` believes what it says of itself.",
+        check=one_of("auto", "vllm", "sglang", "llamacpp", "other"),
+        values="auto, vllm, sglang, llamacpp, other",
+    )
+    dtype: str = setting(
+        "",
+        "What it computes in, quantisation included, for instance `bfloat16`, `fp8` or `q4_1`. It does not tell, and clients "
+        "must know what they buy: you declare it, and you answer for it.",
+        check=matching(r"[a-z0-9_.+-]{1,16}", "at most 16 lower-case letters, digits and `_.+-`"),
+        values="at most 16 lower-case letters, digits and `_.+-`",
+    )
+    context_length: int = setting(
+        0, "Most tokens of prompt and answer together. 0: what the server tells.", unit="tokens", low=0, high=1 << 24
+    )
+    api_key_file: Path | None = setting(None, "File whose first line goes out as bearer token.")
+    connect_ms: int = setting(5_000, "How long it may take until a connection stands.", unit="ms", low=10, high=600_000)
+    first_token_ms: int = setting(
+        120_000, "How long it may take from a request to its first token.", unit="ms", low=10, high=3_600_000
+    )
+    stall_ms: int = setting(30_000, "How long it may take from one token to the next.", unit="ms", low=10, high=600_000)
+    retries: int = setting(2, "How often a request that has brought no token is made again.", low=0, high=10)
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """Replicas of our engine over a Ray cluster, for `engine.backend = "ray"`. The cluster must be your own: its nodes run
+    whatever they are sent."""
+
+    address: str = setting(
+        "",
+        "Of a cluster that runs already, `HOST:PORT` or `auto`. Empty: one on this machine alone, that starts and stops with the "
+        "node.",
+        check=matching(r"auto|[A-Za-z0-9.\[\]:-]{1,253}:\d{1,5}", "HOST:PORT or auto"),
+        values="HOST:PORT or auto",
+    )
+    replicas_min: int = setting(1, "Replicas there are at least.", low=1, high=1024)
+    replicas_max: int = setting(1, "Replicas there are at most.", low=1, high=1024)
+    streams: int = setting(4, "Streams of one replica at a time.", low=1, high=1024)
+    cpus: int = setting(1, "CPUs that are set aside for a replica.", low=0, high=1024)
+    gpus: int = setting(0, "GPUs that are set aside for a replica.", low=0, high=16)
+    up_ms: int = setting(
+        2_000, "How long streams must have waited before one more replica starts.", unit="ms", low=0, high=3_600_000
+    )
+    down_ms: int = setting(
+        120_000, "How long a replica must have been too many before it leaves.", unit="ms", low=0, high=86_400_000
+    )
+    health_ms: int = setting(
+        10_000,
+        "A replica that has not answered for so long is lost; its streams go on at another.",
+        unit="ms",
+        low=500,
+        high=600_000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelsConfig:
     """The model store."""
 
@@ -612,6 +690,8 @@ class Config:
     client: ClientConfig = field(default_factory=ClientConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

