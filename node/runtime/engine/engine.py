@@ -116,6 +116,8 @@ class Engine:
         self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
         self._home = sampler.home(self._device)
         self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
+        self._clock = time.thread_time if self._device.type == "cpu" else time.perf_counter
+        """What a step costs, undisturbed by other processes where that can be told."""
         self._draft: DraftModel | None = None
         if draft_dir is not None:
             self._draft = DraftModel(
@@ -225,13 +227,14 @@ class Engine:
         work = self._scheduler.plan(hold)
         if not work:
             return []
-        planned = time.perf_counter()
+        planned, effort = time.perf_counter(), self._clock()
         logits = self._forward(work)
         computed = time.perf_counter()
         prompts = sum(item.span.count for item in work if item.prompt)
         outputs = self._draw(work, logits)
         self._stats.schedule_seconds, self._stats.sample_seconds = planned - begun, time.perf_counter() - computed
-        self._account(work, prompts, computed - planned)
+        self._stats.forward_seconds = computed - planned
+        self._account(work, prompts, self._clock() - effort)  # a GPU has computed only now
         return outputs
 
     def _guess(self, hold: Container[Hashable]) -> None:
@@ -293,18 +296,17 @@ class Engine:
                 self.abort(one.sequence.id)
         return outputs
 
-    def _account(self, work: list[Work], prompts: int, forward: float) -> None:
+    def _account(self, work: list[Work], prompts: int, effort: float) -> None:
         stats = self._stats
         stats.steps += 1
-        stats.forward_seconds = forward
         stats.step_tokens = sum(item.span.count for item in work)
         stats.prompt_tokens += prompts
         # What a prompt's token costs beside running answers decides how many of them a step may hold.
         if not prompts:
-            self._answer_seconds = _blend(self._answer_seconds, forward)
+            self._answer_seconds = _blend(self._answer_seconds, effort)
         elif prompts >= BLOCK_TOKENS:
             alone = self._answer_seconds if stats.step_tokens > prompts else 0.0
-            self._token_seconds = _blend(self._token_seconds, max(forward - alone, forward / 8) / prompts)
+            self._token_seconds = _blend(self._token_seconds, max(effort - alone, effort / 8) / prompts)
         if self._token_seconds and self._answer_seconds:
             tokens = STRETCH * self._answer_seconds / self._token_seconds
             whole = max(int(tokens) // BLOCK_TOKENS, 1) * BLOCK_TOKENS
