@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -149,7 +150,7 @@ class Cluster:
         self._lives, self._told, self._rooms = list(lives), list(told), rooms
         self.placed: list[Near] = []
 
-    def place(self, wanted: Placement) -> Near:
+    def place(self, wanted: Placement, given_up: threading.Event) -> Near:
         if len(self.placed) >= self._rooms:
             raise NoAnswer("the cluster has no room")
         life = self._lives.pop(0) if self._lives else 1 << 30
