@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from node.config import Config, load
 from node.errors import ConfigError, ModelError
 from node.groups import plain_errors
 from node.models.store import ModelStore
+from node.runtime.backend import EngineSettings
+from node.runtime.backends import ray_backend
 from node.runtime.backends.chosen import open_chosen
 from node.testing.openai_server import Script, open_scripted
 from node.testing.tiny_model import add_tiny
 from node.worker.worker import self_test
+
+ENGINE = EngineSettings(
+    dtype="int8", exact=True, isolation="process", lazy=True, max_streams=3, trace=Path("trace.json")
+)
 
 
 @pytest.fixture
@@ -34,7 +41,8 @@ def config(tmp_path: Path) -> Callable[..., Config]:
 
 def opened(config: Config, store: ModelStore) -> Any:
     said: list[str] = []
-    return open_chosen(config, store, store.list(), said.append, lambda _: nullcontext(lambda _: None))
+    watch = lambda _: nullcontext(lambda _: None)  # noqa: E731
+    return open_chosen(config, ENGINE, store, store.list(), said.append, watch)
 
 
 def test_each_name_opens_its_back_end(tmp_path: Path, config: Callable[..., Config]) -> None:
@@ -81,6 +89,24 @@ def test_a_key_that_is_none_is_said(tmp_path: Path, config: Callable[..., Config
 def test_bounds_that_cross_are_said(tmp_path: Path, config: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"above ray\.replicas_max"):
         opened(config(engine__backend="ray", ray__replicas_min=3), ModelStore(tmp_path))
+
+
+def test_what_is_our_engines_is_not_promised_of_others(tmp_path: Path, config: Callable[..., Config]) -> None:
+    for other in ("openai", "transformers"):
+        with pytest.raises(ConfigError, match="a mode of our own engine"):
+            opened(config(engine__backend=other, engine__exact="true"), ModelStore(tmp_path))
+    for dtype in ("int8", "int4"):
+        with pytest.raises(ConfigError, match=f"does not run {dtype}"):
+            opened(config(engine__backend="transformers", engine__dtype=dtype), ModelStore(tmp_path))
+
+
+def test_a_replica_is_our_engine_as_it_would_be_here(
+    tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(ray_backend, "open_ray", lambda store, models, settings, say: seen.append(settings.engine))
+    opened(config(engine__backend="ray", engine__exact="true", ray__streams=7), ModelStore(tmp_path))
+    assert seen == [replace(ENGINE, max_streams=7, lazy=False, trace=None)]
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, config: Callable[..., Config]) -> None:
