@@ -18,9 +18,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import torch
-from torch import Tensor
-
 from node import nesting
 from node.errors import ModelError, PromptInvalid
 from node.models.child import Child
@@ -29,6 +26,7 @@ from protocol.messages import ResponseFormat
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from torch import Tensor
 
 COMPILE_SECONDS: Final = 1.0
 MAX_DEPTH: Final = 50
@@ -51,6 +49,8 @@ class GrammarConstraint:
 
     def mask(self) -> Tensor:
         """Which tokens may follow."""
+        import torch  # in the engine's process; the node compiles grammars too, and needs no torch for that
+
         if not self.failure:
             allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
             if not self._failed():

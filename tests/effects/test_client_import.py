@@ -38,3 +38,8 @@ def test_connecting_loads_no_torch_and_no_worker() -> None:
     """The modules that `connect` uses at run time, libp2p host and chain included."""
     more = "import node.client.connect, node.client.sync, node.network.host, node.chain.client"
     assert {"torch", "transformers", "web3", "node.worker", "node.runtime"}.isdisjoint(loaded(more))
+
+
+def test_a_worker_loads_torch_in_its_engines_processes_only() -> None:
+    """The node's process holds keys and a network; what computes is behind a wall."""
+    assert "torch" not in loaded("import node.app, node.runtime.backend, node.runtime.fleet, node.runtime.grammar")

@@ -6,9 +6,10 @@ again anywhere by feeding it the tokens that were delivered.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Constraint(Protocol):
