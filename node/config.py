@@ -585,7 +585,9 @@ class OpenAIConfig:
         120_000, "How long it may take from a request to its first token.", unit="ms", low=10, high=3_600_000
     )
     stall_ms: int = setting(30_000, "How long it may take from one token to the next.", unit="ms", low=10, high=600_000)
-    retries: int = setting(2, "How often a request that has brought no token is made again.", low=0, high=10)
+    retries: int = setting(
+        2, "How often a request that has brought no token is made again.", unit="times", low=0, high=10
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,11 +602,11 @@ class RayConfig:
         check=matching(r"auto|[A-Za-z0-9.\[\]:-]{1,253}:\d{1,5}", "HOST:PORT or auto"),
         values="HOST:PORT or auto",
     )
-    replicas_min: int = setting(1, "Replicas there are at least.", low=1, high=1024)
-    replicas_max: int = setting(1, "Replicas there are at most.", low=1, high=1024)
-    streams: int = setting(4, "Streams of one replica at a time.", low=1, high=1024)
-    cpus: int = setting(1, "CPUs that are set aside for a replica.", low=0, high=1024)
-    gpus: int = setting(0, "GPUs that are set aside for a replica.", low=0, high=16)
+    replicas_min: int = setting(1, "How many there are at least.", unit="replicas", low=1, high=1024)
+    replicas_max: int = setting(1, "How many there are at most.", unit="replicas", low=1, high=1024)
+    streams: int = setting(4, "Of one replica at a time.", unit="streams", low=1, high=1024)
+    cpus: int = setting(1, "Set aside for a replica.", unit="CPUs", low=0, high=1024)
+    gpus: int = setting(0, "Set aside for a replica.", unit="GPUs", low=0, high=16)
     up_ms: int = setting(
         2_000, "How long streams must have waited before one more replica starts.", unit="ms", low=0, high=3_600_000
     )

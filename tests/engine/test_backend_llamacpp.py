@@ -29,12 +29,12 @@ PARTY = "Repeat this line three times: 🎉 naïve café 東京 🎉🎈"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    gguf = installed(KNOWN[NAME])
+    files = installed(KNOWN[NAME].packages[0])
     if not PYTHON.exists():
         pytest.skip("llama.cpp's server is not set up (scripts/setup-peers llamacpp)")
-    if gguf is None:
+    if files is None:
         pytest.skip(f"the model package {KNOWN[NAME].requirement} is not installed")
-    command = [PYTHON, ROOT / "scripts" / "peers" / "llamacpp_server.py", gguf]
+    command = [PYTHON, ROOT / "scripts" / "peers" / "llamacpp_server.py", *files.values()]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as peer:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -149,7 +150,7 @@ class Cluster:
         self._lives, self._told, self._rooms = list(lives), list(told), rooms
         self.placed: list[Near] = []
 
-    def place(self, wanted: Placement) -> Near:
+    def place(self, wanted: Placement, given_up: threading.Event) -> Near:
         if len(self.placed) >= self._rooms:
             raise NoAnswer("the cluster has no room")
         life = self._lives.pop(0) if self._lives else 1 << 30
@@ -171,7 +172,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def head(stored: Stored, cluster: Cluster, test: Callable[[RayBackend], Awaitable[None]], **options: Any) -> None:
-    values: dict[str, Any] = {"engine": EngineSettings(max_streams=2), "health_s": 5.0, "coalesce_ms": 1, **options}
+    values: dict[str, Any] = {
+        "engine": EngineSettings(isolation="thread", max_streams=2),
+        "health_s": 5.0,
+        "coalesce_ms": 1,
+        **options,
+    }
 
     async def main() -> None:
         with trio.fail_after(120):
@@ -201,7 +207,7 @@ async def run(backend: Any, asked: tuple[Prompt, Params]) -> tuple[list[int], st
 
 def directly(stored: Stored, asked: tuple[Prompt, Params]) -> tuple[list[int], str, FinishReason | None]:
     async def main() -> tuple[list[int], str, FinishReason | None]:
-        async with open_backend(stored.store, [stored.manifest], EngineSettings()) as backend:
+        async with open_backend(stored.store, [stored.manifest], EngineSettings(isolation="thread")) as backend:
             return await run(backend, asked)
 
     return trio.run(main)
@@ -253,7 +259,7 @@ def test_what_has_no_memory_waits_for_it_and_what_has_no_place_for_a_place(store
         assert found == [wanted] * 5 and backend.free_slots == 2
         assert not backend.could_fit(stored.manifest.id, 1000)
 
-    head(stored, Cluster(), test, engine=EngineSettings(max_streams=2, cache_bytes=300 * per_token))
+    head(stored, Cluster(), test, engine=EngineSettings(isolation="thread", max_streams=2, cache_bytes=300 * per_token))
 
 
 def test_a_grammar_is_followed_also_where_a_stream_moves(stored: Stored) -> None:

@@ -107,7 +107,7 @@ def test_it_draws_as_our_own_engine_does_and_goes_on_from_any_token(tmp_path: Pa
     ours: list[int] = []
 
     async def own() -> None:
-        async with open_backend(store, [manifest], EngineSettings()) as backend:
+        async with open_backend(store, [manifest], EngineSettings(isolation="thread")) as backend:
             ours.extend(await ids_of(backend, prompt, params))
 
     trio.run(own)

@@ -209,15 +209,17 @@ async def open_replicas(
         pool = RayPool(settings, str(store.root), [str(manifest.id) for manifest in models], nursery, start)
         nursery.start_soon(pool.supervise)
         say(f"Ray: starting {settings.scale.least} replicas")
-        with trio.move_on_after(settings.load_s):
-            while not pool.members and not pool.failure:
-                await trio.sleep(0.05)
-        if not pool.members:
-            raise ModelError(pool.failure or f"no replica was ready after {settings.load_s:g} s")
         try:
+            with trio.move_on_after(settings.load_s):
+                while not pool.members and not pool.failure:
+                    await trio.sleep(0.05)
+            if not pool.members:
+                raise ModelError(pool.failure or f"no replica was ready after {settings.load_s:g} s")
             yield RayBackend(pool, tokenizers)
         finally:
             nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await pool.close()
 
 
 @asynccontextmanager

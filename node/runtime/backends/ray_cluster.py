@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -107,17 +109,19 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def place(wanted: Placement) -> Placed:
-    """Set room aside and start a replica there. Raises `NoAnswer` without room in time, else what Ray raises."""
+def place(wanted: Placement, given_up: threading.Event) -> Placed:
+    """Set room aside and start a replica there. Raises `NoAnswer` without room in time or given up, else what Ray raises."""
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = {"CPU": wanted.cpus} | ({"GPU": wanted.gpus} if wanted.gpus else {})
     group, handle = placement_group([bundle], strategy="STRICT_PACK"), None
+    deadline = time.monotonic() + wanted.load_s
     try:
-        if not group.wait(timeout_seconds=wanted.load_s):
-            raise NoAnswer(f"the cluster has no room for {bundle}")
+        while not group.wait(timeout_seconds=1):
+            if given_up.is_set() or time.monotonic() > deadline:
+                raise NoAnswer(f"the cluster has no room for {bundle}")
         made = ray.remote(Replica).options(
             num_cpus=wanted.cpus,
             num_gpus=wanted.gpus,
@@ -126,7 +130,11 @@ def place(wanted: Placement) -> Placed:
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
         )
         handle = made.remote(wanted.models_dir, list(wanted.models), dict(wanted.engine), wanted.coalesce_ms)
-        _get(handle.ping.remote(), wanted.load_s)
+        ready = handle.ping.remote()
+        while not ray.wait([ready], timeout=1)[0]:
+            if given_up.is_set() or time.monotonic() > deadline:
+                raise NoAnswer(f"it was not ready within {wanted.load_s:g} s")
+        _get(ready, 1)
     except BaseException:
         _drop(handle, group)
         raise

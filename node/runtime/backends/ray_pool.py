@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -29,9 +30,10 @@ log = logging.getLogger(__name__)
 THREADS: Final = 1024
 """Calls to the cluster that may wait at a time."""
 TICK_S: Final = 0.25
+CLOSE_S: Final = 20.0
 
-Place = Callable[[Placement], Placed]
-"""Starts a replica and waits until it is ready. Blocks."""
+Place = Callable[[Placement, threading.Event], Placed]
+"""Starts a replica and waits until it is ready, or the event is set. Blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class RayPool:
             concurrency=2 * self.slots + 8,
             load_s=settings.load_s,
         )
+        self._given_up = threading.Event()
         self._starting = 0
         self._pause_s = TICK_S
         """After a start that failed; twice as long after the next."""
@@ -129,6 +132,17 @@ class RayPool:
         member.active -= 1
         self._waiting.unpark()
 
+    async def close(self) -> None:
+        """End all replicas, and wait for the calls that are still with the cluster: one that came after the cluster's end would
+        have Ray end this process."""
+        self._given_up.set()
+        for member in self.members:
+            member.lost = True
+            await trio.to_thread.run_sync(member.placed.drop, limiter=self.limiter)
+        with trio.move_on_after(CLOSE_S):
+            while self.limiter.borrowed_tokens:
+                await trio.sleep(0.02)
+
     async def supervise(self) -> None:
         """For ever: replicas that answer are kept, others replaced, more or fewer as the queue asks."""
         while True:
@@ -158,7 +172,7 @@ class RayPool:
         """Place a replica, load it, compare it with the others, take it into service."""
         placed = None
         try:
-            placed = await self._wait(self._place, self._wanted)
+            placed = await self._wait(self._place, self._wanted, self._given_up)
             self._agree(await self._wait(placed.describe, self._settings.health_s))
         except Exception as error:  # Ray's, the replica's, or ours: one replica fewer, and the next tick tries again
             self.failure = f"a replica cannot start: {first_line(error)}"
