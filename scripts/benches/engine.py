@@ -107,8 +107,11 @@ class Running:
         return answer
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self.process.communicate('{"do": "exit"}\n', timeout=30)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.communicate()
         self.log.close()
 
 
