@@ -264,9 +264,10 @@ def _model(peers: Path) -> tuple[Path, Path]:
     from node.models.store import ModelStore
 
     store = ModelStore(Path(os.environ.get("GRISTMILL_TEST_MODELS") or peers / "models"))
-    gguf = installed(KNOWN[MODEL])
-    if gguf is None:
+    files = installed(KNOWN[MODEL].packages[0])
+    if files is None:
         raise SystemExit(f"error: {KNOWN[MODEL].requirement} is not installed\n\nhint: scripts/setup --dev")
+    gguf = next(path for name, path in files.items() if name.endswith(".gguf"))
     return store.path(add_known(store, MODEL).id), gguf
 
 
