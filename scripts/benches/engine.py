@@ -119,6 +119,7 @@ def run(args: Any = None) -> dict[str, Any]:
     """Measure. `args.runs`: rounds, 3 by default; `args.only`: names of contenders, comma separated; `args.compiled`: vLLM
     compiled as well, which takes a minute to start; `args.peers_dir` and `args.install_peers`."""
     rounds = getattr(args, "runs", None) or 3
+    load = os.getloadavg()[0]
     peers = Path(getattr(args, "peers_dir", None) or ROOT / "build" / "peers").resolve()
     peers.mkdir(parents=True, exist_ok=True)
     only = set(filter(None, (getattr(args, "only", None) or "").split(",")))
@@ -155,7 +156,8 @@ def run(args: Any = None) -> dict[str, Any]:
             "threads": THREADS,
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
-            "load": os.getloadavg()[0],
+            "load": load,
+            "load_after": os.getloadavg()[0],
         },
     }
 
