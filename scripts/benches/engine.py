@@ -107,8 +107,11 @@ class Running:
         return answer
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self.process.communicate('{"do": "exit"}\n', timeout=30)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.communicate()
         self.log.close()
 
 
@@ -116,6 +119,7 @@ def run(args: Any = None) -> dict[str, Any]:
     """Measure. `args.runs`: rounds, 3 by default; `args.only`: names of contenders, comma separated; `args.compiled`: vLLM
     compiled as well, which takes a minute to start; `args.peers_dir` and `args.install_peers`."""
     rounds = getattr(args, "runs", None) or 3
+    load = os.getloadavg()[0]
     peers = Path(getattr(args, "peers_dir", None) or ROOT / "build" / "peers").resolve()
     peers.mkdir(parents=True, exist_ok=True)
     only = set(filter(None, (getattr(args, "only", None) or "").split(",")))
@@ -152,7 +156,8 @@ def run(args: Any = None) -> dict[str, Any]:
             "threads": THREADS,
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
-            "load": os.getloadavg()[0],
+            "load": load,
+            "load_after": os.getloadavg()[0],
         },
     }
 
@@ -261,9 +266,10 @@ def _model(peers: Path) -> tuple[Path, Path]:
     from node.models.store import ModelStore
 
     store = ModelStore(Path(os.environ.get("GRISTMILL_TEST_MODELS") or peers / "models"))
-    gguf = installed(KNOWN[MODEL])
-    if gguf is None:
+    files = installed(KNOWN[MODEL].packages[0])
+    if files is None:
         raise SystemExit(f"error: {KNOWN[MODEL].requirement} is not installed\n\nhint: scripts/setup --dev")
+    gguf = next(path for name, path in files.items() if name.endswith(".gguf"))
     return store.path(add_known(store, MODEL).id), gguf
 
 

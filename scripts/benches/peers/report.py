@@ -64,7 +64,7 @@ def plot(result: dict[str, Any], ours: dict[str, str], streams: Sequence[int], p
 
     lines = {name: [result["figures"].get(f"{form}_c{n}") for n in streams] for name, form in ours.items()}
     lines |= {name: [peer[f"c{n}"] for n in streams] for name, peer in result["peers"].items()}
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(9, 5))
     for name, values in lines.items():
         if None not in values:
             look = {"linewidth": 2.5, "ls": "-"} if name in ours else {"linewidth": 1, "ls": "--"}
@@ -74,6 +74,6 @@ def plot(result: dict[str, Any], ours: dict[str, str], streams: Sequence[int], p
     axes.set_xlabel("streams at once")
     axes.set_ylabel("new tokens per CPU second, prefill included")
     axes.set_title(f"SmolLM2-135M-Instruct, one thread, {result['conditions']['cpu']}, {result['conditions']['date']}")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
