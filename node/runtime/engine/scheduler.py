@@ -26,9 +26,9 @@ from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import Span
 from node.runtime.engine.sequence import Sequence
 
-STRETCH = 1.5
+STRETCH = 0.8
 """A prompt beside running streams may make their step longer by this share of it."""
-WAIT_WEIGHT = 4
+WAIT_WEIGHT = 8
 """One who waits for a first token counts as much as so many who wait for their next one."""
 
 
