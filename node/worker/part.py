@@ -191,6 +191,8 @@ class ServedPart:
         deadline = trio.current_time() + max(0, self.ask.deadline - server.now_ms()) / 1000
         while self.finish is None:
             await self.intake.tell()
+            if self.finish is not None:  # told while we sent: nobody tells it again
+                break
             over = trio.current_time() >= deadline or server.book.channels[self.channel_id].leaving
             if over or server.blind(self.channel_id):
                 self.end(FinishReason.CANCELLED)  # nobody wants more of it, or nobody may be able to pay for it
@@ -207,6 +209,8 @@ class ServedPart:
             if wait > 0:
                 await trio.sleep(wait)
             await self.intake.tell()
+            if self.finish is not None:
+                break
             batch = self._affordable()
             if batch:
                 await self._send(batch)

@@ -13,6 +13,7 @@ from node.errors import VerificationFailed, WorkerFault
 from node.testing.cheaters import TASK_CHEATS, Hand, Talk, corrupt
 from node.testing.fake_tasks import SECOND, FakeTasks, FakeTaskSettings, fake_model
 from node.testing.market import Market, run_market
+from node.worker.intake import Intake
 from protocol.channel import Role
 from protocol.errors import WireCode
 from protocol.messages import Abort, Accept, Chunk, Input
@@ -241,6 +242,18 @@ def test_input_that_may_not_be_ends_the_job_and_nothing_else(name: str) -> None:
         assert worker.network.stats.handler_errors == 0
 
     run_market(test)
+
+
+def test_a_fault_that_comes_while_something_else_is_sent_ends_the_job_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """News of an end that nobody waits for yet must not be waited for afterwards."""
+    real = Intake.tell
+
+    async def slow(intake: Intake) -> None:
+        await real(intake)
+        await trio.sleep(0.1)
+
+    monkeypatch.setattr(Intake, "tell", slow)
+    test_input_that_may_not_be_ends_the_job_and_nothing_else("paid with less")
 
 
 def test_what_does_not_decode_is_the_clients_fault_and_is_charged() -> None:
