@@ -125,7 +125,13 @@ class ProcessLauncher:
     @asynccontextmanager
     async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Child]:
         env = environment(
-            SEEN, PYTHONPATH=_tree(), OMP_WAIT_POLICY="PASSIVE", USER="engine", LOGNAME="engine", HOME="/tmp"
+            SEEN,
+            PYTHONPATH=_tree(),
+            OMP_WAIT_POLICY="PASSIVE",
+            THP_MEM_ALLOC_ENABLE="1",
+            USER="engine",
+            LOGNAME="engine",
+            HOME="/tmp",
         )
         try:
             # Not trio's: it starts processes from threads that end when they are idle, and the child with them, which is to die

@@ -12,6 +12,7 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import node.runtime  # before torch  # noqa: F401
 from node.models.manifest import Manifest
 from node.models.store import ModelStore
 

@@ -7,9 +7,12 @@ most of the machine's memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
 
 import talk
 import torch
