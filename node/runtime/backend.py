@@ -124,9 +124,11 @@ class TorchBackend:
         wanted = None if isinstance(params.response_format, UnsetType) else params.response_format
         if wanted is not None:  # the engine takes only what was found good here, in time and memory
             await trio.to_thread.run_sync(self.check_format, prompt.model, wanted, tuple(resume))
-        host = one.engine()
-        detokenizer = self.tokenizer(prompt.model).detokenizer(resume)
-        stops = StopStrings(params.stop)
+        host, tokenizer = one.engine(), self.tokenizer(prompt.model)
+        detokenizer, stops = tokenizer.detokenizer(resume), StopStrings(params.stop, tokenizer, resume)
+        if stops.hit:
+            yield Step((), "", FinishReason.STOP_STRING)
+            return
         async with aclosing(host.generate(sequence, wanted)) as batches:
             async for outputs in batches:
                 ids: list[int] = []

@@ -123,7 +123,7 @@ def _turn(line: Line, stepper: Stepper, constraints: Constraints) -> None:
         changed |= _obey(line, stepper, constraints, message)
     if stepper.blocked:
         if changed:
-            line.send(wire.Stepped((), stepper.room, stepper.submits))
+            line.send(wire.Stepped((), stepper.room, stepper.submits, stats=_stats(stepper.engine)))
         return
     began = time.perf_counter()
     outputs = stepper.step()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,13 +144,37 @@ class Fleet:
             elif one.ready or (one.host is not None and one.host.facts is not None):
                 return  # it runs, or is started again
             else:
-                async with self._changing:
-                    if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
-                        raise ModelError(one.trouble or f"{one.manifest.name} is not in service")
-                    if one.phase is Phase.COLD:
-                        with suppress(NoRoom):
-                            await self._bring_in(one)
+                await self._change(lambda: self._wake(one))
                 await trio.sleep(0 if one.ready else _LOOK_S)
+
+    async def _wake(self, one: Resident) -> None:
+        async with self._changing:
+            if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
+                raise ModelError(one.trouble or f"{one.manifest.name} is not in service")
+            if one.phase is Phase.COLD:
+                with suppress(NoRoom):
+                    await self._bring_in(one)
+
+    async def _change(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Wait for a change that goes on when who asked for it leaves: a client that hangs up must not leave a model half
+        loaded, and another half put out. Raises what it raises, which nobody hears when nobody waits."""
+        over, failure = trio.Event(), list[Exception]()
+
+        async def run() -> None:
+            try:
+                await change()
+            except Exception as error:
+                failure.append(error)
+            except trio.Cancelled:
+                failure.append(ModelError("the model runtime is stopping"))
+                raise
+            finally:
+                over.set()
+
+        self._nursery.start_soon(run)
+        await over.wait()
+        if failure:
+            raise failure[0]
 
     async def unload(self, model: ModelId) -> None:
         """Let a model's streams end, then free its memory."""

@@ -224,7 +224,7 @@ class EngineHost:
                 self.stage = "starting"
                 try:
                     await self._live(task_status)
-                except EngineLost as lost:
+                except (EngineLost, ModelError) as lost:  # a `ModelError`: there was not even a process
                     reason, worked = one_line(str(lost))[:500], self.ready and bool(self._heard_of or self._sent)
                     self._bury(reason)
                 if worked:
@@ -243,6 +243,7 @@ class EngineHost:
         finally:
             self.stopped = True
             self.ready = False
+            self.metrics.stats = lambda: None
             self._end_all("the model runtime is stopping")
 
     async def _live(self, task_status: trio.TaskStatus[None]) -> NoReturn:
@@ -360,10 +361,12 @@ class EngineHost:
                     if taken.number in self._streams and not taken.timing.taken:
                         taken.timing.take(now)
                 self._acknowledged, self._room = message.submits, message.room
+                if (stats := message.stats) is not None:
+                    self.metrics.stats = lambda: stats
                 if message.seconds:
                     began, self._step_ended = max(now - message.seconds, self._step_ended), now
                     for observer in self._observers:
-                        observer.stepped(message.stats, began, now)
+                        observer.stepped(stats, began, now)
                 fresh: dict[_Stream, list[StepOutput]] = {}
                 for output in message.outputs:
                     stream = self._streams.get(output.number)
@@ -481,6 +484,7 @@ class EngineHost:
     def _bury(self, reason: str) -> None:
         """Take stock after a death: who waits for the next engine, and who was there once too often."""
         self.ready = False
+        self.metrics.stats = lambda: None
         self._room = 0
         self._unheard.clear()
         self.deaths += 1

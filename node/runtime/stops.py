@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from node.models.tokenizer import Tokenizer
 
 
 class StopStrings:
     """Feed text, get back what may be shown. After a hit `hit` is true and nothing more comes."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], tokenizer: Tokenizer | None = None, resume: Sequence[int] = ()) -> None:
+        """`resume`: tokens of the stream that were delivered before. Of their text what may become a stop string was held back
+        there, and is held here; with a whole one in it `hit` is true from the start."""
         self._stops = tuple(stops)
         self._held = ""
         self.hit = False
+        if self._stops and tokenizer is not None:
+            self.push(tokenizer.detokenizer().push(resume))
 
     def push(self, text: str) -> str:
         """Text that is certain not to belong to a stop string; the output ends before the earliest one."""

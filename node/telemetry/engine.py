@@ -164,7 +164,7 @@ class EngineMetrics:
         self._histograms = {family: Histogram(family.buckets) for family in families}
         self._outcomes = dict.fromkeys(OUTCOMES, 0)
         self.stats: Callable[[], EngineStats | None] = lambda: None
-        """Set once the engine is there."""
+        """What the engine counts; nothing while there is none."""
         self._first, self._next = self._histograms[TTFT], self._histograms[ITL]
 
     def begin(self, *, arrived: float, prompt_tokens: int, max_tokens: int) -> RequestTiming:

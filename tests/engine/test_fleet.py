@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.fleet import EngineSettings, Fleet
 from node.runtime.footprint import measure
 from node.runtime.host import Limits
-from node.runtime.launch import ProcessLauncher, ThreadLauncher
+from node.runtime.launch import Child, ProcessLauncher, ThreadLauncher
 from node.runtime.life import Phase
 from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
@@ -189,6 +190,26 @@ def test_a_cold_model_that_is_sold_is_loaded_when_a_job_wants_it(models: Models)
     trio.run(main)
 
 
+def test_a_job_that_leaves_a_cold_model_leaves_no_model_half_loaded(models: Models) -> None:
+    """Or any client could take both off the market: the one that comes in, and the one that is put out for it."""
+    budget = max(models.bytes_of(n) for n in range(3))
+
+    async def main() -> None:
+        async with opened(models, 0, 1, memory_budget=budget, lazy=True) as backend:
+            cold, warm = (backend.fleet.residents[models.manifests[n].id] for n in (0, 1))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(text, stream(backend, models, 0, 5))
+                while cold.phase is not Phase.LOADING or warm.phase is not Phase.DRAINING:
+                    await trio.sleep(0)
+                nursery.cancel_scope.cancel()
+            while not cold.ready:
+                await cold.changed.wait()
+            assert phases(backend, models)[:2] == [Phase.READY, Phase.COLD]
+            assert await text(stream(backend, models, 1, 5))
+
+    trio.run(main)
+
+
 def test_jobs_that_want_more_models_than_fit_all_end_well(models: Models) -> None:
     """Three models, room for one, nine jobs at once: each waits for the others' streams and none is cut."""
     budget = max(models.bytes_of(n) for n in range(3))
@@ -324,6 +345,56 @@ def test_an_engine_that_dies_is_not_noticed_by_other_models(models: Models) -> N
             assert other.host is not None and other.host.deaths == 0
             while len(backend.models) < 2:  # tested again, sold again
                 await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+class NoProcess(ThreadLauncher):
+    """Starts nothing while `full`."""
+
+    full = False
+
+    @asynccontextmanager
+    async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Child]:
+        if self.full:
+            theirs.close()
+            raise ModelError("the engine's process cannot be started: no memory")
+        async with super().start(theirs, folder) as child:
+            yield child
+
+
+def test_an_engine_for_which_there_is_no_process_ends_no_other_model(models: Models) -> None:
+    async def main() -> None:
+        launch = NoProcess()
+        async with open_backend(models.store, models.manifests[:2], SETTINGS, launch=launch) as backend:
+            host = backend.fleet.residents[models.manifests[0].id].host
+            assert host is not None and host._sock is not None
+            launch.full = True
+            host._sock.shutdown(socket.SHUT_RDWR)
+            while not host.failure:
+                await trio.sleep(0.01)
+            assert "no memory" in host.failure
+            assert await text(stream(backend, models, 1, 5))
+            launch.full = False
+            while len(backend.models) < 2:
+                await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+def test_what_an_engine_counts_is_on_the_page(models: Models) -> None:
+    async def main() -> None:
+        async with opened(models, 0) as backend:
+            async with aclosing(stream(backend, models, 0)) as steps:
+                await anext(steps)
+                assert ("vllm:num_requests_running", 1) in {(f.name, v) for f, _, v in backend.samples()}
+            names: dict[str, object] = {}
+            with trio.fail_after(5):  # the abort is counted as it comes, with no step after it
+                while names.get("vllm:num_requests_running") != 0:
+                    names = {family.name: value for family, _, value in backend.samples()}
+                    await trio.sleep(0.01)
+            assert names["vllm:kv_cache_usage_perc"] == 0
+            assert isinstance(names["vllm:generation_tokens_total"], int) and names["vllm:generation_tokens_total"] > 8
 
     trio.run(main)
 

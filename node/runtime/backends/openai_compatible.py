@@ -97,6 +97,9 @@ class OpenAIBackend:
         if left < 1:
             raise ModelError("nothing is left to generate")
         output = _Output(served, params, resume, left)
+        if output.over:
+            yield Step((), "", FinishReason.STOP_STRING)
+            return
         self._active += 1
         try:
             async with aclosing(
@@ -247,8 +250,13 @@ class _Output:
         self._retokeniser, self._agreement = Retokeniser(served.tokenizer), Agreement()
         self._detokenizer: Detokenizer = served.tokenizer.detokenizer(resume)
         self._plain: Detokenizer = served.tokenizer.detokenizer()
-        self._stops = StopStrings(params.stop)
+        self._stops = StopStrings(params.stop, served.tokenizer, resume)
         self._resumed, self._left, self._count = bool(resume), left, 0
+
+    @property
+    def over(self) -> bool:
+        """A stop string has come."""
+        return self._stops.hit
 
     def push(self, piece: Piece) -> Step:
         """Raises `NotOurTokens`, `ServerFault`. A step with a finish reason is the last."""

@@ -97,7 +97,10 @@ class RayBackend:
     async def generate(self, prompt: Prompt, params: Params, resume: Sequence[int] = ()) -> AsyncGenerator[Step, None]:
         """Stream one completion. Raises `ModelError`; closing the generator ends it on its replica within a step."""
         tokenizer = self._tokenizers[self._known(prompt.model)]
-        detokenizer, stops = tokenizer.detokenizer(resume), StopStrings(params.stop)
+        detokenizer, stops = tokenizer.detokenizer(resume), StopStrings(params.stop, tokenizer, resume)
+        if stops.hit:
+            yield Step((), "", FinishReason.STOP_STRING)
+            return
         delivered, losses = list(resume), 0
         while True:
             member = await self.pool.take()

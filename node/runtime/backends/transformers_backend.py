@@ -174,7 +174,11 @@ class TransformersBackend:
         self._active += 1
         try:
             detokenizer = loaded.tokenizer.detokenizer(resume)
-            stops, sequence = StopStrings(params.stop), _Sequence(loaded.model, prompt, params, resume)
+            stops = StopStrings(params.stop, loaded.tokenizer, resume)
+            if stops.hit:
+                yield Step((), "", FinishReason.STOP_STRING)
+                return
+            sequence = _Sequence(loaded.model, prompt, params, resume)
             reason = None
             while reason is None:
                 token = await trio.to_thread.run_sync(sequence.step, limiter=loaded.turn)

@@ -91,14 +91,14 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def share(self, names: Sequence[bytes]) -> list[int]:
-        """Hold the longest known beginning of a chain; the blocks, in order."""
+    def share(self, names: Sequence[bytes], *, again: bool = False) -> list[int]:
+        """Hold the longest known beginning of a chain; the blocks, in order. `again`: these names were counted as asked for."""
         found = self._known(names)
         for block in found:
             if self._holders[block] == 0:
                 del self._cached[block]
             self._holders[block] += 1
-        self.queries += len(names) * BLOCK_TOKENS
+        self.queries += 0 if again else len(names) * BLOCK_TOKENS
         self.hits += len(found) * BLOCK_TOKENS
         return found
 

@@ -85,6 +85,7 @@ class DecodeGraphs:
     def __init__(self, model: Decoder, cache: PagedCache, *, spare: int, capture: bool = True) -> None:
         """`spare`: the block that belongs to nobody. `capture`: False runs the same steps without a graph."""
         self._model, self._cache, self._spare, self._capture = model, cache, spare, capture
+        cache.data.select(3, spare).zero_()  # it is masked wherever it pads, but 0 * NaN is one
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
     def run(self, spans: Sequence[Span], token_ids: Tensor, plan: Plan) -> Tensor | None:

@@ -195,7 +195,7 @@ class Scheduler:
         if one.computed % BLOCK_TOKENS:
             return
         first = one.computed // BLOCK_TOKENS
-        found = self.pool.share(one.known_names()[first:]) if first < len(one.known_names()) else []
+        found = self.pool.share(one.known_names()[first:], again=True) if first < len(one.known_names()) else []
         self.pool.release(one.table[first : first + len(found)])
         one.table[first : first + len(found)] = found
         one.computed += len(found) * BLOCK_TOKENS
