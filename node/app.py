@@ -224,7 +224,9 @@ def _runtimes(
     task_settings = TaskSettings(
         device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
     )
-    tasks = open_tasks(store, others, task_settings, watch) if others else None
+    tasks = None
+    if others:
+        tasks = open_tasks(store, others, task_settings, watch, isolation=settings.isolation, hidden=settings.hidden)
     if config.engine.backend != "torch":
         from node.runtime.backends.chosen import open_chosen
 

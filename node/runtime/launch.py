@@ -36,6 +36,8 @@ from protocol.tame import one_line
 log = logging.getLogger(__name__)
 SEEN: Final = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 """Of our environment, what an engine needs besides: which devices are its own, and where their drivers are."""
+ENGINE: Final = "node.runtime.child"
+TASKS: Final = "node.runtime.tasks.child"
 _TAIL: Final = 2000
 _SYSTEM: Final = (
     "/usr",
@@ -119,8 +121,12 @@ class ProcessLauncher:
 
     mode = "process"
 
+    def __init__(self, module: str = ENGINE) -> None:
+        """`module`: what runs in it, as `python -m`."""
+        self._python = [sys.executable, "-P", "-m", module]
+
     def command(self, descriptor: int, folder: str) -> list[str]:
-        return [*_python(), str(descriptor), "alone"]
+        return [*self._python, str(descriptor), "alone"]
 
     @asynccontextmanager
     async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Child]:
@@ -170,11 +176,12 @@ class BubblewrapLauncher(ProcessLauncher):
 
     mode = "bwrap"
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, module: str = ENGINE) -> None:
+        super().__init__(module)
         self._program = program
 
     def command(self, descriptor: int, folder: str) -> list[str]:
-        return [self._program, *_sandbox([folder]), "--", *_python(), str(descriptor), "walled"]
+        return [self._program, *_sandbox([folder]), "--", *self._python, str(descriptor), "walled"]
 
     async def works(self) -> str:
         """Empty, or why a sandbox cannot be made here."""
@@ -184,10 +191,6 @@ class BubblewrapLauncher(ProcessLauncher):
         except OSError as error:
             return str(error)
         return "" if done.returncode == 0 else one_line(done.stderr.decode(errors="replace"))[:300] or "it failed"
-
-
-def _python() -> list[str]:
-    return [sys.executable, "-P", "-m", "node.runtime.child"]
 
 
 def _tree() -> str:
@@ -264,13 +267,14 @@ class ThreadLauncher:
                     await trio.sleep(0.002)
 
 
-async def launcher(isolation: str) -> Launcher:
-    """By the setting `engine.isolation`. Raises `ModelError` when it asks for what this machine has not."""
+async def launcher(isolation: str, module: str = ENGINE) -> Launcher:
+    """By the setting `engine.isolation`; `module` is what runs in a process, where there is one. Raises `ModelError` when it asks
+    for what this machine has not."""
     if isolation == "thread":
         return ThreadLauncher()
     if isolation in ("auto", "bwrap"):
         program = shutil.which("bwrap")
-        bubblewrap = BubblewrapLauncher(program) if program else None
+        bubblewrap = BubblewrapLauncher(program, module) if program else None
         trouble = await bubblewrap.works() if bubblewrap else "it is not installed"
         if bubblewrap and not trouble:
             return bubblewrap
@@ -279,4 +283,4 @@ async def launcher(isolation: str) -> Launcher:
                 f"bubblewrap does not work here: {trouble}", hint="install bubblewrap, or set engine.isolation"
             )
         log.warning("engines run as plain children, without bubblewrap: %s", trouble)
-    return ProcessLauncher()
+    return ProcessLauncher(module)

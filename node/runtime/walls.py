@@ -12,12 +12,24 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from node import hardening
-from node.runtime.wire import Load, Walls
+from node.runtime.wire import Walls
 
 _NOWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 """Addresses of documentation (RFC 5737, RFC 3849): routed like any other."""
+
+
+class Load(Protocol):
+    """What the walls stand around."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def hidden(self) -> tuple[str, ...]: ...
+    @property
+    def memory_limit(self) -> int: ...
 
 
 def raise_walls(load: Load, *, alone: bool) -> Walls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from node.errors import InputInvalid, ModelError  # noqa: E402
 from node.models.manifest import Manifest  # noqa: E402
 from node.models.store import ModelStore  # noqa: E402
 from node.ports import Step  # noqa: E402
+from node.runtime.launch import launcher  # noqa: E402
 from node.runtime.tasks import wire  # noqa: E402
 from node.runtime.tasks.backend import TaskModels, open_tasks  # noqa: E402
 from node.runtime.tasks.child import serve  # noqa: E402
@@ -142,6 +144,43 @@ def test_media_go_to_the_process_as_it_asks_for_them(stored: Callable[[str], Pat
             assert [s.token_ids for s in await answer(backend, model, request, speech)] == [s.token_ids for s in steps]
             with pytest.raises(InputInvalid, match="inside a sample"):
                 await answer(backend, model, request, speech[:999])
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("isolation", ["process", "bwrap"])
+@pytest.mark.parametrize("name", ["minilm", "whisper-tiny.en", "ppocr-v6-small"])
+def test_every_task_runs_behind_the_walls_of_an_engine(
+    stored: Callable[[str], Path], speech: bytes, name: str, isolation: str
+) -> None:
+    if name.startswith("ppocr"):
+        for package in ("rapidocr", "onnxruntime", "cv2", "PIL"):
+            pytest.importorskip(package)
+    if isolation == "bwrap" and trio.run(launcher, "auto").mode != "bwrap":
+        pytest.skip("bubblewrap does not work here")
+    folder = stored(name)
+    manifest = Manifest.parse((folder / "manifest.json").read_bytes())
+
+    async def job(backend: TaskModels) -> list[Step]:
+        if name == "minilm":
+            return await answer(backend, manifest.id, EmbedRequest(("A man is eating food.",)))
+        if name.startswith("whisper"):
+            return await answer(backend, manifest.id, TranscribeRequest(Audio(speech[:100], len(speech))), speech)
+        picture = io.BytesIO()
+        image_module = pytest.importorskip("PIL.Image")
+        image_module.new("RGB", (200, 100), "white").save(picture, "PNG")
+        data = picture.getvalue()
+        return await answer(backend, manifest.id, OcrRequest(Image(data, len(data), "image/png")), data)
+
+    async def main() -> None:
+        store, found = ModelStore(folder.parent), []
+        for way in ("thread", isolation):
+            async with open_tasks(store, [manifest], TaskSettings(), isolation=way) as backend:
+                steps = await job(backend)
+                found.append((backend.models, b"".join(s.data for s in steps), "".join(s.text for s in steps)))
+                one = backend._loaded[manifest.id].host
+                assert (one is None) == (way == "thread")
+        assert found[0] == found[1]
 
     trio.run(main)
 
@@ -308,6 +347,33 @@ def test_one_that_is_not_what_it_was_or_never_ready_is_refused() -> None:
         silent = host(Scripted([b""]), load_s=5.0)
         with pytest.raises(ModelError, match="not ready within 5 s"):
             await silent.run()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.1))
+
+
+def test_a_process_that_cannot_be_started_again_is_tried_again() -> None:
+    script = Scripted([ready, b"end"], [ready])
+    begin, full = script.start, [False, True, False]
+
+    @asynccontextmanager
+    async def start(theirs: socket.socket, folder: str) -> AsyncIterator[Any]:
+        if full.pop(0):
+            theirs.close()
+            raise ModelError("the process cannot be started: no memory")
+        async with begin(theirs, folder) as child:
+            yield child
+
+    script.start = start  # type: ignore[method-assign]
+
+    async def main() -> None:
+        one = host(script, backoff_s=1.0)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(one.run)
+            with pytest.raises(ModelError, match="process ended"):
+                await anext(one.steps(None, Params(), pieces(b"")))
+            await until(lambda: one.deaths == 2 and "no memory" in one.failure)
+            await until(lambda: one.ready)
+            nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.1))
 

@@ -21,6 +21,7 @@ from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tasks import tasks_of
 from node.ports import ModelInfo, Step, TaskInput
+from node.runtime.launch import TASKS, launcher
 from node.runtime.tasks import wire
 from node.runtime.tasks.host import Launcher, Limits, TaskHost
 from node.runtime.tasks.loading import TaskSettings
@@ -103,15 +104,20 @@ async def open_tasks(
     settings: TaskSettings,
     watch: Watch = lambda _: nullcontext(lambda _: None),
     *,
+    isolation: str = "thread",
     launch: Launcher | None = None,
     limits: Limits | None = None,
     hidden: tuple[str, ...] = (),
 ) -> AsyncIterator[TaskModels]:
     """Load models. Raises `DeviceNotFound`, and `ModelError`, also for bytes that its model id does not commit to (M1).
 
-    `launch`: how a model's process is started; None runs the models in this one. `hidden`: what they should not be able to read.
+    `isolation`: as `engine.isolation`; `thread` runs the models in this process. `launch`: how a model's process is started, if
+    not by `isolation`. `hidden`: what they should not be able to read.
     """
     from node.runtime.hal.probe import chosen
+
+    if launch is None and isolation != "thread":
+        launch = await launcher(isolation, TASKS)
 
     choice = await trio.to_thread.run_sync(chosen, settings.device)
     settings = replace(settings, device=choice.device.torch_name)

@@ -6,7 +6,6 @@ it says is not trusted. The end of the line is the end of the process; so is any
 
 from __future__ import annotations
 
-import resource
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -149,22 +148,17 @@ def _stepped(number: int, step: Step) -> wire.Stepped:
     return wire.Stepped(number, step.token_ids, step.text, step.finish_reason, step.data)
 
 
-def _limit(load: wire.Load) -> None:
-    """No core files, and no more private memory than was said: an allocation then fails, and the process with it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if load.memory_limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (load.memory_limit, load.memory_limit))
-
-
 def _load(load: wire.Load) -> tuple[Runner, str]:
     return load_runner(Path(load.folder), TaskSettings(load.device, load.dtype, load.threads))
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 3 or not argv[1].isdecimal():
+    if len(argv) != 3 or not argv[1].isdecimal() or argv[2] not in ("alone", "walled"):
         sys.exit("error: this is the process of a task model; a node starts it itself")
+    from node.runtime.walls import raise_walls
+
     with socket.socket(fileno=int(argv[1])) as sock:
-        trio.run(serve, sock, _load, _limit)
+        trio.run(serve, sock, _load, lambda load: raise_walls(load, alone=argv[2] == "alone"))
     return 0
 
 

@@ -160,7 +160,7 @@ class TaskHost:
             while True:
                 try:
                     await self._live(task_status)
-                except ProcessLost as lost:
+                except (ProcessLost, ModelError) as lost:  # a `ModelError`: there was not even a process
                     reason, worked = one_line(str(lost))[:500], self.ready
                 if self.facts is None:
                     raise ModelError(f"the model cannot be loaded: {reason}")
