@@ -507,8 +507,8 @@ class EngineConfig:
     )
     memory_budget: int = setting(
         0,
-        "Memory of all loaded models together, weights and `engine.kv_bytes` of each. 0: what the machine has, where models run "
-        "on the CPU, else no limit.",
+        "Memory of all loaded models together, weights and `engine.kv_bytes` of each. 0: what the device has; of the "
+        "processor, what this process may use of the machine's.",
         unit="bytes",
         low=0,
         high=1 << 50,

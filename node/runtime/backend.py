@@ -6,7 +6,6 @@ Nothing is computed in the node's process.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -191,9 +190,11 @@ async def open_backend(
 
     choice = await trio.to_thread.run_sync(chosen, settings.device)
     heard(choice)
-    device = choice.device.torch_name
-    budget = settings.memory_budget or (_machine_bytes() if device == "cpu" else 0)
-    settings = replace(settings, device=device, memory_budget=budget)
+    settings = replace(
+        settings,
+        device=choice.device.torch_name,
+        memory_budget=settings.memory_budget or choice.device.memory_total,
+    )
     launch = launch or await launcher(settings.isolation)
     with plain_errors():
         async with trio.open_nursery() as nursery:
@@ -205,10 +206,6 @@ async def open_backend(
                 for one in backend.fleet.residents.values():
                     one.close()
                 nursery.cancel_scope.cancel()
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def load_engine(folder: Path, settings: EngineSettings) -> Engine:

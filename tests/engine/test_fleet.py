@@ -23,6 +23,7 @@ from node.runtime import backend as backend_module
 from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.fleet import EngineSettings, Fleet
 from node.runtime.footprint import measure
+from node.runtime.hal import processor
 from node.runtime.host import Limits
 from node.runtime.launch import Child, ProcessLauncher, ThreadLauncher
 from node.runtime.life import Phase
@@ -153,6 +154,19 @@ def test_one_byte_less_and_it_does_not_fit(models: Models) -> None:
     exact = models.bytes_of(0) + models.bytes_of(1)
     assert outcome(exact) == 2
     assert outcome(exact - 1) == 1
+
+
+def test_without_a_setting_the_budget_is_what_the_device_has(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container leaves of a machine, for instance."""
+    exact = models.bytes_of(0) + models.bytes_of(1)
+    for total, fit in ((exact, 2), (exact - 1, 1)):
+        monkeypatch.setattr(processor, "memory", lambda total=total: (total, total))
+
+        async def main(fit: int = fit) -> None:
+            async with opened(models, 0, 1) as backend:
+                assert len(backend.models) == fit
+
+        trio.run(main)
 
 
 def test_pins_and_streams_keep_a_model_in_memory(models: Models) -> None:
