@@ -29,6 +29,7 @@ import trio
 from node.errors import ModelError, PromptInvalid
 from node.groups import plain_errors
 from node.runtime import wire
+from node.runtime.engine.blocks import BLOCK_TOKENS, blocks_for
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 from node.runtime.launch import Child, Launcher
 from node.telemetry.engine import EngineMetrics, EngineStats
@@ -167,7 +168,9 @@ class EngineHost:
 
     def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
         """Whether a sequence of this size would be taken now, by what the engine said last less what it has not counted yet."""
-        return prompt_tokens + max_tokens <= self._room - sum(stream.tokens for stream in self._unheard)
+        size = prompt_tokens + max_tokens
+        promised = sum(_room_of(stream.tokens) for stream in self._unheard)
+        return self.could_fit(size) and _room_of(size) <= self._room - promised
 
     def could_fit(self, tokens: int) -> bool:
         """Whether an idle engine would take a sequence of so many tokens, prompt and answer together."""
@@ -505,6 +508,11 @@ class EngineHost:
         del self._streams[stream.number]
         stream.timing.end("error", time.perf_counter())
         stream.tell(reason)
+
+
+def _room_of(tokens: int) -> int:
+    """What a sequence of so many tokens takes of the engine's room: whole blocks, and none for the last token."""
+    return blocks_for(tokens - 1) * BLOCK_TOKENS
 
 
 def _lasting(facts: wire.Ready) -> wire.Ready:

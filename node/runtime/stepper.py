@@ -18,10 +18,11 @@ class StepEngine(Protocol):
 
     @property
     def idle(self) -> bool: ...
+    @property
+    def room(self) -> int: ...
     def submit(self, sequence: Sequence) -> None: ...
     def abort(self, sequence_id: Hashable) -> bool: ...
     def step(self, hold: Container[Hashable] = ()) -> list[StepOutput]: ...
-    def fits(self, prompt_tokens: int, max_tokens: int) -> bool: ...
     def could_fit(self, tokens: int) -> bool: ...
     def check_integrity(self) -> None: ...
 
@@ -50,12 +51,12 @@ class Stepper:
 
     @property
     def room(self) -> int:
-        """Tokens of the longest sequence that would be taken now."""
-        return _largest(lambda tokens: self.engine.fits(1, tokens - 1))
+        """Tokens of cache that are free."""
+        return self.engine.room
 
     @property
     def capacity(self) -> int:
-        """The same of an idle engine."""
+        """Tokens of the longest sequence that an idle engine takes."""
         return _largest(self.engine.could_fit)
 
     def submit(self, sequence: Sequence, ahead: int = 0) -> None:

@@ -167,7 +167,7 @@ class Stepped(_Message):
 
     outputs: Annotated[tuple[Output, ...], _Meta(max_length=MAX_OUTPUTS)]
     room: Count
-    """Tokens of the longest sequence that would be taken now."""
+    """Tokens of cache that are free."""
     submits: Number
     """How many `Submit` that counts."""
     seconds: _Seconds = 0.0

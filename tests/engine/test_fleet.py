@@ -224,6 +224,28 @@ def test_a_job_that_leaves_a_cold_model_leaves_no_model_half_loaded(models: Mode
     trio.run(main)
 
 
+def test_jobs_that_come_in_one_moment_share_the_cache_and_not_one_context(models: Models) -> None:
+    """Before the engine has heard of the first, what it takes is counted here: in blocks, of the whole cache."""
+
+    async def main() -> None:
+        async with opened(models, 0, cache_bytes=64 * 16 * 128) as backend:  # 1,024 tokens; the context is 256
+            prompt = backend.prepare(models.manifests[0].id, HELLO)
+            size = len(prompt.token_ids)
+            host = backend.fleet.residents[models.manifests[0].id].host
+            assert host is not None and host._room == 1024
+            async with trio.open_nursery() as nursery:
+                for n in range(4):
+                    assert not backend.fits(prompt, 257 - size), "longer than the context"
+                    assert backend.fits(prompt, 242 - size), f"{n} of 4 before it"
+                    nursery.start_soon(text, stream(backend, models, 0, 242 - size))
+                    while len(host._streams) <= n:
+                        await trio.sleep(0)
+                assert not backend.fits(prompt, 18 - size), "heard of or not, all is promised"
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 def test_jobs_that_want_more_models_than_fit_all_end_well(models: Models) -> None:
     """Three models, room for one, nine jobs at once: each waits for the others' streams and none is cut."""
     budget = max(models.bytes_of(n) for n in range(3))

@@ -93,8 +93,7 @@ class CountingEngine:
     def check_integrity(self) -> None:
         pass
 
-    def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
-        return prompt_tokens + max_tokens <= 2048
+    room = 1 << 20
 
     def could_fit(self, tokens: int) -> bool:
         return tokens <= 2048

@@ -166,6 +166,11 @@ class Engine:
         stats.prefix_queries, stats.prefix_hits = self._pool.queries, self._pool.hits
         return stats
 
+    @property
+    def room(self) -> int:
+        """Tokens that all sequences yet to come may have together, each rounded up to whole blocks but for its last token."""
+        return self._pool.available * BLOCK_TOKENS
+
     def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
         """Whether a sequence of this size would be accepted now. Only reads numbers: callable from any thread."""
         within = prompt_tokens + max_tokens <= self.context_length
