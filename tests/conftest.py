@@ -18,6 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Bytes of layers are compared with what the C library counts, and huge pages are counted whole (node/runtime/__init__.py).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     # The fences of the journals that tests open (node/store/fence.py), also for the processes that tests start.
     config.stash[_state] = tempfile.TemporaryDirectory(prefix="gristmill-state-")
     os.environ["XDG_STATE_HOME"] = config.stash[_state].name
