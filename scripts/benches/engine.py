@@ -80,6 +80,7 @@ class Running:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "PASSIVE",
+            "THP_MEM_ALLOC_ENABLE": "1",  # our engine sets it for itself; torch's other users get it too
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }
