@@ -294,6 +294,7 @@ class Deaf:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await stream.receive_some(1 << 16)
                 await stream.send_all(ready)
+                await trio.sleep(0.2)  # one who spoke at once would not be taken
                 while True:
                     for number in range(8):
                         await stream.send_all(wire.for_node(wire.Refused(number, "model", "later")))
