@@ -324,7 +324,7 @@ def test_a_process_that_talks_and_does_not_listen_ends(
         async with trio.open_nursery() as nursery:
             await nursery.start(one.run)
             for _ in range(6):
-                with pytest.raises(ModelError, match="later|bytes unread"):
+                with pytest.raises(ModelError, match=r"later|bytes unread"):
                     async for _ in one.steps(rows, Params(), pieces(b"")):
                         pass
             await until(lambda: one.deaths >= 1)
