@@ -57,8 +57,10 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def spread(self) -> float:
-        """How far the rounds lie apart, as a share of their median; 0 when there was one."""
-        return (self.high - self.low) / self.value if self.value else 0.0
+        """How far the rounds lie apart, as a share of their median; 0 when they do not."""
+        if self.high == self.low:
+            return 0.0
+        return (self.high - self.low) / self.value if self.value else math.inf
 
 
 class Skipped(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -359,10 +361,10 @@ def advise(costs: Costs, *, prefill_per_second: float, decode_per_second: float,
     """Price = cost per hour / (tokens per hour at this rate * utilisation) * 1,000,000 * (1 + margin), for input and output each.
 
     Whoever decodes does not prefill: a request takes time for both, and each is priced for the time that it takes. Raises
-    `InvalidValue` for a rate or a utilisation of 0.
+    `InvalidValue` for a rate or a utilisation of 0, or a rate without end.
     """
-    if not (prefill_per_second > 0 and decode_per_second > 0 and 0 < costs.utilisation <= 1):
-        raise InvalidValue("rates are above 0, and utilisation is above 0 and at most 1")
+    if not (0 < prefill_per_second < math.inf and 0 < decode_per_second < math.inf and 0 < costs.utilisation <= 1):
+        raise InvalidValue("rates are numbers above 0, and utilisation is above 0 and at most 1")
 
     def price(rate: float) -> int:
         per_token = costs.per_hour / (Fraction(rate) * 3600 * costs.utilisation)

@@ -135,6 +135,8 @@ def advise_(
     costs = Costs(hourly_cost, power_price, drawn, Fraction(utilisation, 100), Fraction(margin, 100))
     widest = max(document.model.runs, key=lambda run: run.batch)
     alone = min(document.model.runs, key=lambda run: run.batch)
+    if not min(widest.tpot_ms.value, alone.ttft_ms.value) >= 1e-9:
+        raise ModelError("this benchmark says that its model takes no time: no price follows from that")
     decode = widest.batch * 1000 / widest.tpot_ms.value
     prefill = document.model.prompt_tokens * 1000 / alone.ttft_ms.value
     advice = advise(costs, prefill_per_second=prefill, decode_per_second=decode, decimals=decimals)

@@ -17,6 +17,8 @@ from node import nesting
 from node.errors import ModelError
 
 MAX_HEADER: Final = 16 << 20
+MAX_RANK: Final = 16
+"""Sizes of one tensor: what multiplies a thousand long numbers takes minutes."""
 ITEM_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -42,7 +44,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         found = {}
         for name, value in tensors.items():
             shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)):
                 raise ValueError(f"tensor {name} has a bad shape or offset")
             if end - start != math.prod(shape) * ITEM_BYTES[value["dtype"]]:
                 raise ValueError(f"tensor {name} does not fill its span")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 COMPILE_SECONDS: Final = 1.0
 MAX_DEPTH: Final = 50
 """Of a JSON schema's brackets."""
+FIRST_SECONDS: Final = 0.5
+TOKEN_SECONDS: Final = 0.005
+"""Processor time that one answer's grammar may take: so much to begin with, and so much for each token. All streams wait for it,
+and llguidance's limits, which a schema of 150 optional properties needs, let an ambiguous grammar take ten times as much."""
 KEPT: Final = 32
 """Compiled grammars that are remembered, for clients that ask often."""
 
@@ -44,6 +49,8 @@ class GrammarConstraint:
         self._matcher = matcher
         self._eos_ids = eos_ids
         self.ended = False
+        self._left = FIRST_SECONDS
+        """Seconds of processor time."""
         self.failure = ""
         """Why the grammar cannot be followed any further; nothing is allowed then."""
 
@@ -52,15 +59,25 @@ class GrammarConstraint:
         import torch  # in the engine's process; the node compiles grammars too, and needs no torch for that
 
         if not self.failure:
+            began = time.thread_time()
             allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
+            self._spend(began)
             if not self._failed():
                 return allowed
         return torch.zeros(1, dtype=torch.bool)
 
     def accept(self, token: int) -> None:
         """The token that followed."""
+        began = time.thread_time()
         self._matcher.consume_token(token)
+        self._left += TOKEN_SECONDS
+        self._spend(began)
         self.ended = not self._failed() and token in self._eos_ids
+
+    def _spend(self, began: float) -> None:
+        self._left -= time.thread_time() - began
+        if self._left < 0 and not self.failure:
+            self.failure = "it takes too much time"
 
     def _failed(self) -> bool:
         if not self.failure and self._matcher.is_error():

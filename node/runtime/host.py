@@ -45,6 +45,8 @@ MAX_DEATHS: Final = 2
 """A stream that was running in so many deaths is not tried again."""
 BURST: Final = 256
 """Tokens that one step may bring one stream beyond its window: speculative decoding brings several."""
+UNREAD: Final = 4 * wire.TO_ENGINE
+"""Bytes for an engine that it may leave unread. One that talks and does not listen would fill our memory and never hang."""
 _READ: Final = 1 << 18
 _FINISH: Final = {"": None, **{reason.value: reason for reason in FinishReason}}
 
@@ -343,6 +345,8 @@ class EngineHost:
         for number in itertools.count():
             self._send(wire.Ping(number))
             await trio.sleep(self._limits.hang_s / 4)
+            if len(self._out) > UNREAD:
+                raise EngineLost(f"it leaves {len(self._out)} bytes unread")
             silent = 0 if self._heard_of != heard else silent + 1
             heard = self._heard_of
             if silent >= 4:

@@ -133,6 +133,8 @@ class JobServer:
         self._parts: set[tuple[ChannelId, JobId, int]] = set()
         self._serving: set[ServedPart] = set()
         self._compiling = trio.CapacityLimiter(1)
+        self._preparing = trio.CapacityLimiter(4)
+        """Long prompts at once: what they wait for must not be all threads that there are."""
         self._crumbs: Counter[tuple[ChannelId, JobId, int]] = Counter()
         self.lodger: Lodger | None = None
         """Whoever uses free places until a stream comes."""
@@ -297,15 +299,18 @@ class JobServer:
             raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
 
     async def _prepare(self, ask: AskMessage) -> Prompt | TaskInput:
-        """Tokenise; what is long, in a thread. Raises `Rejected`."""
+        """Tokenise; what is long, in a thread, and what comes meanwhile too: a template is rendered for one at a time, and the
+        loop must not wait for its turn. Raises `Rejected`."""
         model, request = ModelId(ask.model_id), ask.request
         try:
             if isinstance(request, ChatRequest):
                 if model not in self.backend.models:  # it was when the offer was signed
                     raise Rejected(RefusalReason.BUSY, "the model is not in service now")
-                if sum(len(m.content) for m in request.messages) < 16_384:
+                short = sum(len(m.content) for m in request.messages) < 16_384
+                if short and not self._preparing.borrowed_tokens:
                     return self.backend.prepare(model, request.messages)
-                return await trio.to_thread.run_sync(self.backend.prepare, model, request.messages)
+                prepare = self.backend.prepare
+                return await trio.to_thread.run_sync(prepare, model, request.messages, limiter=self._preparing)
             if self.tasks is None:
                 raise Rejected(RefusalReason.TASK_UNSUPPORTED, "only chats are served here")
             return await trio.to_thread.run_sync(self.tasks.prepare, model, request)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from node.books import open_bench
 from node.cli import main as frame
@@ -18,7 +19,7 @@ from node.errors import SignerRefused
 from node.runtime.bench.kept import KeptBenchmarks
 from node.testing.benchmarks import NONCE, signed, simulated_document
 from node.worker.desk import Speed
-from protocol.benchmark import SignedBenchmark, benchmark_frame, judged, open_benchmark
+from protocol.benchmark import Figure, SignedBenchmark, benchmark_frame, judged, open_benchmark
 from protocol.ids import JobId, keccak256
 from protocol.keys import PrivateKey
 from protocol.messages import encode
@@ -105,6 +106,16 @@ def test_prices_follow_from_the_costs(
 def test_advice_needs_costs(run: Run, file: Path, arguments: tuple[str, ...]) -> None:
     status, data, _ = run("bench", "advise", file, *arguments)
     assert status == 2 and data["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize("time_ms", [0.0, 5e-324])
+def test_no_price_follows_from_a_model_that_takes_no_time(run: Run, tmp_path: Path, time_ms: float) -> None:
+    made = simulated_document(KEY.peer_id)
+    assert made.model is not None
+    runs = tuple(replace(one, tpot_ms=Figure("tpot_ms", "ms", time_ms, time_ms, time_ms, 3)) for one in made.model.runs)
+    (tmp_path / "b.bench").write_bytes(signed(replace(made, model=replace(made.model, runs=runs)), KEY))
+    status, data, _ = run("bench", "advise", tmp_path / "b.bench", "--hourly-cost", "1")
+    assert status == 7 and "takes no time" in data["error"]["message"]
 
 
 def test_bench_asks_for_its_model_before_it_asks_for_anything(run: Run) -> None:

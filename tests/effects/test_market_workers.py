@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +16,7 @@ from node.client.client import Client
 from node.client.settings import ClientSettings
 from node.errors import NoWorker, Refused, Timeout, VerificationFailed, WorkerFault
 from node.network.discovery import fetch_offer
+from node.ports import Prompt
 from node.testing.cheaters import CHEATS, corrupt, silence
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
@@ -20,6 +24,7 @@ from node.worker.accepted import AcceptedAssets
 from node.worker.worker import Worker
 from protocol.channel import ChannelState, Role
 from protocol.errors import RefusalReason
+from protocol.ids import ModelId
 from protocol.messages import ChatMessage
 from protocol.pricing import Price, cost
 
@@ -269,6 +274,55 @@ def test_a_dead_worker_cannot_keep_the_money() -> None:
         await clean(client)
 
     run_market(test)
+
+
+class OneAtATime(FakeBackend):
+    """Its template is rendered for one conversation at a time, and a long one takes two seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rendering = threading.Event()
+        self.lock = threading.Lock()
+
+    def prepare(self, model: ModelId, messages: Sequence[ChatMessage]) -> Prompt:
+        with self.lock:
+            if len(messages[0].content) > 16_384:
+                self.rendering.set()
+                time.sleep(2)
+            return super().prepare(model, messages)
+
+
+def test_a_long_conversation_that_is_rendered_holds_nobody_up() -> None:
+    """A short one waits for its turn without the worker's loop."""
+    longest = 0.0
+
+    async def scenario(market: Market) -> None:
+        backend = OneAtATime()
+        await market.worker(backend)
+        client = await market.client(means=[market.means(allocation=5_000_000)])
+
+        async def chat(content: str) -> None:
+            async with client.chat("fake", [{"role": "user", "content": content}]) as stream:
+                assert await stream.text()
+
+        async def look() -> None:
+            nonlocal longest
+            while True:
+                began = time.monotonic()
+                await trio.sleep(0.01)
+                longest = max(longest, time.monotonic() - began)
+
+        async with trio.open_nursery() as watch:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(chat, "x" * 20_000)
+                while not backend.rendering.is_set():
+                    await trio.sleep(0.01)
+                watch.start_soon(look)
+                nursery.start_soon(chat, "hello there")
+            watch.cancel_scope.cancel()
+
+    run_market(scenario)
+    assert longest < 1.2
 
 
 def test_a_model_that_fails_ends_the_part_with_a_typed_error() -> None:

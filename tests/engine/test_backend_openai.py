@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -26,8 +27,9 @@ from node.models.tokenizer import Tokenizer
 from node.ports import Prompt
 from node.runtime.backends.openai_compatible import OpenAIBackend, open_openai
 from node.runtime.backends.openai_meeting import ServerSettings
+from node.runtime.backends.openai_wire import ServerFault, parse_piece
 from node.runtime.backends.retokenise import LONGEST_WORD, Retokeniser
-from node.runtime.backends.sse import BadEvents, EventReader
+from node.runtime.backends.sse import BadEvents, Event, EventReader
 from node.testing.market import open_market
 from node.testing.openai_server import HARMLESS, ID_WOUNDS, NAME, WOUNDS, Script, ScriptedServer, open_scripted
 from node.testing.tiny_model import add_tiny
@@ -422,6 +424,14 @@ def test_events_do_not_depend_on_how_bytes_came(events: list[str], end: str, cut
     assert [(event.name, event.data) for event in found] == [
         ("e", f"{event}\n{event.removeprefix(' ')}") for event in events
     ]
+
+
+def test_a_text_of_a_hundred_thousand_characters_in_one_event_is_refused() -> None:
+    """Its tokens would be found in more than a second, in which the worker's loop does nothing else."""
+    piece = parse_piece(Event("message", json.dumps({"choices": [{"text": "1" * 16_384}]})))
+    assert piece is not None and len(piece.text) == 16_384
+    with pytest.raises(ServerFault, match="100000 characters"):
+        parse_piece(Event("message", json.dumps({"choices": [{"text": "1" * 100_000}]})))
 
 
 def test_events_are_bounded() -> None:

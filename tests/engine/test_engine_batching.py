@@ -164,6 +164,19 @@ def test_an_unpaid_one_makes_room_at_once(tiny: Path) -> None:
     engine.check_integrity()
 
 
+def test_nobody_is_set_back_for_one_who_does_not_fit_anyway(tiny: Path) -> None:
+    """What it would share with the unpaid one is room that the unpaid one would not give back."""
+    engine = Engine(tiny, cache_bytes=10 * Engine(tiny, cache_bytes=0).block_bytes)
+    engine.submit(job("unpaid", SHARED, 16, paid=False))
+    for _ in range(4):
+        engine.step()
+    with pytest.raises(CacheFull):
+        engine.submit(job("paid", SHARED, 100))  # 12 blocks, 5 of them shared, 6 of 10 held
+    assert engine.stats.preemptions == 0 and engine.stats.running == 1
+    engine.submit(job("smaller", SHARED, 60))  # 9 blocks
+    engine.check_integrity()
+
+
 def test_a_block_that_held_nonsense_harms_nobody(tiny: Path) -> None:
     """What an earlier holder left in a block must not reach the next one, not even as NaN."""
     engine = Engine(tiny, prefix_cache=False)

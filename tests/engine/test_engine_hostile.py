@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import trio
 
 from node.errors import ModelError
+from node.runtime import host as runtime_host
 from node.runtime import wire
 from node.runtime.child import Line
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
@@ -147,6 +149,35 @@ def test_a_stream_gets_no_more_than_it_asked_for() -> None:
 
 def test_counting_submits_that_were_not_made_ends_the_engine() -> None:
     assert "was not given" in death(lambda sock, asked: sock.sendall(say(submits=9)))
+
+
+def test_an_engine_that_talks_and_does_not_listen_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves unread lies in our memory, and its chatter is no answer."""
+    monkeypatch.setattr(runtime_host, "UNREAD", 1 << 20)
+
+    def chatter(sock: socket.socket, asked: wire.Submit) -> None:
+        while True:
+            sock.sendall(wire.for_node(wire.Pong(0)))
+            time.sleep(0.02)
+
+    async def main() -> None:
+        host = EngineHost(Puppet(chatter), LOAD, limits=Limits(hang_s=1, backoff_s=0.01))
+
+        async def ask(name: int) -> None:
+            with pytest.raises(ModelError):
+                async for _ in host.generate(Sequence(name, (50_000,) * 400_000, SamplingParams(temperature=0), 9)):
+                    pass
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(host.run)
+                async with trio.open_nursery() as streams:
+                    for name in range(3):
+                        streams.start_soon(ask, name)
+                assert "bytes unread" in host.last_death
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
 
 
 def test_starting_twice_ends_the_engine() -> None:

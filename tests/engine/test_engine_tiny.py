@@ -283,6 +283,8 @@ def edited(folder: Path, target: Path, **changes: Any) -> Path:
     "changes",
     [
         {"model_type": "gpt2"},
+        {"model_type": ["llama"]},
+        {"model_type": {}},
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},

@@ -241,6 +241,28 @@ def test_one_answer_costs_the_others_little_whatever_its_grammar(grammars: Gramm
     assert slowest < 1.0
 
 
+def test_an_ambiguous_grammar_that_stays_within_every_limit_ends_when_its_time_is_over(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    """Each of its tokens takes ten times what a stream's token should cost the others, line after line, without an end."""
+    ambiguous = ResponseFormat("lark", 'start: (s NL)+\ns: s s | "a" | "b" | "" | s s s\nNL: "\\n"')
+    constraint = grammars.start(ambiguous)
+    line = [tokens[0] for tokens in map(tokenizer.encode, "ab" * 75)] + [tokenizer.encode("\n")[0]]
+    began, done = time.thread_time(), 0
+    for token in line * 4:
+        if not constraint.mask().any():
+            break
+        constraint.accept(token)
+        done += 1
+    assert constraint.failure == "it takes too much time" and not constraint.mask().any()
+    assert time.thread_time() - began < 5 and done < 300
+    begun = grammars.start(SUM)
+    for token in map(tokenizer.encode, "1+2+3+4+5+6+7+8"):
+        assert begun.mask()[token[0]]
+        begun.accept(token[0])
+    assert not begun.failure
+
+
 def test_a_model_without_an_end_cannot_be_bound(smollm: Path) -> None:
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         Grammars(smollm, []).start(SUM)

@@ -257,8 +257,10 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
         tensor_file({"w": {"dtype": "Q9", "shape": [2], "data_offsets": [0, 8]}}),
         tensor_file({"w": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}),
         tensor_file({"w": 7}),
+        tensor_file({"w": {"dtype": "F32", "shape": [0] + [10**4000] * 1000, "data_offsets": [0, 0]}}, b""),
+        tensor_file({"w": {"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]}}, b""),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_damaged_safetensors_are_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "w.safetensors"

@@ -397,6 +397,20 @@ def test_what_the_detector_sees_is_bounded() -> None:
     assert decode(turned.getvalue()).shape == (60, 20, 3)
 
 
+def test_a_picture_is_decoded_in_the_size_that_it_is_billed_in() -> None:
+    """A second header that a decoder follows would make a tile of 256 x 256 a picture of 16 million pixels."""
+    needs_ocr()
+    from node.runtime.tasks.ocr import decode
+    from protocol.tasks import image_size
+
+    small, large = png(16, 16), png(4000, 4000)
+    twice = small[:33] + large[8:]  # signature and header, then the other file's header and pixels
+    assert image_size(Image(twice, len(twice), "image/png")) == (16, 16)
+    with pytest.raises(InputInvalid, match="its size twice"):
+        decode(twice)
+    assert decode(large).shape == (4000, 4000, 3)
+
+
 # --------------------------------------------------------------------------------------------------------------- loading
 
 

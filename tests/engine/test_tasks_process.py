@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from node.errors import InputInvalid, ModelError  # noqa: E402
 from node.models.manifest import Manifest  # noqa: E402
 from node.models.store import ModelStore  # noqa: E402
 from node.ports import Step  # noqa: E402
+from node.runtime.engine.rows import Row  # noqa: E402
 from node.runtime.launch import launcher  # noqa: E402
+from node.runtime.tasks import host as runtime_host  # noqa: E402
 from node.runtime.tasks import wire  # noqa: E402
 from node.runtime.tasks.backend import TaskModels, open_tasks  # noqa: E402
 from node.runtime.tasks.child import serve  # noqa: E402
 from node.runtime.tasks.host import Limits, TaskHost  # noqa: E402
 from node.runtime.tasks.loading import TaskSettings  # noqa: E402
+from node.runtime.tasks.prepare import Rows  # noqa: E402
 from node.runtime.tasks.runner import Memory  # noqa: E402
 from protocol.ids import ModelId  # noqa: E402
 from protocol.messages import FinishReason, Params  # noqa: E402
@@ -275,6 +278,57 @@ def test_a_process_that_is_not_honest_ends_and_its_job_too(said: bytes, why: str
                     pass
             await until(lambda: one.ready)
             assert script.lives == 2 and one.deaths == 1 and not one._jobs
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+class Deaf:
+    """Reads what it loads, then talks and listens to nothing."""
+
+    @asynccontextmanager
+    async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Any]:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+
+        async def chatter() -> None:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await stream.receive_some(1 << 16)
+                await stream.send_all(ready)
+                await trio.sleep(0.2)  # one who spoke at once would not be taken
+                while True:
+                    for number in range(8):
+                        await stream.send_all(wire.for_node(wire.Refused(number, "model", "later")))
+                    await trio.sleep(0.02)
+
+        class Nobody:
+            def kill(self) -> None: ...
+
+            async def epitaph(self) -> str:
+                return "gone"
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(chatter)
+            yield Nobody()
+            nursery.cancel_scope.cancel()
+
+
+def test_a_process_that_talks_and_does_not_listen_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it leaves unread lies in our memory, and its chatter is no answer."""
+    monkeypatch.setattr(runtime_host, "UNREAD", 1 << 20)
+    rows = Rows(tuple(Row((30_000,) * 500) for _ in range(400)))
+
+    async def main() -> None:
+        one = host(Deaf(), hang_s=1.0, backoff_s=5.0)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(one.run)
+            for _ in range(6):
+                with pytest.raises(ModelError, match=r"later|bytes unread"):
+                    async for _ in one.steps(rows, Params(), pieces(b"")):
+                        pass
+            await until(lambda: one.deaths >= 1)
+            assert "bytes unread" in caplog.text
             nursery.cancel_scope.cancel()
 
     trio.run(main)

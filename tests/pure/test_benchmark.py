@@ -74,6 +74,7 @@ def test_a_benchmark_comes_back_as_it_was_signed() -> None:
         ({"other_load": 0.5}, "exactly when its own figures do"),
         ({"disturbances": ("2 other programs compute on the device",)}, "exactly when its own figures do"),
         ({"figures": (of("x", "B/s", 1.0, spread=0.11),)}, "exactly when its own figures do"),
+        ({"figures": (Figure("x", "B/s", 0.0, 0.0, 1e12, 3),)}, "exactly when its own figures do"),
         ({"model": ModelBench(bytes(32), "m", "f", 9, 1, 2, 0.1, (run(1, spread=0.2),))}, "exactly when"),
     ],
 )

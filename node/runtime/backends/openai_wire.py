@@ -22,6 +22,8 @@ from protocol.tame import one_line
 MAX_BODY: Final = 1 << 20
 """Most bytes of an answer that is no stream."""
 MAX_MODELS: Final = 1024
+MAX_TEXT: Final = 16_384
+"""Most characters of one event. Tokens are found in a text character by character, and the worker's loop waits meanwhile."""
 END: Final = "[DONE]"
 _FINISH: Final = {
     "stop": FinishReason.STOP,
@@ -105,6 +107,8 @@ def parse_piece(event: Event) -> Piece | None:
     if len(chunk.choices) != 1 or chunk.choices[0].index != 0:
         raise ServerFault("it answers with choices that nobody asked for")
     (choice,) = chunk.choices
+    if len(choice.text) > MAX_TEXT:
+        raise ServerFault(f"it sends {len(choice.text)} characters in one event")
     reason = None
     if choice.finish_reason:
         reason = _FINISH.get(choice.finish_reason)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from node.runtime.engine.errors import CacheFull, IntegrityError
 
@@ -106,6 +106,10 @@ class BlockPool:
         """Of `available`, what `share(names)` and then `allocate` up to `count` blocks would use."""
         known = self._known(names)
         return count - sum(1 for block in known if self._holders[block] > 0)
+
+    def shared(self, names: Sequence[bytes], blocks: Container[int]) -> int:
+        """How many of `blocks` a sequence with these names would share."""
+        return sum(1 for block in self._known(names) if block in blocks)
 
     def name(self, block: int, name: bytes) -> None:
         """A held block is full: from now on it can be found. The first block of a name keeps it."""

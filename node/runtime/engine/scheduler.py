@@ -118,7 +118,8 @@ class Scheduler:
             self.waiting.append(new)
             return
         names, wanted = new.known_names(), blocks_for(new.room)
-        if self.pool.cost(names, wanted) > self.pool.available + self._reclaimable():
+        kept = {block for one in self.running.values() if one.sequence.paid for block in one.table}
+        if wanted - self.pool.shared(names, kept) > self.pool.total - len(kept):  # also if all others gave way
             raise CacheFull(f"{wanted} blocks of KV cache are needed; {self.pool.available} are free")
         while self.pool.cost(names, wanted) > self.pool.available:
             self._preempt(self._youngest_unpaid())
@@ -240,11 +241,6 @@ class Scheduler:
         one.draft.clear()
         self.waiting.appendleft(one)
         self.preemptions += 1
-
-    def _reclaimable(self) -> int:
-        """Blocks that would be free if no unpaid sequence ran."""
-        paid = {block for one in self.running.values() if one.sequence.paid for block in one.table}
-        return len({block for one in self.running.values() if not one.sequence.paid for block in one.table} - paid)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless every block is where the books say."""

@@ -33,6 +33,8 @@ from protocol.messages import Params
 from protocol.tame import one_line
 
 log = logging.getLogger(__name__)
+UNREAD: Final = 4 * wire.TO_CHILD
+"""Bytes for a process that it may leave unread. One that talks and does not listen would fill our memory and never hang."""
 _READ: Final = 1 << 18
 
 
@@ -92,6 +94,8 @@ class TaskHost:
     _jobs: dict[int, _Job] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _out: trio.MemorySendChannel[bytes] | None = None
+    _unread: int = 0
+    """Bytes in `_out`."""
     _heard: float = 0.0
     """When something was heard last, or had to be."""
 
@@ -149,7 +153,9 @@ class TaskHost:
 
     def _send(self, message: wire.ToChild) -> None:
         if self._out is not None:
-            self._out.send_nowait(wire.for_child(message))
+            data = wire.for_child(message)
+            self._unread += len(data)
+            self._out.send_nowait(data)
 
     # -------------------------------------------------------------------------------------------------- the process
 
@@ -213,8 +219,9 @@ class TaskHost:
     async def _serve(self, stream: trio.SocketStream, reader: FrameReader) -> None:
         """Raises `ProcessLost`."""
         self._out, out = trio.open_memory_channel[bytes](math.inf)
+        self._unread = 0
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_write, stream, out)
+            nursery.start_soon(self._write, stream, out)
             nursery.start_soon(self._watch)
             await self._listen(stream, reader)
 
@@ -233,18 +240,20 @@ class TaskHost:
                     job.waiting = False
                     job.answers.send_nowait(message)
 
+    async def _write(self, stream: trio.SocketStream, out: trio.MemoryReceiveChannel[bytes]) -> None:
+        with suppress(trio.BrokenResourceError):  # who listens hears that too
+            async for data in out:
+                await stream.send_all(data)
+                self._unread -= len(data)
+
     async def _watch(self) -> NoReturn:
         while True:
             await trio.sleep(min(1.0, self.limits.hang_s / 4))
+            if self._unread > UNREAD:
+                raise ProcessLost(f"it leaves {self._unread} bytes unread")
             waiting = any(job.waiting for job in self._jobs.values())
             if waiting and trio.current_time() - self._heard > self.limits.hang_s:
                 raise ProcessLost(f"it said nothing for {self.limits.hang_s:.0f} s")
-
-
-async def _write(stream: trio.SocketStream, out: trio.MemoryReceiveChannel[bytes]) -> None:
-    with suppress(trio.BrokenResourceError):  # who listens hears that too
-        async for data in out:
-            await stream.send_all(data)
 
 
 async def _first(stream: trio.SocketStream, reader: FrameReader) -> wire.ToNode:

@@ -21,14 +21,17 @@ from PIL import Image, ImageOps
 from node.errors import InputInvalid, ModelError
 from node.ports import Step
 from node.runtime.tasks.runner import Lane, Memory, settings
+from protocol.errors import InvalidValue
 from protocol.messages import FinishReason, Params
 from protocol.tasks import (
     IMAGE_LIMIT,
     PIXEL_LIMIT,
     SIDE_LIMIT,
     Task,
+    image_size,
     image_units,
 )
+from protocol.tasks import Image as Encoded
 
 _LONGEST: Final = 2000
 """Pixels of the longer side that the detector sees."""
@@ -178,6 +181,8 @@ def decode(data: bytes) -> Picture:
             width, height = image.size
             if max(width, height) > SIDE_LIMIT or width * height > PIXEL_LIMIT:
                 raise InputInvalid(f"an image of {width} x {height} pixels is too large")
+            if (width, height) != _billed(data, str(image.format)):
+                raise InputInvalid("the image says its size twice, and not the same")
             if image.format == "JPEG":
                 image.draft("RGB", (_LONGEST, _LONGEST))  # decodes at half size or less where that is enough
             upright = ImageOps.exif_transpose(image)
@@ -189,6 +194,14 @@ def decode(data: bytes) -> Picture:
         raise
     except Exception as error:  # a decoder of hostile bytes: whatever it trips over, the bytes are at fault
         raise InputInvalid(f"the image cannot be decoded: {type(error).__name__}: {error}"[:300]) from None
+
+
+def _billed(data: bytes, kind: str) -> tuple[int, int]:
+    """The size that was paid for, by the first header; a decoder may follow a later one. Raises `InputInvalid`."""
+    try:
+        return image_size(Encoded(data, len(data), "image/png" if kind == "PNG" else "image/jpeg"))
+    except InvalidValue as error:
+        raise InputInvalid(str(error)) from None
 
 
 def bounded(picture: Picture) -> Picture:

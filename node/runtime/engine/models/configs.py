@@ -139,8 +139,8 @@ class Fields:
 def parse(raw: Mapping[str, Any]) -> Parsed:
     """From config.json. Raises `UnsupportedModel` when a value is out of range or asks for what is not built."""
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UnsupportedModel(f"model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if type(kind) is not str or kind not in ARCHITECTURES:
+        raise UnsupportedModel(f"model_type {kind!r:.64} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[kind](Fields(raw))
 
 
