@@ -491,7 +491,7 @@ def test_auto_is_a_device_before_anything_is_loaded(tmp_path: Path, monkeypatch:
         seen.append(settings.device)
         raise ModelError("seen")
 
-    monkeypatch.setattr("node.runtime.tasks.backend._load", load)
+    monkeypatch.setattr("node.runtime.tasks.loading.load_runner", load)
 
     async def opens(device: str, error: type[Exception]) -> None:
         with pytest.raises(error):
