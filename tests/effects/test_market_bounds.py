@@ -89,7 +89,7 @@ def test_a_slow_worker_is_paid_by_small_ticks_to_the_end(speed: float) -> None:
     """What a client adds at a time is half of *its* tick: to the worker that is no crumb, however slow it is."""
 
     async def scenario(market: Market) -> None:
-        worker = await market.worker(FakeBackend(FakeSettings(tokens=300, seconds_per_token=0.001)))
+        worker = await market.worker(FakeBackend(FakeSettings(tokens=300, seconds_per_token=0.005)))
         client = await market.client()
         client.history[worker.key.peer_id] = History(tokens_per_second=speed)
         async with client.chat("fake", HELLO, max_tokens=300) as stream:
