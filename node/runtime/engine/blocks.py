@@ -117,13 +117,6 @@ class BlockPool:
             self._by_name[name] = block
             self._names[block] = name
 
-    def clear_cache(self) -> None:
-        """Forget all content that nobody holds."""
-        while self._cached:
-            block, _ = self._cached.popitem()
-            self._forget(block)
-            self._free.append(block)
-
     def _known(self, names: Sequence[bytes]) -> list[int]:
         found = []
         for name in names:

@@ -137,7 +137,6 @@ class Plan:
             for position in range(span.start, span.start + span.count):
                 positions.append(position)
                 slots.append(span.table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
-        self.tokens = len(positions)
         self.last = max(positions)
         """The highest position."""
         self.positions = torch.tensor(positions, device=device)

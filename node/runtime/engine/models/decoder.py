@@ -189,7 +189,6 @@ class Decoder:
         self.embedding = weights["embed"].to(self.dtype)
         self.positions = None if config.rope else weights["positions"].to(self.dtype)
         self.norm = _Norm(config, "norm", weights, self.dtype)
-        self._tile = tile
         head = weights["embed" if config.tied else "head.weight"]
         self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True, few_rows=tile == 0), tile)
         self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile) for n in range(config.layers)]
