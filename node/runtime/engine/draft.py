@@ -44,7 +44,13 @@ class DraftModel:
         size = 2 * config.layers * config.kv_heads * config.head_dim * BLOCK_TOKENS * self._model.dtype.itemsize
         self._pool = BlockPool(cache_bytes // size, prefix_cache=False)
         self._cache = PagedCache(
-            config.layers, config.kv_heads, config.head_dim, self._pool.total, self._model.dtype, device
+            config.layers,
+            config.kv_heads,
+            config.head_dim,
+            self._pool.total,
+            self._model.dtype,
+            device,
+            self._model.kernels,
         )
         self._known: dict[Hashable, _Known] = {}
 

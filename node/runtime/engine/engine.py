@@ -106,8 +106,14 @@ class Engine:
         self._pool = BlockPool(cache_bytes // self.block_bytes, prefix_cache=prefix_cache)
         try:
             self._cache = PagedCache(
-                config.layers, config.kv_heads, config.head_dim, self._pool.total + 1, self._model.dtype, self._device
-            )  # one block more than is handed out: padding writes there
+                config.layers,
+                config.kv_heads,
+                config.head_dim,
+                self._pool.total + 1,  # one block more than is handed out: padding writes there
+                self._model.dtype,
+                self._device,
+                self._model.kernels,
+            )
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
             raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
         self._graphs: DecodeGraphs | None = None

@@ -9,8 +9,9 @@ Rules:
 - Nothing is chosen by timing: the same machine, shape and number of rows take the same path in every run.
 
 Measured on AVX-512 without AMX, one thread, for all the products of a step of SmolLM2-135M: oneDNN's packed kernels cost
-less at four rows than at one or two (they keep few accumulators busy), so one and two rows are repeated to four. FBGEMM's
-float16 kernel reads weights twice as fast as oneDNN's bfloat16 at one row and loses from eight rows on.
+less at four rows than at one or two (they keep few accumulators busy), so one and two rows are repeated to four. Few rows
+are limited by how fast a weight is read, and read through a compiled kernel (`kernels.layers`) fastest: at one row 10 ms
+against 57 of oneDNN, at four 11 against 18, at eight as fast.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.errors import UnsupportedModel
+from node.runtime.engine.kernels import importable
 
 FORMATS: Final = ("float32", "bfloat16", "float16", "int8", "int4")
-FEW_ROWS: Final = 3
-"""Up to so many rows the copy for few rows is the faster one (measured: even at 4)."""
+FEW_ROWS: Final = 4
+"""Up to so many rows the copy for few rows is the faster one."""
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ def make_linear(
     """The layer of a weight [out, in] and bias [out], of any floating-point dtype, on the device where they are.
 
     `head`: it is the output head, which bears quantization worst: int4 keeps it in int8, and its activations in 15 bits.
-    `few_rows` (bfloat16 on a CPU only, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows, about twice
-    as fast there; it holds the same weights and takes as many bytes again. Raises `UnsupportedModel` for what is no weight.
+    `few_rows` (bfloat16, int8 and int4 on a CPU, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows;
+    it holds the same weights and takes about as many bytes again. Raises `UnsupportedModel` for what is no weight.
     """
     _check_format(fmt)
     _check_shapes(weight, bias)
@@ -76,18 +78,36 @@ def make_linear(
     dtype = compute_dtype(fmt, device)
     bias = None if bias is None else bias.to(dtype)
     if fmt == "int8" or (fmt == "int4" and head):
-        return quantize.int8_linear(weight, bias, dtype, fine=head)
+        return quantize.int8_linear(weight, bias, dtype, fine=head, few_rows=few_rows)
     if fmt == "int4":
-        return quantize.int4_linear(weight, bias, dtype)
+        return quantize.int4_linear(weight, bias, dtype, few_rows=few_rows)
     if device != "cpu":
         return PlainLinear(weight.to(dtype), bias)
     if fmt == "float16":
         return _float16(weight, bias)
     weight = weight.to(dtype)
     many: Linear = OneDnnLinear(weight, bias) if works(OneDnnLinear, "cpu", dtype) else PlainLinear(weight, bias)
-    if few_rows and fmt == "bfloat16" and works(Float16Linear, "cpu", torch.float32) and _fits_float16(weight):
-        return _TwoCopies(Float16Linear(weight, bias), many)
-    return many
+    return two_copies(_few_bfloat16, weight, bias, dtype, many) if few_rows and fmt == "bfloat16" else many
+
+
+def _few_bfloat16(weight: Tensor, bias: Tensor | None) -> Linear:
+    from node.runtime.engine.kernels.layers import FewBFloat16
+
+    return FewBFloat16(weight, bias)
+
+
+def two_copies(
+    few: Callable[[Tensor, Tensor | None], Linear],
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    many: Linear,
+    tolerance: float | None = None,
+) -> Linear:
+    """`many`, and beside it `few(weight, bias)` for up to `FEW_ROWS` rows where that works; see `works`."""
+    if not importable() or not works(few, "cpu", dtype, tolerance):
+        return many
+    return _TwoCopies(few(weight, bias), many)
 
 
 def _check_format(fmt: str) -> None:
@@ -154,7 +174,7 @@ class Float16Linear:
 
 
 class _TwoCopies:
-    """bfloat16 with float16 beside it for few rows. Every bfloat16 from 2^-14 up to float16's largest is a float16."""
+    """A layer for up to `FEW_ROWS` rows and one for more."""
 
     def __init__(self, few: Linear, many: Linear) -> None:
         self.out_features, self.in_features = many.out_features, many.in_features
@@ -162,9 +182,7 @@ class _TwoCopies:
         self.nbytes = few.nbytes + many.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= FEW_ROWS:
-            return self._few(x.float()).to(x.dtype)
-        return self._many(x)
+        return self._few(x) if x.shape[0] <= FEW_ROWS else self._many(x)
 
 
 def _fits_float16(weight: Tensor) -> bool:
@@ -192,16 +210,16 @@ def fbgemm_padded(out_features: int, in_features: int, columns: int) -> int:
 
 
 @cache
-def works(kind: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+def works(kind: Callable[..., Any], device: str, dtype: torch.dtype, tolerance: float | None = None) -> bool:
     """Whether a kind of layer can be built here and agrees with float64 on a small case; the log says why it does not.
 
-    `kind(weight, bias)` is called with tensors of `dtype` on `device`. Its attribute ``tolerance``, where it has one, is
-    the error allowed, in units of the largest result; rounding of weights to the format included.
+    `kind(weight, bias)` is called with tensors of `dtype` on `device`. `tolerance`: the error allowed, in units of the largest
+    result, rounding of weights to the format included; by default the kind's attribute of that name, or 1 %.
     """
     generator = torch.Generator().manual_seed(5)
     weight, bias = torch.randn(128, 96, generator=generator), torch.randn(128, generator=generator)
     weight, bias = weight.to(dtype), bias.to(dtype)
-    tolerance = getattr(kind, "tolerance", 1e-2)
+    tolerance = getattr(kind, "tolerance", 1e-2) if tolerance is None else tolerance
     try:
         layer = kind(weight.to(device), bias.to(device))
         for rows in (1, 2, 5, 80):

@@ -7,6 +7,9 @@ A `Plan` says what one forward pass computes: first *rows*, one new token of one
 groups of similar length; then *chunks*, several new tokens of one sequence.
 Attention reads whole blocks and masks what is not seen.
 
+Where there are compiled kernels, a row attends by `kernels.attention`, which reads the blocks where they lie; what follows of
+rows and groups is how torch's operators do it.
+
 With `exact` a prompt's tokens are rows, too, and a group holds only rows that see equally many blocks: how a row is computed
 then depends on its position alone, not on its company or on how a prompt was cut. That batched products compute each
 matrix alike, however many there are, is a property of the libraries below; the engine's probe checks it before it is claimed.
@@ -17,14 +20,20 @@ Sources: Kwon et al. 2023, PagedAttention (blocks); Dao et al. 2022 (the fused k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.blocks import BLOCK_TOKENS, blocks_for
+
+if TYPE_CHECKING:
+    from node.runtime.engine.kernels.calls import Kernels
 
 WASTE = 2
 """Rows of one group differ in length by less than this factor: what is padded costs as much as what is not."""
@@ -143,48 +152,59 @@ class Plan:
         self.slots = torch.tensor(slots, device=device)
         self.begun = torch.tensor(begun, device=device, dtype=torch.int64)
         """Blocks that this pass begins and does not fill."""
-        self.groups: list[Group] = []
-        self.chunks: list[_Chunk] = []
         self.device = device
-        begin = 0
-        rows: list[Span] = []
-        for span in spans:
-            for one in self._pieces(span):
-                if one.count > 1:
-                    begin = self._close(begin, rows)
-                    self.chunks.append(_Chunk(begin, one, device))
-                    begin += one.count
-                    continue
-                if rows and not self._alike(rows[0], one):
-                    begin = self._close(begin, rows)
-                rows.append(one)
-        self._close(begin, rows)
+        singles = list(takewhile(lambda span: span.count == 1, spans))
+        self.singles = 0 if exact else len(singles)
+        """How many tokens of the pass, its first, are each the only one of a sequence."""
+        self._rows = [Span(s.table, s.start + n, 1) for s in spans for n in range(s.count)] if exact else singles
+        self.chunks: list[_Chunk] = []
+        begin = self.singles
+        for span in spans[begin:] if not exact else ():
+            self.chunks.append(_Chunk(begin, span, device))
+            begin += span.count
 
-    def _pieces(self, span: Span) -> Iterable[Span]:
-        if not self.exact:
-            return (span,)
-        return (Span(span.table, span.start + n, 1) for n in range(span.count))
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The rows, for attention by torch's operators."""
+        groups: list[Group] = []
+        begun = 0
+        for end in range(1, len(self._rows) + 1):
+            if end == len(self._rows) or not self._alike(self._rows[begun], self._rows[end]):
+                groups.append(Group(begun, self._rows[begun:end], self.device, exact=self.exact))
+                begun = end
+        return groups
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """The rows, for attention by a kernel: int64 [rows, 1 + most blocks], how many tokens each sees and its blocks."""
+        most = max(blocks_for(row.start + 1) for row in self._rows)
+        lines: list[list[int]] = []
+        for row in self._rows:
+            own = blocks_for(row.start + 1)
+            lines.append([row.start + 1, *row.table[:own], *([0] * (most - own))])
+        return torch.tensor(lines, device=self.device)
 
     def _alike(self, one: Span, other: Span) -> bool:
         if self.exact:
             return not self._alone and blocks_for(one.start + 1) == blocks_for(other.start + 1)
         return one.start + 1 <= WASTE * (other.start + 1)
 
-    def _close(self, begin: int, rows: list[Span]) -> int:
-        if rows:
-            group = Group(begin, rows, self.device, exact=self.exact)
-            self.groups.append(group)
-            begin = group.end
-            rows.clear()
-        return begin
-
 
 class PagedCache:
     """The tensors behind a block pool."""
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, blocks: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
+        """`kernels`: what single tokens attend with; None: torch's operators."""
+        self._kernels = kernels
         # On a CPU the pages become real only as tokens fill them.
         self.data = torch.empty(layers, 2, kv_heads, blocks, BLOCK_TOKENS, head_dim, dtype=dtype, device=device)
         self._shape = (kv_heads, blocks, head_dim)
@@ -205,8 +225,16 @@ class PagedCache:
         """
         if layer == 0:
             self.begin(plan)
-        self._by_slot[layer].index_copy_(1, plan.slots, kv.transpose(0, 1))
-        parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
+        kernels, by_slot = self._kernels, self._by_slot[layer]
+        if kernels is None:
+            by_slot.index_copy_(1, plan.slots, kv.transpose(0, 1))
+            parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
+        else:
+            kernels.write(by_slot, plan.slots, kv)
+            some = q[: plan.singles]
+            parts = (
+                [kernels.attend(by_slot, plan.tables, some, how.scale, how.window, how.softcap)] if len(some) else []
+            )
         parts += [self._chunk(chunk, layer, how, q[chunk.begin : chunk.end]) for chunk in plan.chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,8 +1,8 @@
 """Quantized linear layers: int8 weights and activations, int4 weights.
 
 Rules:
-- int8: one scale per output, symmetric; activations are quantized as they come, symmetric, one scale per row. The sums are
-  integers, so a row's result is the same bits in any company, at any number of rows and threads (`Int8Linear`).
+- int8: one scale per output, symmetric; activations are quantized as they come, one range per row, so a row is rounded alike
+  in any company. Sums are integers (`Int8Linear`), or float32 for few rows (`kernels.layers`).
 - int4: groups of 32 along `in`, each with a scale and a zero in bfloat16; activations stay in bfloat16.
 - A weight that is not finite is refused; a weight whose shape the int4 kernel cannot take is held in int8, which is more.
 
@@ -13,35 +13,46 @@ The CUDA operators have never run here: a CUDA device takes them if they pass th
 from __future__ import annotations
 
 import warnings
-from typing import Final
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.errors import UnsupportedModel
-from node.runtime.engine.linear import Linear, fbgemm_padded, nbytes_of, works
+from node.runtime.engine.kernels import importable
+from node.runtime.engine.linear import Linear, fbgemm_padded, nbytes_of, two_copies, works
+
+if TYPE_CHECKING:
+    from node.runtime.engine.kernels.layers import Activations
 
 GROUP: Final = 32
 UNPACK_ROWS: Final = 48
 """From so many rows on it is faster to unpack an int4 weight to bfloat16 first (measured: even at 40)."""
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fine: bool = False) -> Linear:
+def int8_linear(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fine: bool = False, few_rows: bool = False
+) -> Linear:
     """`weight` [out, in] in int8, to compute in `dtype`. Raises `UnsupportedModel` when it is not finite.
 
     `fine`: activations in 15 bits where they are quantized at all; layers that narrow (`in` > `out`) have them anyway.
+    `few_rows`: see `make_linear`.
     """
     if weight.device.type == "cpu":
         kind = Int8FineLinear if weight.shape[1] > weight.shape[0] or fine else Int8Linear
         if works(kind, "cpu", dtype):
-            return kind(weight, bias)
+            many = kind(weight, bias)
+            few = _few_int8(kind is Int8FineLinear, dtype)
+            return two_copies(few, weight, bias, dtype, many, kind.tolerance) if few_rows else many
     if weight.device.type == "cuda" and works(Int8PackLinear, "cuda", dtype):
         return Int8PackLinear(weight, bias)
     return Int8PlainLinear(weight, bias)
 
 
-def int4_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+def int4_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, few_rows: bool = False) -> Linear:
     """`weight` [out, in] in int4, to compute in `dtype`, or in int8 where the kernel has no such shape or is missing."""
     out_features, in_features = weight.shape
     if (
@@ -50,11 +61,34 @@ def int4_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Line
         and out_features % 16 == 0
         and works(Int4Linear, "cpu", dtype)
     ):
-        return Int4Linear(weight, bias)
+        many = Int4Linear(weight, bias)
+        return two_copies(_few_int4(dtype), weight, bias, dtype, many, many.tolerance) if few_rows else many
     fits = in_features % 128 == 0 and out_features % 8 == 0
     if fits and weight.device.type == "cuda" and works(Int4CudaLinear, "cuda", dtype):
         return Int4CudaLinear(weight, bias)
-    return int8_linear(weight, bias, dtype)
+    return int8_linear(weight, bias, dtype, few_rows=few_rows)
+
+
+@cache
+def _few_int8(fine: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Linear]:
+    def few(weight: Tensor, bias: Tensor | None) -> Linear:
+        from node.runtime.engine.kernels.layers import FewInt8
+
+        sizes = column_sizes(weight) if fine else None
+        numbers, scales = quantize_rows(weight if sizes is None else weight.float() / sizes)
+        return FewInt8(numbers, scales, bias, dtype, sizes)
+
+    return few
+
+
+@cache
+def _few_int4(dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Linear]:
+    def few(weight: Tensor, bias: Tensor | None) -> Linear:
+        from node.runtime.engine.kernels.layers import FewInt4
+
+        return FewInt4(*quantize_groups(weight), bias, dtype)
+
+    return few
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +99,12 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise UnsupportedModel("a weight is not finite")
     scales = torch.where(largest > 0, largest, 1.0) / 127
     return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+def column_sizes(weight: Tensor) -> Tensor:
+    """Float32 [in]: the roots of the columns' largest magnitudes, by which the fine scheme brings them closer."""
+    sizes = weight.float().abs().amax(0).sqrt_()
+    return torch.where(sizes > 0, sizes, 1.0)
 
 
 def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +125,14 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     ).contiguous()
 
 
+def _activations(sizes: Tensor | None) -> Activations | None:
+    if not importable():
+        return None
+    from node.runtime.engine.kernels.layers import Activations
+
+    return Activations(sizes)
+
+
 class Int8Linear:
     """int8 on a CPU: FBGEMM, float32 or bfloat16 in and out.
 
@@ -94,6 +142,8 @@ class Int8Linear:
     """
 
     tolerance = 3e-2
+    _steps = (1 / 255, 0)
+    """What the kernel takes for a step of the activations, and for their zero."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         ops = torch.ops.quantized
@@ -108,22 +158,26 @@ class Int8Linear:
             self._packed = ops.linear_prepack(packable, None)
         self._linear = ops.linear_with_input_q_dq_qweight_dq_output_fp32.default
         self._sums = numbers.sum(1) * scales
-        self._bias = bias
+        self._fused = _activations(None)
+        self._bias = torch.zeros(self.out_features) if bias is None else bias.float()
         # FBGEMM keeps a scale, a zero point and a sum for each output.
         padded = fbgemm_padded(self.out_features, self.in_features, 48)
-        self.nbytes = padded + 12 * self.out_features + self._sums.nbytes + nbytes_of(bias)
+        self.nbytes = padded + 12 * self.out_features + self._sums.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._fused is not None:
+            spread, marks = self._fused.spread(x)
+            products = self._linear(spread, *self._steps, self._packed)
+            return self._fused.gather(products, marks, self._sums, self._bias, x.dtype)
         out = self._product(x if x.dtype is torch.float32 else x.float())
-        if self._bias is not None:
-            out += self._bias
+        out += self._bias
         return out if x.dtype is torch.float32 else out.to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         low = x.amin(1, True)
         span = x.amax(1, True).sub_(low)
         # A row of equal numbers is 0/0 here and 0 * span below; the kernel takes what is not a number for some integer.
-        out = self._linear((x - low).div_(span), 1 / 255, 0, self._packed)
+        out = self._linear((x - low).div_(span), *self._steps, self._packed)
         return out.mul_(span).addcmul_(low, self._sums)
 
 
@@ -136,11 +190,12 @@ class Int8FineLinear(Int8Linear):
     """
 
     tolerance = 2e-2
+    _steps = (1.0, 128)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        sizes = weight.float().abs().amax(0).sqrt_()
-        self._sizes = torch.where(sizes > 0, sizes, 1.0)
+        self._sizes = column_sizes(weight)
         super().__init__(weight.float() / self._sizes, bias)
+        self._fused = _activations(self._sizes)
         self.nbytes += self._sizes.nbytes
 
     def _product(self, x: Tensor) -> Tensor:
@@ -149,7 +204,7 @@ class Int8FineLinear(Int8Linear):
         scaled = x.div_(steps)
         coarse = scaled.round()
         fine = scaled.sub_(coarse).mul_(254)
-        first, second = self._linear(torch.cat((coarse, fine)), 1.0, 128, self._packed).chunk(2)
+        first, second = self._linear(torch.cat((coarse, fine)), *self._steps, self._packed).chunk(2)
         return first.add_(second, alpha=1 / 254).mul_(steps)
 
 

@@ -14,15 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.errors import UnsupportedModel
+from node.runtime.engine.kernels import kernels_for
 from node.runtime.engine.linear import Linear, compute_dtype, make_linear
 from node.runtime.engine.paged import Attention, PagedCache, Plan
+
+if TYPE_CHECKING:
+    from node.runtime.engine.kernels.calls import Kernels
 
 ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "silu": F.silu,
@@ -186,12 +190,14 @@ class Decoder:
             raise UnsupportedModel("exact mode needs an intermediate size that is a multiple of 64")
         self.config = config
         self.dtype = compute_dtype(fmt, device)
+        self.kernels = None if tile else kernels_for(device, self.dtype, config.head_dim)
+        """Compiled operations for a CPU; not in exact mode, whose promise is about torch's."""
         self.embedding = weights["embed"].to(self.dtype)
         self.positions = None if config.rope else weights["positions"].to(self.dtype)
-        self.norm = _Norm(config, "norm", weights, self.dtype)
+        self.norm = _Norm(config, "norm", weights, self.dtype, self.kernels)
         head = weights["embed" if config.tied else "head.weight"]
         self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True, few_rows=tile == 0), tile)
-        self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile) for n in range(config.layers)]
+        self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile, self.kernels) for n in range(config.layers)]
         ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
         self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
 
@@ -230,17 +236,27 @@ class Decoder:
 
 class _Norm:
     def __init__(
-        self, config: DecoderConfig, name: str, weights: Mapping[str, Tensor], dtype: torch.dtype, rms: bool = False
+        self,
+        config: DecoderConfig,
+        name: str,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        kernels: Kernels | None,
+        rms: bool = False,
     ) -> None:
         self._rms = rms or config.norm == "rms"
+        self._kernels = kernels if self._rms else None
         self._eps = config.norm_eps
         weight = weights[f"{name}.weight"]
         self._offset = self._rms and config.norm_offset != 0
         # Gemma multiplies by 1 + w in float32 and rounds once; the others round before they multiply.
         self._weight = weight.float() + config.norm_offset if self._offset else weight.to(dtype)
+        self._wide = self._weight.float()
         self._bias = weights[f"{name}.bias"].to(dtype) if f"{name}.bias" in weights else None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.norm(x, self._wide, self._eps)
         size = (x.shape[-1],)
         if self._offset:
             return F.rms_norm(x.float(), size, self._weight, self._eps).to(x.dtype)
@@ -258,6 +274,7 @@ class _Layer:
         fmt: str,
         dtype: torch.dtype,
         tile: int,
+        kernels: Kernels | None,
     ) -> None:
         self.index = index
         self.config = config
@@ -272,7 +289,7 @@ class _Layer:
             return _tiled(make_linear(weight, fmt, torch.cat(biases) if biases else None, few_rows=tile == 0), tile)
 
         def norm(name: str, rms: bool = False) -> _Norm:
-            return _Norm(config, f"{index}.{name}", weights, dtype, rms)
+            return _Norm(config, f"{index}.{name}", weights, dtype, kernels, rms)
 
         self.qkv, self.output = linear("q", "k", "v"), linear("o")
         self.up, self.down = linear("gate", "up") if config.gated else linear("up"), linear("down")
@@ -282,6 +299,8 @@ class _Layer:
         self.feed_post = norm("feed_post_norm") if config.block == "sandwich" else None
         self.q_norm, self.k_norm = (norm("q_norm", True), norm("k_norm", True)) if config.qk_norm else (None, None)
         self.activation = ACTIVATIONS[config.activation]
+        self._kernels = kernels
+        self._gate = kernels.gate(config.activation) if kernels is not None and config.gated else None
         window = config.windows[index] if config.windows else None
         self.rope = config.local_rope if window is not None and config.local_rope else config.rope
         self.how = Attention(
@@ -317,6 +336,8 @@ class _Layer:
 
     def _feed(self, x: Tensor) -> Tensor:
         up = self.up(x)
+        if self._gate is not None:
+            return self.down(self._gate(up))
         if self.config.gated:
             gate, up = up.chunk(2, dim=-1)
             return self.down(self.activation(gate) * up)
@@ -329,7 +350,8 @@ class _Layer:
             heads[:, : config.heads] = self.q_norm(heads[:, : config.heads])
             heads[:, config.heads : turned] = self.k_norm(heads[:, config.heads : turned])
         if self.rope is not None:
-            _turn(heads[:, :turned, : self.rope.dim], *turns[self.rope])
+            turn = _turn if self._kernels is None else self._kernels.turn
+            turn(heads[:, :turned, : self.rope.dim], *turns[self.rope])
         return cache.attend(plan, self.index, self.how, heads[:, : config.heads], heads[:, config.heads :])
 
 

@@ -1,0 +1,53 @@
+"""Small operations of a step on a CPU, each in one pass over its data, compiled for the processor they run on.
+
+A step of a small model is a thousand torch operators; what they cost besides arithmetic is more than the arithmetic. These
+kernels are written in Python and compiled by Numba through LLVM: no compiler is needed on the machine. Products of many
+rows stay with torch, whose libraries are faster there.
+
+Rules:
+- `kernels_for` gives None where they cannot be used (another device, no Numba, a trial that disagrees with torch): the
+  engine then computes the same in torch operators. Nothing but speed, and the last bits of a number, depends on it.
+- A row of a result depends on that row of the input alone, and is computed by one thread: it has the same bits in any
+  company and with any number of threads.
+- Kernels are given addresses. Who calls them (`calls`) has checked dtype, shape and contiguity; a kernel checks nothing.
+- NaN in, NaN out: a model that computes nonsense must be noticed.
+
+`simd` is sixteen floats at a time; `norms`, `attention`, `products`, `int8` are the kernels; `calls` is tensors to
+addresses.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from node.runtime.engine.kernels.calls import Kernels
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def importable() -> bool:
+    """Whether Numba is there; the log says when it is not."""
+    try:
+        import node.runtime.engine.kernels.simd  # noqa: F401
+    except ImportError as error:
+        log.warning("compiled kernels are not used, steps will take about half as long again: %s", error)
+        return False
+    return True
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels | None:
+    """The kernels of a decoder, or None where torch's operators must do; the log says why."""
+    if device.type != "cpu" or not importable():
+        return None
+    from node.runtime.engine.kernels import calls
+
+    threads = torch.get_num_threads()
+    if threads > 1:
+        calls.share(threads)
+    return calls.tried(dtype, head_dim, threads > 1)

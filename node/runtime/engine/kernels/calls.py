@@ -1,0 +1,155 @@
+"""Kernels on tensors: what is allocated, and shapes as counts, before addresses are handed over.
+
+Each kernel is compiled when it is first asked for, some tenths of a second, once in a process for each way it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Final
+
+import numba
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from node.runtime.engine.blocks import BLOCK_TOKENS
+from node.runtime.engine.kernels import attention, norms
+from node.runtime.engine.kernels.compiled import STORED
+from node.runtime.engine.kernels.simd import LANES
+
+log = logging.getLogger(__name__)
+
+GATES: Final = {"silu": norms.silu_gate, "gelu_tanh": norms.gelu_tanh_gate}
+
+
+class Kernels:
+    """The kernels of a decoder whose activations, keys and values are `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, head_dim: int, *, parallel: bool) -> None:
+        """`head_dim`: a multiple of 16. `parallel`: attention is shared by all threads."""
+        self.dtype = dtype
+        stored = STORED[dtype]
+        self._norm, self._turn = norms.rms_norm(stored), norms.turn(stored)
+        self._write, self._attend = attention.write(stored), attention.attend(stored, head_dim, parallel)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of the last dimension. x: of `dtype`; weight: float32 [width]."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._norm(x.numel() // width, width, x.data_ptr(), weight.data_ptr(), out.data_ptr(), eps)
+        return out
+
+    def gate(self, activation: str) -> Callable[[Tensor], Tensor] | None:
+        """[rows, 2 * width] of gates and ups to [rows, width]; None when there is no kernel of that name."""
+        if activation not in GATES:
+            return None
+        run = GATES[activation](STORED[self.dtype])
+
+        def gate(x: Tensor) -> Tensor:
+            rows, width = x.shape[0], x.shape[1] // 2
+            out = torch.empty(rows, width, dtype=x.dtype)
+            run(rows, width, x.data_ptr(), out.data_ptr())
+            return out
+
+        return gate
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Turn the first numbers of heads [rows, heads, dim] in place, as many as cos and sin [rows, 1, n] have."""
+        rows, heads, _ = x.shape
+        steps = x.stride()
+        self._turn(rows, heads, cos.shape[-1], steps[0], steps[1], x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+
+    def write(self, cache: Tensor, slots: Tensor, kv: Tensor) -> None:
+        """kv [rows, heads, dim], heads beside each other, to the places `slots` of cache [heads, tokens, dim]."""
+        rows, heads, dim = kv.shape
+        self._write(rows, heads, dim, kv.stride(0), kv.data_ptr(), slots.data_ptr(), cache.shape[1], cache.data_ptr())
+
+    def attend(
+        self, cache: Tensor, tables: Tensor, q: Tensor, scale: float, window: int | None, softcap: float
+    ) -> Tensor:
+        """[rows, heads * dim] of queries [rows, heads, dim], heads beside each other; see `attention.attend`.
+
+        cache: one layer's [2 * kv_heads, tokens, dim].
+        """
+        rows, heads, dim = q.shape
+        kv_heads = cache.shape[0] // 2
+        out = torch.empty(rows, heads * dim, dtype=self.dtype)
+        self._attend(
+            rows,
+            kv_heads,
+            heads // kv_heads,
+            q.stride(0),
+            q.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1] - 1,
+            cache.shape[1] // BLOCK_TOKENS,
+            cache.data_ptr(),
+            window or 0,
+            scale,
+            softcap,
+            out.data_ptr(),
+        )
+        return out
+
+
+def share(threads: int) -> None:
+    """Use so many threads, as far as the machine has them, for kernels that the calling thread starts."""
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+
+@cache
+def tried(dtype: torch.dtype, head_dim: int, parallel: bool) -> Kernels | None:
+    """Kernels that agree with torch on this machine; None, and a line in the log, when they do not or cannot be."""
+    if dtype not in STORED or head_dim % LANES:
+        log.info("no compiled kernels for %s and heads of %d", dtype, head_dim)
+        return None
+    try:
+        kernels = Kernels(dtype, head_dim, parallel=parallel)
+        _compare(kernels, head_dim)
+    except (ArithmeticError, RuntimeError, OSError) as error:
+        log.warning("compiled kernels are not used for %s: %s", dtype, str(error).partition("\n")[0][:200])
+        return None
+    return kernels
+
+
+def _compare(kernels: Kernels, dim: int) -> None:
+    """Raises `ArithmeticError` when a kernel disagrees with torch on a small case."""
+    generator = torch.Generator().manual_seed(7)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(kernels.dtype)
+
+    x, weight = numbers(3, 80), torch.rand(80, generator=generator)
+    _same("norm", kernels.norm(x, weight, 1e-5), F.rms_norm(x.float(), (80,), weight, 1e-5))
+    for name, plain in (("silu", F.silu), ("gelu_tanh", lambda z: F.gelu(z, approximate="tanh"))):
+        gate = kernels.gate(name)
+        up = 4 * numbers(3, 160)
+        if gate is not None:
+            _same(name, gate(up), plain(up[:, :80].float()) * up[:, 80:].float())
+    heads, cos, sin = numbers(3, 8, dim), numbers(3, 1, dim), numbers(3, 1, dim)
+    turned = heads[:, :6].float() * cos.float() + heads[:, :6].float().roll(dim // 2, -1) * sin.float()
+    kernels.turn(heads[:, :6], cos, sin)
+    _same("turn", heads[:, :6], turned)
+    cache, seen = numbers(4, 6 * BLOCK_TOKENS, dim), [37, 16, 1]
+    tables = torch.tensor([[37, 4, 0, 2], [16, 1, 1, 1], [1, 5, 5, 5]])
+    kernels.write(cache, torch.tensor([2 * 16 + 4, 31, 80]), heads[:, 4:])
+    for row, length in enumerate(seen):
+        at = torch.cat([torch.arange(16) + 16 * block for block in tables[row, 1:].tolist()])[:length]
+        _same("write", cache[:, at[-1]], heads[row, 4:].float())
+    out = kernels.attend(cache, tables, heads[:, :4], 0.2, None, 0.0).view(3, 2, 2, dim)
+    for row, length in enumerate(seen):
+        at = torch.cat([torch.arange(16) + 16 * block for block in tables[row, 1:].tolist()])[:length]
+        keys, values = cache[:, at].float().chunk(2)
+        q = heads[row, :4].float().view(2, 2, dim)
+        _same("attend", out[row], (0.2 * q @ keys.transpose(1, 2)).softmax(-1) @ values)
+
+
+def _same(what: str, got: Tensor, wanted: Tensor) -> None:
+    tolerance = 1e-5 if got.dtype == torch.float32 else 1.6e-2
+    error = float((got.float() - wanted).abs().max() / wanted.abs().max())
+    if not error <= tolerance:
+        raise ArithmeticError(f"{what} is off by {error:.2g}")

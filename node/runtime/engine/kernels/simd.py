@@ -1,0 +1,223 @@
+"""Sixteen floats at a time, as a Numba type: kernels say what is a vector instead of hoping that the compiler sees it.
+
+`load` reads sixteen neighbours of a flat array, whatever they are stored as, and widens them; `store` rounds them back.
+bfloat16 is held in uint16 arrays, which Numba has; rounding is to nearest, ties to even, and keeps NaN. LLVM splits the
+vectors where registers are shorter.
+
+Sources: Numba's extending API (docs: "Low-level extension API"); LLVM language reference (vector operations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_jitable, register_model
+
+LANES: Final = 16
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_FUSED: Final = ("contract",)
+
+
+class _Floats(types.Type):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(name="Floats16")
+
+
+floats: Final = _Floats()
+
+
+def _lanes(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _same(element: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(_lanes(element), [value] * LANES)
+
+
+@register_model(_Floats)
+class _Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _lanes(_F32))
+
+
+def _address(context: Any, builder: Any, signature: Any, args: Any, element: ir.Type) -> Any:
+    """Of element args[1] of the flat array args[0], as a pointer to sixteen of `element`."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.bitcast(builder.gep(array.data, [args[1]]), _lanes(element).as_pointer())
+
+
+def _read(builder: Any, pointer: Any, alignment: int) -> Any:
+    value = builder.load(pointer)
+    value.align = alignment
+    return value
+
+
+@intrinsic
+def pointer(context, address):  # type: ignore[no-untyped-def]
+    """An address as what `carray` takes."""
+    return types.voidptr(address), lambda c, b, s, a: b.inttoptr(a[0], cgutils.voidptr_t)
+
+
+@intrinsic
+def zero(context):  # type: ignore[no-untyped-def]
+    """Sixteen zeros."""
+    return floats(), lambda c, b, s, a: _same(_F32, 0.0)
+
+
+@intrinsic
+def splat(context, x):  # type: ignore[no-untyped-def]
+    """One float sixteen times."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        nothing = ir.Constant(_lanes(_F32), ir.Undefined)
+        return b.shuffle_vector(b.insert_element(nothing, a[0], _I32(0)), nothing, _same(_I32, 0))
+
+    return floats(types.float32), code
+
+
+@intrinsic
+def load(context, array, index):  # type: ignore[no-untyped-def]
+    """array[index : index + 16] of float32, uint16 (bfloat16) or int8."""
+    dtype = array.dtype
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        element = {types.float32: _F32, types.uint16: _I16, types.int8: _I8}[dtype]
+        value = _read(b, _address(c, b, s, a, element), dtype.bitwidth // 8)
+        if dtype == types.uint16:
+            return b.bitcast(b.shl(b.zext(value, _lanes(_I32)), _same(_I32, 16)), _lanes(_F32))
+        return value if dtype == types.float32 else b.sitofp(b.sext(value, _lanes(_I32)), _lanes(_F32))
+
+    return floats(array, types.int64), code
+
+
+def _nibble(upper: bool) -> Callable[..., Any]:
+    @intrinsic
+    def half(context, array, index):  # type: ignore[no-untyped-def]
+        def code(c, b, s, a):  # type: ignore[no-untyped-def]
+            value = b.zext(_read(b, _address(c, b, s, a, _I8), 1), _lanes(_I32))
+            value = b.lshr(value, _same(_I32, 4)) if upper else b.and_(value, _same(_I32, 15))
+            return b.sitofp(value, _lanes(_F32))
+
+        return floats(array, types.int64), code
+
+    return half
+
+
+lower_half: Final = _nibble(False)
+"""The lower four bits of sixteen bytes, as 0 to 15."""
+upper_half: Final = _nibble(True)
+"""The upper four bits."""
+
+
+@intrinsic
+def store(context, array, index, value):  # type: ignore[no-untyped-def]
+    """array[index : index + 16] = value, of float32 or uint16 (bfloat16)."""
+    dtype = array.dtype
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        value = a[2] if dtype == types.float32 else _rounded(b, a[2], _same, _lanes)
+        element = _F32 if dtype == types.float32 else _I16
+        b.store(value, _address(c, b, s, a, element)).align = dtype.bitwidth // 8
+        return c.get_dummy_value()
+
+    return types.void(array, types.int64, floats), code
+
+
+def _rounded(b: Any, value: Any, same: Callable[..., Any], shape: Callable[..., Any]) -> Any:
+    """Float bits to the upper half of them, to nearest, ties to even; NaN stays NaN."""
+    bits = b.bitcast(value, shape(_I32))
+    odd = b.and_(b.lshr(bits, same(_I32, 16)), same(_I32, 1))
+    upper = b.lshr(b.add(b.add(bits, same(_I32, 0x7FFF)), odd), same(_I32, 16))
+    return b.trunc(b.select(b.fcmp_unordered("uno", value, value), same(_I32, 0x7FC0), upper), shape(_I16))
+
+
+@intrinsic
+def mul(context, x, y):  # type: ignore[no-untyped-def]
+    """x * y."""
+    return floats(floats, floats), lambda c, b, s, a: b.fmul(a[0], a[1], flags=_FUSED)
+
+
+@intrinsic
+def fma(context, x, y, z):  # type: ignore[no-untyped-def]
+    """x * y + z, rounded once where the processor can."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        return b.fadd(b.fmul(a[0], a[1], flags=_FUSED), a[2], flags=_FUSED)
+
+    return floats(floats, floats, floats), code
+
+
+@intrinsic
+def total(context, x):  # type: ignore[no-untyped-def]
+    """The sum of the sixteen."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        value, width = a[0], LANES
+        while width > 1:
+            width //= 2
+            nothing = ir.Constant(value.type, ir.Undefined)
+            halves = [
+                b.shuffle_vector(value, nothing, ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width))))
+                for at in (0, width)
+            ]
+            value = b.fadd(*halves)
+        return b.extract_element(value, _I32(0))
+
+    return types.float32(floats), code
+
+
+# ------------------------------------------------------------------------------------------------------ one at a time
+
+
+@intrinsic
+def wide(context, x):  # type: ignore[no-untyped-def]
+    """One number as float32, from float32 or uint16 (bfloat16). LLVM makes vectors of loops over it."""
+    if x == types.uint16:
+        return types.float32(x), lambda c, b, s, a: b.bitcast(b.shl(b.zext(a[0], _I32), _I32(16)), _F32)
+    return types.float32(types.float32), lambda c, b, s, a: a[0]
+
+
+@intrinsic
+def narrow(context, x, array):  # type: ignore[no-untyped-def]
+    """One float32 as what `array` holds."""
+    if array.dtype == types.uint16:
+        return types.uint16(types.float32, array), lambda c, b, s, a: _rounded(
+            b, a[0], lambda kind, n: kind(n), lambda kind: kind
+        )
+    return types.float32(types.float32, array), lambda c, b, s, a: a[0]
+
+
+@intrinsic
+def _power_of_two(context, x):  # type: ignore[no-untyped-def]
+    """2^x of a whole x within a float's exponents; NaN gives some number."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(_I32, [_F32])
+        to_int = cgutils.get_or_insert_function(b.module, kind, "llvm.fptosi.sat.i32.f32")
+        return b.bitcast(b.shl(b.add(b.call(to_int, a), _I32(127)), _I32(23)), _F32)
+
+    return types.float32(types.float32), code
+
+
+@register_jitable
+def exp(x):  # type: ignore[no-untyped-def]
+    """e^x within two units in the last place, from -87 to 88, and as at these ends beyond them. NaN gives NaN.
+
+    Source: Cephes, expf (Moshier 1989): range reduction by powers of two, a polynomial for the rest.
+    """
+    x = np.float32(-87) if x < np.float32(-87) else x
+    x = np.float32(88) if x > np.float32(88) else x
+    power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    rest = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    series = np.float32(1.9875691500e-4)
+    series = series * rest + np.float32(1.3981999507e-3)
+    series = series * rest + np.float32(8.3334519073e-3)
+    series = series * rest + np.float32(4.1665795894e-2)
+    series = series * rest + np.float32(1.6666665459e-1)
+    series = series * rest + np.float32(5.0000001201e-1)
+    return (series * rest * rest + rest + np.float32(1)) * _power_of_two(power)
