@@ -26,7 +26,8 @@ from node.chain.pending import History, Journal, no_journal
 from node.chain.requesting import Requesting
 from node.chain.rpc import Reverted, RpcUnavailable
 from node.chain.slashes import EvmSlashes
-from node.chain.txs import DEFAULT_POLICY, TxPolicy, TxSender
+from node.chain.tx_policy import DEFAULT_POLICY, TxPolicy
+from node.chain.txs import TxSender
 from node.chain.values import Header, Log
 from node.chain.watcher import Watcher
 from node.errors import ChainError
