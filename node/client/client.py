@@ -23,8 +23,10 @@ import trio
 
 from node.client.chat import ChatStream
 from node.client.evidence import Evidence
+from node.client.job import Job
+from node.client.job_posting import Confirm
 from node.client.job_quotes import JobWish
-from node.client.jobs import ClientJobs, Confirm, Job
+from node.client.jobs import ClientJobs
 from node.client.settings import ClientSettings
 from node.client.tasks import Ranking, Vectors, embed, ocr, rerank, sound, transcribe
 from node.client.vouchers import Vouchers
@@ -244,14 +246,15 @@ class Client:
         confirm: Confirm | None = None,
         **params: Any,
     ) -> Job:
-        """Order a batch job: the same messages around each input, in escrow. See `node.client.jobs.ClientJobs.post`.
+        """Order a batch job: the same messages around each input, in escrow. See `node.client.job_posting.JobPosting.post`.
 
         `id`: the caller's name of the job; posting the same name again goes on with the same job. By default a random one.
         """
         name = id or self.random32()[:6].hex()
-        return await self.jobs.post(
+        job_id = await self.jobs.posting.post(
             model, inputs, id=name, messages=messages, wish=wish, policy=policy, confirm=confirm, **params
         )
+        return Job(self.jobs, job_id)
 
     async def open_channel(
         self,
