@@ -15,7 +15,7 @@ import trio
 
 from node.audit import audit
 from node.chain.memory import MemoryLedger
-from node.client import wallet as wallet_module
+from node.client import locking
 from node.client.client import Client
 from node.client.settings import ClientSettings
 from node.errors import ChainError, ConfigError, InsufficientFunds, NoWorker, Refused, VerificationFailed
@@ -176,7 +176,7 @@ async def twins(market: Market) -> tuple[MemoryLedger, Worker, Hand, Hand]:
     await client.book.change(
         [ChannelOpened(channel_id, state.config, state.authorized, state.valid_before, signature, two.domain)]
     )
-    await client.wallet._submit(worker.key.peer_id, channel_id)
+    await client.wallet.locking.submit(worker.key.peer_id, channel_id)
     second = Hand(client, first.offer, client.book.channels[channel_id])
     assert first.state.config == second.state.config and first.state.channel_id != second.state.channel_id
     return two, worker, first, second
@@ -681,7 +681,7 @@ PLANTED: dict[str, tuple[object, str, Any, Any]] = {
         test_a_chain_that_is_away_stops_its_own_channels_only,
     ),
     "a token's address is what is paid": (
-        wallet_module,
+        locking,
         "_between",
         same_address,
         test_a_chain_that_is_away_stops_its_own_channels_only,
