@@ -268,7 +268,7 @@ class ServedPart:
             while True:
                 message = await self.link.receive()
                 if isinstance(message, VoucherMessage):
-                    await self.server.take_voucher(self.ask, message, self.terms.least_tick)
+                    await self.server.vouchers.take(self.ask, message, self.terms.least_tick)
                 elif isinstance(message, Input):
                     self.notify()
                 elif isinstance(message, Cancel | Abort):
@@ -347,7 +347,7 @@ class ServedPart:
             await self.link.abort(code, self.fault.detail if self.fault else self.failure)
             return
         await self.link.send(message)
-        await self.server.await_ack(self.link, self.ask, self.terms.least_tick)
+        await self.server.vouchers.until_ack(self.link, self.ask, self.terms.least_tick)
 
     # --------------------------------------------------------------------------------------------------- waiting
 
