@@ -244,7 +244,7 @@ class ChatStream:
     async def _ask(self, candidate: Candidate) -> None:
         client, offer = self._client, candidate.offer
         price, params = candidate.price, self._params
-        input_limit = client.input_units(candidate.model, self._request, params.max_tokens)
+        input_limit = client.choosing.input_units(candidate.model, self._request, params.max_tokens)
         shape = shape_of(self._request, candidate.model.dimensions)
         needed = pricing.cost(price, input_limit, shape.rows or params.max_tokens)
         peer = await client.reach(offer)

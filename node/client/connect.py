@@ -12,7 +12,8 @@ import trio
 
 from node.books import Key, open_books
 from node.chains import Chains
-from node.client.client import Client, TokenCounter
+from node.client.choosing import TokenCounter
+from node.client.client import Client
 from node.client.settings import ClientSettings, Means
 from node.client.wallet import ClientWallet
 from node.config import DEFAULT, Config

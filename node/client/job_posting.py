@@ -96,7 +96,7 @@ class JobPosting:
         params: Mapping[str, object],
         known: BatchState | None,
     ) -> tuple[BatchSpec, bytes]:
-        model_id: Hash32 = self._client.model_id(model)
+        model_id: Hash32 = self._client.choosing.model_id(model)
         if known is not None and not any(model_id):
             model_id = known.model_id  # nobody offers it now; the job of that name says which it was
         try:

@@ -27,7 +27,7 @@ def test_only_a_worker_that_offers_grammars_is_asked() -> None:
         other, _ = await market.worker(following()), await market.worker()
         client = await market.client()
         words = ChatRequest((ChatMessage("user", "hello there"),))
-        choice = client.explain("fake", words, Params(response_format=KNOWN), Policy())
+        choice = client.choosing.explain("fake", words, Params(response_format=KNOWN), Policy())
         assert [one.offer.peer_id for one in choice.ranked] == [other.key.peer_id]
         assert list(choice.rejected.values()) == [(Exclusion.UNSUPPORTED_PARAM,)]
         async with client.chat("fake", HELLO, response_format=KNOWN) as stream:
