@@ -19,14 +19,17 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
+from node.client.answers import Answers
 from node.client.chat import ChatStream
 from node.client.evidence import Evidence
 from node.client.job_quotes import JobWish
 from node.client.jobs import ClientJobs, Confirm, Job
-from node.client.settings import ClientSettings
+from node.client.settings import MAX_ANSWERS, ClientSettings
 from node.client.tasks import Ranking, Vectors, embed, ocr, rerank, sound, transcribe
+from node.client.vocabulary import Vocabulary
 from node.client.vouchers import Vouchers
 from node.client.wallet import ClientWallet
 from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
@@ -39,6 +42,7 @@ from node.store.results import Results
 from protocol.channel import Change, ChannelState, Role, apply
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
+from protocol.logprobs import ID_LIMIT
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import Asset, ModelOffer, VerifiedOffer
 from protocol.sampling import seed_of
@@ -56,8 +60,6 @@ TokenCounter = Callable[[ModelId, Sequence[ChatMessage]], int | None]
 TEMPLATE_TOKENS = 256
 """Allowance for what a chat template adds around the messages when we cannot count exactly."""
 TOKENS_PER_MESSAGE = 16
-MAX_ANSWERS = 128
-"""To one request, at once."""
 
 
 class Client:
@@ -75,6 +77,7 @@ class Client:
         random32: Callable[[], bytes],
         bootstrap: tuple[str, ...] = (),
         counter: TokenCounter | None = None,
+        vocabulary: Callable[[ModelId], Vocabulary | None] = lambda _: None,
     ) -> None:
         self.network = network
         self.wallet = wallet
@@ -90,6 +93,8 @@ class Client:
         """What failed when the bootstrap peers were dialled, in words."""
         self._bootstrap = bootstrap
         self._counter = counter
+        self.vocabulary = vocabulary
+        """Of a model whose tokenizer is at hand."""
 
         self.jobs = ClientJobs(
             client=self,
@@ -222,15 +227,24 @@ class Client:
         *,
         policy: Policy | None = None,
         **params: Any,
-    ) -> tuple[ChatStream, ...]:
-        """`n` answers to one request: as many chats, each a job of its own, that differ in their seeds by
-        `protocol.sampling.seed_of`. Run side by side they share the prompt's work where a worker caches prefixes."""
+    ) -> Answers:
+        """`n` answers to one request, side by side: see `node.client.answers`. `policy.max_cost` is for all of them together.
+
+        Entering it raises as entering a chat does, `InsufficientFunds` where there is too little for all; what happens to one
+        answer later is told of that answer. Raises `ConfigError` for another `n` than 1 to `MAX_ANSWERS`.
+        """
         if not 1 <= n <= MAX_ANSWERS:
             raise ConfigError(f"from 1 to {MAX_ANSWERS} answers can be asked for, not {n}")
-        seed = _params(params).seed
-        return tuple(
-            self.chat(model, messages, policy=policy, **{**params, "seed": seed_of(seed, index)}) for index in range(n)
-        )
+        each = policy or Policy()
+        if each.max_cost is not None:
+            each = replace(each, max_cost=each.max_cost // n)
+        asked, wanted = sound(ChatRequest(_messages(messages))), _params(params)
+
+        def stream(index: int, choose: Callable[[], list[Candidate]]) -> ChatStream:
+            own = msgspec.structs.replace(wanted, seed=seed_of(wanted.seed, index))
+            return ChatStream(self, model, asked, own, choose)
+
+        return Answers(self, model, lambda: self.select(model, asked, wanted, each), stream, n)
 
     async def post_job(
         self,
@@ -268,13 +282,15 @@ class Client:
         """
         return await self.chat(model, messages, policy=policy, **params).open_channel()
 
-    async def open_one(self, model: str, select: Callable[[], list[Candidate]]) -> tuple[ChannelState, bytes]:
-        """A channel to the first of these that there is money for; as `open_channel`."""
+    async def open_one(
+        self, model: str, select: Callable[[], list[Candidate]], jobs: int = 1
+    ) -> tuple[ChannelState, bytes]:
+        """A channel to the first of these that there is money for, with room for so many jobs at once; as `open_channel`."""
         short: InsufficientFunds | None = None
         for candidate in await self.funded(select):
             await self.reach(candidate.offer)
             try:
-                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, candidate.cost)
+                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, jobs * candidate.cost)
             except InsufficientFunds as error:  # there may be more of what it can be paid with otherwise
                 short = short or error
         raise short if short is not None else NoWorker(f"no worker can serve {model!r}", {})
@@ -370,6 +386,11 @@ class Client:
             return exact, True
         size = sum(len(m.content.encode()) + TOKENS_PER_MESSAGE for m in messages)
         return min(size + TEMPLATE_TOKENS, max(0, model.context_length - max_tokens)), False
+
+    def vocabulary_size(self, model: ModelId) -> int:
+        """Ids from here on are none of the model's; where the model is not at hand, none of any model's."""
+        known = self.vocabulary(model)
+        return ID_LIMIT if known is None else known.size
 
     def known(self, model: str) -> ModelOffer | None:
         """What some worker says of a model, if any offers it."""
