@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from protocol.channel import ChannelState
 
 log = logging.getLogger(__name__)
+_PASSING = frozenset({Exclusion.BUSY.value, Exclusion.RECENT_FAILURE.value})
+"""Why a worker is not asked now, and is again once one of ours has ended there: to have no place counts as a failure."""
 
 
 @dataclass(eq=False, slots=True)
@@ -173,4 +175,4 @@ class Answers:
 def _busy(error: NodeError) -> bool:
     if isinstance(error, Refused):
         return error.reason is RefusalReason.BUSY
-    return isinstance(error, NoWorker) and any(Exclusion.BUSY.value in why for why in error.reasons.values())
+    return isinstance(error, NoWorker) and any(_PASSING.issuperset(why) for why in error.reasons.values())

@@ -65,7 +65,7 @@ def key(name: str) -> PrivateKey:
 
 
 def fake_row(token: int, count: int) -> bytes:
-    """Log probabilities that could be true of a token: it is the likeliest, and each after it has a fraction of the one before."""
+    """Figures that could be true of a token: it is the likeliest, and each after it has a fraction of the one before."""
     return pack(-0.5, tuple((token + rank, -0.5 - 2.0 * rank) for rank in range(count)))
 
 
