@@ -32,7 +32,7 @@ from node.ports import ByteStream, StreamClosed
 from protocol import pricing
 from protocol.channel import ChannelState
 from protocol.errors import LocalProtocolError, RefusalReason
-from protocol.ids import ChannelId, JobId, PeerId
+from protocol.ids import ChannelId, JobId, ModelId, PeerId
 from protocol.job import JobClient, Terms, ask_struct
 from protocol.messages import JOB_PROTOCOL, AskMessage, Cancel, FinishReason, Params
 from protocol.selection import Candidate
@@ -175,6 +175,15 @@ class ChatStream:
     def task(self) -> Task:
         """What was asked for."""
         return task_of(self._request)
+
+    @property
+    def params(self) -> Params:
+        return self._params
+
+    @property
+    def model_id(self) -> ModelId:
+        """As the offers have it."""
+        return self._client.choosing.model_id(self._model)
 
     @property
     def deadline_ms(self) -> int:

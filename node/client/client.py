@@ -19,8 +19,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
+from node.client.answers import Answers
 from node.client.chat import ChatStream
 from node.client.choosing import Choosing, TokenCounter
 from node.client.evidence import Evidence
@@ -28,8 +30,9 @@ from node.client.job import Job
 from node.client.job_posting import Confirm
 from node.client.job_quotes import JobWish
 from node.client.jobs import ClientJobs
-from node.client.settings import ClientSettings
+from node.client.settings import MAX_ANSWERS, ClientSettings
 from node.client.tasks import Ranking, Vectors, embed, ocr, rerank, sound, transcribe
+from node.client.vocabulary import Vocabulary
 from node.client.vouchers import Vouchers
 from node.client.wallet import ClientWallet
 from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
@@ -41,7 +44,8 @@ from node.store.meter import Meter
 from node.store.results import Results
 from protocol.channel import Change, ChannelState, Role, apply
 from protocol.errors import InvalidValue, RemoteProtocolError
-from protocol.ids import ChannelId, PeerId
+from protocol.ids import ChannelId, ModelId, PeerId
+from protocol.logprobs import ID_LIMIT
 from protocol.messages import ChatMessage, Params, checked
 from protocol.offers import Asset, VerifiedOffer
 from protocol.sampling import seed_of
@@ -53,8 +57,6 @@ if TYPE_CHECKING:
     from node.config import Config
 
 log = logging.getLogger(__name__)
-MAX_ANSWERS = 128
-"""To one request, at once."""
 
 
 class Client:
@@ -72,6 +74,7 @@ class Client:
         random32: Callable[[], bytes],
         bootstrap: tuple[str, ...] = (),
         counter: TokenCounter | None = None,
+        vocabulary: Callable[[ModelId], Vocabulary | None] = lambda _: None,
     ) -> None:
         self.network = network
         self.wallet = wallet
@@ -88,6 +91,8 @@ class Client:
         self._bootstrap = bootstrap
         self.choosing = Choosing(offers=offers, wallet=wallet, history=self.history, now_ms=now_ms, counter=counter)
         """Which worker a request goes to."""
+        self.vocabulary = vocabulary
+        """Of a model whose tokenizer is at hand."""
 
         self.jobs = ClientJobs(
             client=self,
@@ -220,15 +225,24 @@ class Client:
         *,
         policy: Policy | None = None,
         **params: Any,
-    ) -> tuple[ChatStream, ...]:
-        """`n` answers to one request: as many chats, each a job of its own, that differ in their seeds by
-        `protocol.sampling.seed_of`. Run side by side they share the prompt's work where a worker caches prefixes."""
+    ) -> Answers:
+        """`n` answers to one request, side by side: see `node.client.answers`. `policy.max_cost` is for all of them together.
+
+        Entering it raises as entering a chat does, `InsufficientFunds` where there is too little for all; what happens to one
+        answer later is told of that answer. Raises `ConfigError` for another `n` than 1 to `MAX_ANSWERS`.
+        """
         if not 1 <= n <= MAX_ANSWERS:
             raise ConfigError(f"from 1 to {MAX_ANSWERS} answers can be asked for, not {n}")
-        seed = _params(params).seed
-        return tuple(
-            self.chat(model, messages, policy=policy, **{**params, "seed": seed_of(seed, index)}) for index in range(n)
-        )
+        each = policy or Policy()
+        if each.max_cost is not None:
+            each = replace(each, max_cost=each.max_cost // n)
+        asked, wanted = sound(ChatRequest(_messages(messages))), _params(params)
+
+        def stream(index: int, choose: Callable[[], list[Candidate]]) -> ChatStream:
+            own = msgspec.structs.replace(wanted, seed=seed_of(wanted.seed, index))
+            return ChatStream(self, model, asked, own, choose)
+
+        return Answers(self, model, lambda: self.choosing.select(model, asked, wanted, each), stream, n)
 
     async def post_job(
         self,
@@ -267,13 +281,15 @@ class Client:
         """
         return await self.chat(model, messages, policy=policy, **params).open_channel()
 
-    async def open_one(self, model: str, select: Callable[[], list[Candidate]]) -> tuple[ChannelState, bytes]:
-        """A channel to the first of these that there is money for; as `open_channel`."""
+    async def open_one(
+        self, model: str, select: Callable[[], list[Candidate]], jobs: int = 1
+    ) -> tuple[ChannelState, bytes]:
+        """A channel to the first of these that there is money for, with room for so many jobs at once; as `open_channel`."""
         short: InsufficientFunds | None = None
         for candidate in await self.funded(select):
             await self.reach(candidate.offer)
             try:
-                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, candidate.cost)
+                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, jobs * candidate.cost)
             except InsufficientFunds as error:  # there may be more of what it can be paid with otherwise
                 short = short or error
         raise short if short is not None else NoWorker(f"no worker can serve {model!r}", {})
@@ -285,6 +301,11 @@ class Client:
         except InsufficientFunds:
             await self.wallet.look()
             return select()
+
+    def vocabulary_size(self, model: ModelId) -> int:
+        """Ids from here on are none of the model's; where the model is not at hand, none of any model's."""
+        known = self.vocabulary(model)
+        return ID_LIMIT if known is None else known.size
 
     # ---------------------------------------------------------------------------------------------------- workers
 

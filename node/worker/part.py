@@ -27,7 +27,7 @@ from node.store.faults import fault_point
 from node.store.results import KEEP_MS
 from node.worker.intake import Intake
 from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, if_it_fits, result_key
-from node.worker.output import sellable
+from node.worker.output import sellable, with_logprobs
 from protocol.admission import Checked
 from protocol.channel import Change, JobEnded, JobOpened, Part, VoucherAdded
 from protocol.errors import RemoteProtocolError, WireCode
@@ -168,8 +168,8 @@ class ServedPart:
         server, params = self.server, self.ask.params
         if isinstance(self.work, Prompt):
             raw = server.backend.generate(self.work, params, self.ask.resume)
-            async with aclosing(raw):
-                async for step in raw:
+            async with aclosing(raw), aclosing(with_logprobs(raw, params.likeliest)) as steps:
+                async for step in steps:
                     yield step
         elif server.tasks is not None:
             raw = server.tasks.run(self.work, params, media)

@@ -25,7 +25,7 @@ from node.store.meter import Meter
 from node.store.results import Results
 from node.worker.accepted import AcceptedAssets
 from node.worker.desk import OfferDesk
-from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, result_key
+from node.worker.kept import KeptResult, chunks, result_key
 from node.worker.part import ServedPart
 from node.worker.preparing import Preparing
 from node.worker.tenants import Tenants
@@ -37,9 +37,7 @@ from protocol.errors import RefusalReason, RemoteProtocolError
 from protocol.ids import ChannelId, JobId
 from protocol.job import JobWorker, Terms, ask_struct
 from protocol.messages import (
-    DATA_PER_CHUNK,
     AskMessage,
-    Chunk,
     Refuse,
 )
 from protocol.payment import exposure
@@ -322,11 +320,7 @@ class JobServer:
     async def _serve_again(self, link: JobStream[JobWorker], ask: AskMessage, kept: KeptResult) -> None:
         """The same result for the same ask: nothing runs, nothing is charged twice."""
         await link.send(kept.accept)
-        for start in range(0, len(kept.token_ids), CHUNK_TOKENS):
-            await link.send(Chunk(token_ids=kept.token_ids[start : start + CHUNK_TOKENS], text=""))
-        for start in range(0, len(kept.text), CHUNK_TEXT):
-            await link.send(Chunk(token_ids=(), text=kept.text[start : start + CHUNK_TEXT]))
-        for start in range(0, len(kept.data), DATA_PER_CHUNK):
-            await link.send(Chunk(token_ids=(), text="", data=kept.data[start : start + DATA_PER_CHUNK]))
+        for chunk in chunks(kept):
+            await link.send(chunk)
         await link.send(kept.receipt)
         await self.vouchers.until_ack(link, ask)

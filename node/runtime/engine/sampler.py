@@ -58,7 +58,7 @@ class Picked:
     unusable: bool = False
     """The model computed NaN, +inf or nothing finite that is allowed. Ends this row alone."""
     logprob: float | None = None
-    """ln of the model's own probability: before constraint, bias, penalties, temperature and filters."""
+    """ln of the model's own probability, rounded to float32: before constraint, bias, penalties, temperature and filters."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token, logprob) of the likeliest tokens, likeliest first, equals by id."""
 
@@ -285,12 +285,18 @@ def _add_logprobs(logits: Tensor, draws: Sequence[Draw], picked: list[Picked]) -
     if not rows:
         return
     chosen = logits[rows]
-    totals = chosen.logsumexp(1, keepdim=True)
-    own = (chosen.gather(1, torch.tensor([[picked[row].token] for row in rows], device=logits.device)) - totals)[:, 0]
+    largest = chosen.amax(1, keepdim=True)
+    # The sum is in float64, so that a figure, rounded to float32, is the same alone and in company.
+    totals = largest.double() + (chosen - largest).exp_().sum(1, keepdim=True, dtype=torch.float64).log_()
+    own = chosen.gather(1, torch.tensor([[picked[row].token] for row in rows], device=logits.device)).double() - totals
+    figures_of_own = own[:, 0].float().tolist()
     most = min(max(int(draws[row].logprobs) for row in rows), logits.shape[1])
-    values, ids = chosen.topk(most, 1)
-    ranked = (values - totals).tolist(), ids.tolist()
-    for at, (row, logprob) in enumerate(zip(rows, own.tolist(), strict=True)):
-        picked[row].logprob = logprob
-        pairs = sorted(zip(ranked[1][at], ranked[0][at], strict=True), key=lambda pair: (-pair[1], pair[0]))
-        picked[row].top_logprobs = tuple(pairs[: draws[row].logprobs])
+    edges = chosen.topk(most, 1).values
+    for at, row in enumerate(rows):
+        count = min(int(draws[row].logprobs), most)
+        # What is equal to the last one is ranked by id as well: topk would take any of those.
+        ids = (chosen[at] >= edges[at, count - 1]).nonzero()[:, 0]
+        values, order = chosen[at, ids].sort(descending=True, stable=True)
+        figures = (values[:count].double() - totals[at]).float().tolist()
+        picked[row].logprob = figures_of_own[at]
+        picked[row].top_logprobs = tuple(zip(ids[order[:count]].tolist(), figures, strict=True))
