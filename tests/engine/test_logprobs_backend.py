@@ -24,7 +24,7 @@ from node.models.store import ModelStore
 from node.ports import Prompt, offered_logprobs
 from node.runtime import wire
 from node.runtime.backend import EngineSettings, TorchBackend, load_engine, open_backend
-from node.runtime.engine.sampler import Draw, pick_rows
+from node.runtime.engine.sampler import Draw, _likeliest, pick_rows
 from node.runtime.engine.sequence import FinishReason, StepOutput
 from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.host import MAX_DEATHS, EngineHost
@@ -32,7 +32,7 @@ from node.runtime.launch import ThreadLauncher
 from node.testing.market import Market, run_market
 from node.testing.tiny_model import NAME, add_tiny
 from protocol.logprobs import LOGPROBS_LIMIT, TokenLogprobs, check, unpack
-from protocol.messages import Params, ResponseFormat
+from protocol.messages import ChatMessage, Params, ResponseFormat
 from protocol.sampling import SamplingParams
 
 PROMPT = tuple((11 * n + 5) % 400 + 3 for n in range(37))
@@ -117,6 +117,20 @@ def test_equal_tokens_are_ranked_by_id_also_at_the_edge_and_in_any_company() -> 
         assert alone.logprob == alone.top_logprobs[0][1]
     fewer = pick_rows(torch.tensor([[1.0, -math.inf, 3.0]]), [Draw(greedy, [0], [], logprobs=20)])[0]
     assert [token for token, _ in fewer.top_logprobs] == [2, 0, 1] and fewer.top_logprobs[2][1] == -math.inf
+
+
+@pytest.mark.parametrize("size", [1, 20, 63, 64, 65, 129, 1300, 5000])
+def test_the_likeliest_of_any_row(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(5, size, generator=generator)
+    rows[1] = rows[1].bfloat16().float()
+    rows[2] = torch.randint(0, 3, (size,), generator=generator).float()
+    rows[3][torch.rand(size, generator=generator) < 0.7] = -math.inf
+    rows[4] = 0.0
+    counts = [min(size, count) for count in (20, 19, 20, 7, 1)]
+    for row, count, (ids, values) in zip(rows, counts, _likeliest(rows, counts), strict=True):
+        wanted = sorted(range(size), key=lambda token, row=row: (-float(row[token]), token))[:count]  # type: ignore[misc]
+        assert ids.tolist() == wanted and values.tolist() == [float(row[token]) for token in wanted]
 
 
 # ------------------------------------------------------------------------------------------------------- the back end
@@ -294,12 +308,13 @@ def test_a_true_one_is_believed() -> None:
 
 
 def test_bought_on_a_market_from_a_real_engine(stored: Stored) -> None:
-    """A worker whose engine is a process of its own, a client that pays, several answers at a time: what is told is the model's."""
+    """An engine in a process of its own, a client that pays, several answers at a time: what is told is the model's."""
 
     async def test(market: Market) -> None:
         async with open_backend(stored.store, [stored.manifest], EngineSettings(max_streams=4)) as backend:
             worker = await market.worker(backend)  # type: ignore[arg-type]
             client = await market.client()
+            question: Any = {"role": "user", "content": "What is counted?"}
             asked: dict[str, Any] = {
                 "max_tokens": 16,
                 "temperature": 1.0,
@@ -307,7 +322,7 @@ def test_bought_on_a_market_from_a_real_engine(stored: Stored) -> None:
                 "logit_bias": NEVER,
                 "logprobs": 4,
             }
-            answers = client.answers(NAME, [{"role": "user", "content": "What is counted?"}], 3, **asked)
+            answers = client.answers(NAME, [question], 3, **asked)
             rows: dict[int, list[TokenLogprobs]] = {0: [], 1: [], 2: []}
             async with answers:
                 async for answer, chunk in answers:
@@ -317,7 +332,7 @@ def test_bought_on_a_market_from_a_real_engine(stored: Stored) -> None:
             assert host.deaths == 0, host.last_death
             (stats,) = [one.metrics.stats() for one in backend.fleet.residents.values() if one.metrics]
             assert stats is not None and stats.prefix_hits > 0, "the prompt was computed once"
-            prompt = backend.prepare(stored.manifest.id, answers.answers[0].stream._request.messages)  # type: ignore[union-attr]
+            prompt = backend.prepare(stored.manifest.id, [ChatMessage(**question)])
             engine = load_engine(stored.folder, EngineSettings(device="cpu"))
             for told_of in rows.values():
                 ids = [row.token_id for row in told_of]
