@@ -1,6 +1,6 @@
 """Log probabilities of an answer's tokens, asked for by `Params.logprobs`: one row of numbers a token, and when a row is a lie.
 
-Rules of this file:
+Rules:
 
 1. A figure is the natural logarithm of the model's own probability: softmax of its logits, before grammar, bias, penalties,
    temperature and filters. So it follows from model and tokens alone, and a stream that goes on elsewhere has no seam in it.
@@ -10,7 +10,9 @@ Rules of this file:
        row = logprob of the token as float32 || N times ( token id as uint32 || its logprob as float32 ), all little-endian
 
    with the N likeliest tokens, likeliest first, equals by id. -inf is a probability of 0.
-4. `fault` says what no model can have computed. Whoever takes rows from somebody else calls it before they are used.
+4. No model can have computed NaN, +inf or a figure above 0, likeliest tokens out of order or one of them twice, two figures for
+   one token, a token that is likelier than the likeliest, ids outside its vocabulary, or probabilities of more than 1 together.
+   `fault` says so. Whoever takes rows from somebody else asks it before they are used; a wrong number of bytes is no row at all.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Rules
 - Room for all of them is on one channel before the first is asked: where there is too little money for all, nothing is owed.
   All are paid in that channel's token, whoever serves them, so there is one sum.
 - What befalls one answer is that answer's, the others go on; what it delivered is paid as of any chat.
+- The first is asked alone, the others once something of it has come: by then a worker that caches prefixes has the prompt.
 - No more are under way than the worker has places for by its offer; one that finds no place waits for another of ours to end.
 """
 
@@ -69,6 +70,7 @@ class Answers:
         self._worker: VerifiedOffer | None = None
         self._send, self._receive = trio.open_memory_channel[tuple[Answer, ChatChunk]](0)
         self._places = trio.Semaphore(1)
+        self._first_began = trio.Event()
         self._running = 0
         self._one_ended = trio.Event()
         self._scope = trio.CancelScope()
@@ -136,10 +138,14 @@ class Answers:
             self._send.close()
 
     async def _one(self, answer: Answer) -> None:
+        if answer.index:
+            await self._first_began.wait()
         async with self._places:
             while await self._try(answer):
+                self._first_began.set()
                 if not await self._place_may_be_free():
                     break
+        self._first_began.set()
 
     async def _try(self, answer: Answer) -> bool:
         """Ask, and read to the end. True when all that was wrong is that there was no place for it."""
@@ -148,6 +154,7 @@ class Answers:
         try:
             async with answer.stream as stream:
                 async for chunk in stream:
+                    self._first_began.set()
                     await self._send.send((answer, chunk))
             return False
         except NodeError as error:

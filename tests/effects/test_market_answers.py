@@ -52,13 +52,13 @@ def test_they_run_side_by_side_on_one_channel_and_cost_the_sum() -> None:
     async def test(market: Market) -> None:
         worker, client = await market.worker(words()), await market.client()
         answers = client.answers("fake", HELLO, 4, seed=7, temperature=1.0)
-        began, most = trio.current_time(), 0
+        most = 0
         texts: dict[int, str] = {}
         async with answers:
             async for answer, chunk in answers:
                 most = max(most, worker.server.live)
                 texts[answer.index] = texts.get(answer.index, "") + chunk.text
-        assert most == 4 and trio.current_time() - began < 2 * 12 * 0.01 + 1
+        assert most == 4
         assert answers.errors == [] and len(set(texts.values())) == 4
         receipts = [answer.stream.receipt for answer in answers.answers]
         assert all(receipts) and len({receipt.job_id for receipt in receipts if receipt}) == 4

@@ -172,6 +172,8 @@ WRONG: dict[str, Callable[[Step], Step]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_runtime_that_computes_nonsense_is_the_workers_failure_and_costs_nothing(name: str) -> None:
+    """C16."""
+
     async def test(market: Market) -> None:
         await market.worker(telling(change=WRONG[name]))
         client = await market.client()
@@ -196,6 +198,8 @@ def test_a_runtime_that_tells_what_nobody_asked_for_fails_too() -> None:
 
 @pytest.mark.parametrize("cheat", ["figures of NaN", "figures held back", "figures of other tokens", "figures doubled"])
 def test_a_worker_that_lies_is_named_and_not_paid_for_it(cheat: str) -> None:
+    """C16."""
+
     async def test(market: Market) -> None:
         worker = await market.worker(telling())
         client = await market.client()
