@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from node.errors import ContractRefused
 from protocol.escrow import JobState, Outcome, Slash
 from protocol.ids import Address, ChannelId, Hash32, JobId, ModelId, PeerId
+from protocol.logprobs import LOGPROBS_LIMIT
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 from protocol.signing import Signable
 from protocol.tasks import Task, TaskRequest
@@ -431,6 +432,12 @@ SAMPLING_PARAMS: Final = (
 """Fields of `Params` that a runtime with the normative sampler honours: all that decide the tokens (`protocol.sampling`)."""
 
 
+def offered_logprobs(vocabulary: int) -> tuple[str, ...]:
+    """The field `logprobs`, for a runtime that has the model's own logits over so many tokens: one that has fewer than may be
+    asked for offers none."""
+    return ("logprobs",) if vocabulary >= LOGPROBS_LIMIT else ()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a runtime says of a model that it has loaded or can load."""
@@ -477,7 +484,8 @@ class Step:
     """The text these ids complete; bytes of an unfinished character wait for the next step."""
     finish_reason: FinishReason | None = None
     data: bytes = b""
-    """Whole rows of float32, little-endian, for tasks whose answer is numbers (`protocol.tasks.Shape`)."""
+    """Whole rows of float32, little-endian, for tasks whose answer is numbers (`protocol.tasks.Shape`); of a chat that asks for
+    log probabilities one row for each of the ids (`protocol.logprobs`)."""
 
 
 class Backend(Protocol):

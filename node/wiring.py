@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from node.chain.deployment import Deployment
     from node.chain.endpoints import Rules
     from node.chain.eth import Eth
-    from node.chain.txs import Journal, TxPolicy, TxSender
+    from node.chain.pending import Journal
+    from node.chain.tx_policy import TxPolicy
+    from node.chain.txs import TxSender
 
 
 def now_ms() -> int:
@@ -142,7 +144,7 @@ def _transactions(ledger: Ledger) -> list[tuple[str, Any]]:
 
 
 def _policy(config: Config, name: str) -> TxPolicy:
-    from node.chain.txs import TxPolicy
+    from node.chain.tx_policy import TxPolicy
 
     given, devnet = config.chain_named(name), config.network == "devnet" and name == DEFAULT
     poll = given.poll_ms / 1000

@@ -32,6 +32,7 @@ from protocol.frames import FrameReader, encode_frame
 from protocol.ids import ZERO_HASH, ChannelId, Hash32, JobId, ModelId
 from protocol.inputs import InputFlow
 from protocol.keys import require_signer
+from protocol.logprobs import ID_LIMIT, check
 from protocol.messages import (
     JOB_PROTOCOL,
     Abort,
@@ -211,9 +212,11 @@ class JobClient(_Machine):
 
     role = Role.CLIENT
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, *, vocabulary: int = ID_LIMIT) -> None:
+        """`vocabulary`: how many tokens the model has, for a client that knows."""
         super().__init__()
         self.terms = terms
+        self._vocabulary = vocabulary
         self.digest = OutputDigest(terms.ask.job_id, terms.ask.part)
         self.inputs = InputFlow(terms.shape, terms.ask.request_hash)
         self.input_tokens: int | None = None
@@ -275,8 +278,6 @@ class JobClient(_Machine):
         shape = self.terms.shape
         if shape.rows:
             self._check_rows(message, shape)
-        elif message.data:
-            raise RemoteProtocolError(WireCode.BAD_OUTPUT, "numbers where text was asked for")
         elif self.digest.count + len(message.token_ids) > self.terms.params.max_tokens:
             raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more tokens than max_tokens")
         elif (
@@ -284,6 +285,8 @@ class JobClient(_Machine):
         ):
             raise RemoteProtocolError(WireCode.BAD_RECEIPT, "more text than the tokens can carry")
         try:
+            if not shape.rows:
+                check(message.token_ids, message.data, self.terms.params.likeliest, self._vocabulary)
             self.inputs.take(message.taken)
         except InvalidValue as error:
             raise RemoteProtocolError(WireCode.BAD_OUTPUT, str(error)) from None

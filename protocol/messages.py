@@ -23,6 +23,7 @@ import msgspec
 
 from protocol.errors import InvalidValue, LocalProtocolError, RefusalReason, RemoteProtocolError, WireCode
 from protocol.ids import Address, Hash32
+from protocol.logprobs import LOGPROBS_LIMIT
 from protocol.sampling import SamplingParams
 from protocol.tasks import INPUT_BYTES, TaskRequest
 from protocol.tasks import TEXT_LIMIT as TEXT_LIMIT
@@ -123,6 +124,14 @@ class Params(_Value, frozen=True):
     """Fixed by the client's signature, so that every draw can be replayed."""
     response_format: ResponseFormat | msgspec.UnsetType = msgspec.UNSET
     """Left out when the text is free, so that what was signed before there were grammars keeps its hash."""
+    logprobs: Annotated[int, _Meta(ge=0, le=LOGPROBS_LIMIT)] | msgspec.UnsetType = msgspec.UNSET
+    """Tell each token's log probability, and those of so many that were likeliest (`protocol.logprobs`). Left out when nobody
+    asks, for the same reason."""
+
+    @property
+    def likeliest(self) -> int | None:
+        """`logprobs`; None when nobody asks."""
+        return None if isinstance(self.logprobs, msgspec.UnsetType) else self.logprobs
 
 
 class ChannelConfigWire(_Value, frozen=True):
@@ -308,7 +317,8 @@ class Chunk(_Message, frozen=True, tag="chunk"):
     token_ids: Annotated[tuple[TokenId, ...], _Meta(max_length=TOKENS_PER_CHUNK)]
     text: Annotated[str, _Meta(max_length=64 * 1024)]
     data: Annotated[bytes, _Meta(max_length=DATA_PER_CHUNK)] = b""
-    """Whole rows of float32, little-endian, of a task that answers with numbers."""
+    """Whole rows: of float32, little-endian, of a task that answers with numbers; or one for each of `token_ids`, of a chat that
+    asks for `Params.logprobs`."""
     taken: Count32 = 0
     """How many `Input` messages the worker has taken by now: billed, covered by its receipt, and room for as many more."""
 

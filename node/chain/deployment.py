@@ -2,7 +2,7 @@
 
 Version 2 names all modules of the money. A file of version 1 is refused with words: its contracts have another code, which
 the check at connect would refuse later with fewer. The file names a chain by its id, never by a URL. It is checked against the
-chain at connect: code at each address, the code ours, the domains ours (`node.chain.client`).
+chain at connect: code at each address, the code ours, the domains ours (`node.chain.deployed`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from node.chain.values import Header, Log, Receipt, blob, hex_data, hex_quantity, quantity
+from node.errors import ChainError
 from protocol.ids import Address
 
 MAX_CODE = 49_152
@@ -40,6 +41,13 @@ class Eth:
             tag = hex_quantity(block) if isinstance(block, int) else block
             found = await self.rpc.call("eth_getBlockByNumber", tag, False)
         return None if found is None else Header.parse(found)
+
+    async def base_fee(self) -> int:
+        """Of the latest block, wei per gas."""
+        header = await self.header("latest")
+        if header is None:
+            raise ChainError("the chain's node has no latest block")
+        return header.base_fee
 
     async def balance(self, account: Address, block: str | bytes = "latest") -> int:
         at = {"blockHash": hex_data(block)} if isinstance(block, bytes) else block

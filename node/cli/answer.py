@@ -12,10 +12,12 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from node.cli.main import Shared
+from node.client.vocabulary import openai_logprobs
 
 if TYPE_CHECKING:
     from node.client.chat import ChatStream
     from node.client.client import Client
+    from node.client.values import ChatChunk
     from protocol.channel import ChannelState
 
 Rows = Callable[[list[float]], tuple[dict[str, Any], str]]
@@ -35,13 +37,16 @@ async def tell(
     output = shared.output
     chain = client.wallet.chains.of(opened[0].domain)
     before = await chain.head()
+    text = ""
+    asked = stream.params.likeliest is not None
     async with stream:
         async for chunk in stream:
+            text += chunk.text if asked else ""
             if rows is not None:
                 for numbers in _rows(chunk.data, width):
                     output.row(*rows(numbers))
             elif output.json:
-                output.row({"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)})
+                output.row(chunk_data(client, stream, chunk))
             else:
                 output.write(chunk.text)
     after = await chain.head()
@@ -49,11 +54,43 @@ async def tell(
         output.write("\n")
     for contradiction in client.evidence.told:
         output.say(contradiction)
-    await _account(shared, client, stream, opened[1], (before.number, after.number))
+    choices = [choice_data(stream, 0, text)] if asked else []
+    await _account(shared, client, stream, opened[1], (before.number, after.number), choices)
+
+
+def chunk_data(client: Client, stream: ChatStream, chunk: ChatChunk, index: int | None = None) -> dict[str, Any]:
+    """A chunk in the form of `--json`; of one of several answers, or with log probabilities, also as a chunk of OpenAI's API."""
+    data: dict[str, Any] = {"text": chunk.text, "token_ids": chunk.token_ids, "cost": str(chunk.cost)}
+    asked = stream.params.likeliest is not None
+    if index is not None or asked:
+        choice: dict[str, Any] = {"index": index or 0, "delta": {"content": chunk.text}, "logprobs": None}
+        if asked:
+            known = client.vocabulary(stream.model_id)
+            choice["logprobs"] = {"content": openai_logprobs(chunk.logprobs, known)}
+        data["choices"] = [{**choice, "finish_reason": None}]
+    return data
+
+
+_FINISH = {"stop": "stop", "stop_string": "stop", "length": "length"}
+
+
+def choice_data(stream: ChatStream, index: int, text: str) -> dict[str, Any]:
+    """A whole answer as OpenAI's API has it. Log probabilities have come with the chunks, and are not said twice."""
+    reason = None if stream.finish_reason is None else stream.finish_reason.code
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": _FINISH.get(reason or "", reason),
+    }
 
 
 async def _account(
-    shared: Shared, client: Client, stream: ChatStream, allocation: bytes, blocks: tuple[int, int]
+    shared: Shared,
+    client: Client,
+    stream: ChatStream,
+    allocation: bytes,
+    blocks: tuple[int, int],
+    choices: list[dict[str, Any]],
 ) -> None:
     from protocol.tasks import UNITS, Task
 
@@ -82,6 +119,7 @@ async def _account(
             "blocks": {"before": blocks[0], "after": blocks[1]},
             "receipt": receipt_data(receipt),
             "receipt_signature": stream.receipt_signature,
+            **({"choices": choices} if choices else {}),
         }
         output.row(summary)
         return

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from node.cli.answer import tell
+from node.cli.answers import tell_answers
 from node.cli.connected import client_options, run
 from node.cli.main import Command, Shared
 from node.cli.params import AMOUNT, text_of
+from node.client.settings import MAX_ANSWERS
 from node.errors import ConfigError
+from protocol.logprobs import LOGPROBS_LIMIT
 
 if TYPE_CHECKING:
     from node.client.client import Client
@@ -47,7 +50,20 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Bind the answer to this Lark grammar.",
 )
-@click.option("--max-cost", type=AMOUNT, help="Most that this answer may cost, smallest unit of the default token.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, LOGPROBS_LIMIT),
+    help="With --json: each token's log probability, and those of so many that were likeliest.",
+)
+@click.option(
+    "--n",
+    "n",
+    type=click.IntRange(1, MAX_ANSWERS),
+    default=1,
+    show_default=True,
+    help="Answers, each a job of its own.",
+)
+@click.option("--max-cost", type=AMOUNT, help="Most that this may cost in all, smallest unit of the default token.")
 @click.option(
     "--wait", "wait_s", type=click.FloatRange(0, 600), default=0.0, help="Seconds to wait for a worker to appear."
 )
@@ -62,6 +78,8 @@ def command(
     schema: Path | None,
     regex: str | None,
     grammar: Path | None,
+    logprobs: int | None,
+    n: int,
     max_cost: int | None,
     wait_s: float,
     workers: tuple[str, ...],
@@ -70,8 +88,12 @@ def command(
     """Chat with MODEL. TEXT is the user's message; `-` or nothing reads it from standard input.
 
     The answer goes to stdout as it comes; worker, usage, cost and receipt go to stderr. With --json every chunk is a line,
-    and the last line holds the verified receipt.
+    and the last line holds the verified receipt. With --logprobs or --n a line also has OpenAI's `choices`.
     """
+    if logprobs is not None:
+        if not shared.output.json:
+            raise click.UsageError("--logprobs tells numbers: add --json")
+        params["logprobs"] = logprobs
     messages = _messages(text, system, file)
     params.update(_format(schema, regex, grammar))
 
@@ -79,7 +101,10 @@ def command(
         from protocol.selection import Policy
 
         policy = Policy(max_cost=max_cost) if max_cost is not None else None
-        await chat(shared, client, model, messages, policy, params)
+        if n > 1:
+            await tell_answers(shared, client, client.answers(model, messages, n, policy=policy, **params))
+        else:
+            await chat(shared, client, model, messages, policy, params)
 
     run(shared, work, workers, wait_s=wait_s)
 

@@ -289,7 +289,7 @@ def _one_chain(shared: Shared, name: str) -> Iterator[Finding]:
     import trio
 
     from node.chain.agreed import AgreedEth
-    from node.chain.client import check_deployment
+    from node.chain.deployed import check_deployment
     from node.chain.deployment import Deployment
     from node.chain.endpoints import Endpoints
     from node.wiring import endpoint_rules

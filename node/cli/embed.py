@@ -52,7 +52,7 @@ def command(
 
         stream = client.run(model, request, policy=policy)
         opened = await stream.open_channel()
-        known = client.known(model)
+        known = client.choosing.known(model)
         await tell(shared, client, stream, opened, rows=rows, width=known.dimensions if known else 1)
 
     run(shared, work, workers, wait_s=wait_s)

@@ -20,8 +20,8 @@ from node.errors import ConfigError
 
 if TYPE_CHECKING:
     from node.client.client import Client
+    from node.client.job import Job
     from node.client.job_quotes import Quoted
-    from node.client.jobs import Job
     from protocol.ids import Address
 
 file_option = click.option(
@@ -228,7 +228,7 @@ def dispute(shared: Shared, name: str, evidence: Path | None, workers: tuple[str
         job = client.jobs.get(name)
         show = await shower(client, job.state.domain, job.state.quote)
         said = Hash32(hashlib.sha256(evidence.read_bytes()).digest() if evidence else bytes(32))
-        bond = await client.jobs.bond(job.job_id)
+        bond = await job.bond()
         shared.output.say(f"disputing job {job.id}: {show(bond)} is locked as a bond until the dispute ends")
         await job.dispute(said)
         _show(shared, client, job, words_of(job, show))

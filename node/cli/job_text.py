@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from node.client.client import Client
-    from node.client.jobs import Job
+    from node.client.job import Job
     from protocol.batch import BatchState
     from protocol.typed_data import Domain, Quote
     from protocol.workload import ResultItem

@@ -92,9 +92,9 @@ def explain(shared: Shared, client: Client, model: str) -> None:
     from protocol.selection import Policy
     from protocol.tasks import Task, sample_request
 
-    known = client.known(model)
+    known = client.choosing.known(model)
     request = sample_request(known.tasks[0] if known else Task.CHAT)
-    selection = client.explain(model, request, Params(), Policy())
+    selection = client.choosing.explain(model, request, Params(), Policy())
     for rank, candidate in enumerate(selection.ranked, 1):
         data = {
             "worker": candidate.offer.peer_id,

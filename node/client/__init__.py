@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from node.client.answers import Answer, Answers
     from node.client.chat import ChatStream
     from node.client.client import Client
     from node.client.sync import sync_client
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from node.client.values import ChatChunk, PartRecord, Usage
 
 _HOME = {
+    "Answer": "node.client.answers",
+    "Answers": "node.client.answers",
     "Client": "node.client.client",
     "ChatStream": "node.client.chat",
     "ChatChunk": "node.client.values",
@@ -27,6 +30,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Answer",
+    "Answers",
     "ChatChunk",
     "ChatStream",
     "Client",

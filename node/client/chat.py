@@ -32,7 +32,7 @@ from node.ports import ByteStream, StreamClosed
 from protocol import pricing
 from protocol.channel import ChannelState
 from protocol.errors import LocalProtocolError, RefusalReason
-from protocol.ids import ChannelId, JobId, PeerId
+from protocol.ids import ChannelId, JobId, ModelId, PeerId
 from protocol.job import JobClient, Terms, ask_struct
 from protocol.messages import JOB_PROTOCOL, AskMessage, Cancel, FinishReason, Params
 from protocol.selection import Candidate
@@ -177,6 +177,15 @@ class ChatStream:
         return task_of(self._request)
 
     @property
+    def params(self) -> Params:
+        return self._params
+
+    @property
+    def model_id(self) -> ModelId:
+        """As the offers have it."""
+        return self._client.choosing.model_id(self._model)
+
+    @property
     def deadline_ms(self) -> int:
         """From the ask on."""
         return self._client.settings.deadline_ms + self._extra_ms
@@ -244,7 +253,7 @@ class ChatStream:
     async def _ask(self, candidate: Candidate) -> None:
         client, offer = self._client, candidate.offer
         price, params = candidate.price, self._params
-        input_limit = client.input_units(candidate.model, self._request, params.max_tokens)
+        input_limit = client.choosing.input_units(candidate.model, self._request, params.max_tokens)
         shape = shape_of(self._request, candidate.model.dimensions)
         needed = pricing.cost(price, input_limit, shape.rows or params.max_tokens)
         peer = await client.reach(offer)

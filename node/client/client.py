@@ -19,14 +19,20 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
+from node.client.answers import Answers
 from node.client.chat import ChatStream
+from node.client.choosing import Choosing, TokenCounter
 from node.client.evidence import Evidence
+from node.client.job import Job
+from node.client.job_posting import Confirm
 from node.client.job_quotes import JobWish
-from node.client.jobs import ClientJobs, Confirm, Job
-from node.client.settings import ClientSettings
+from node.client.jobs import ClientJobs
+from node.client.settings import MAX_ANSWERS, ClientSettings
 from node.client.tasks import Ranking, Vectors, embed, ocr, rerank, sound, transcribe
+from node.client.vocabulary import Vocabulary
 from node.client.vouchers import Vouchers
 from node.client.wallet import ClientWallet
 from node.errors import ConfigError, InsufficientFunds, NetworkError, NodeError, NoWorker, Timeout
@@ -39,25 +45,18 @@ from node.store.results import Results
 from protocol.channel import Change, ChannelState, Role, apply
 from protocol.errors import InvalidValue, RemoteProtocolError
 from protocol.ids import ChannelId, ModelId, PeerId
+from protocol.logprobs import ID_LIMIT
 from protocol.messages import ChatMessage, Params, checked
-from protocol.offers import Asset, ModelOffer, VerifiedOffer
+from protocol.offers import Asset, VerifiedOffer
 from protocol.sampling import seed_of
-from protocol.selection import Candidate, Exclusion, History, Policy, Purse, Request, Selection, choose
-from protocol.tasks import ChatRequest, EmbedRequest, RerankRequest, TaskRequest, shape_of, task_of
+from protocol.selection import Candidate, History, Policy
+from protocol.tasks import ChatRequest, TaskRequest
 from protocol.workload import PLACE
 
 if TYPE_CHECKING:
     from node.config import Config
 
 log = logging.getLogger(__name__)
-TokenCounter = Callable[[ModelId, Sequence[ChatMessage]], int | None]
-"""Exact prompt length by the model's own tokenizer, or None where it is not at hand."""
-
-TEMPLATE_TOKENS = 256
-"""Allowance for what a chat template adds around the messages when we cannot count exactly."""
-TOKENS_PER_MESSAGE = 16
-MAX_ANSWERS = 128
-"""To one request, at once."""
 
 
 class Client:
@@ -75,6 +74,7 @@ class Client:
         random32: Callable[[], bytes],
         bootstrap: tuple[str, ...] = (),
         counter: TokenCounter | None = None,
+        vocabulary: Callable[[ModelId], Vocabulary | None] = lambda _: None,
     ) -> None:
         self.network = network
         self.wallet = wallet
@@ -89,7 +89,10 @@ class Client:
         self.problems: list[str] = []
         """What failed when the bootstrap peers were dialled, in words."""
         self._bootstrap = bootstrap
-        self._counter = counter
+        self.choosing = Choosing(offers=offers, wallet=wallet, history=self.history, now_ms=now_ms, counter=counter)
+        """Which worker a request goes to."""
+        self.vocabulary = vocabulary
+        """Of a model whose tokenizer is at hand."""
 
         self.jobs = ClientJobs(
             client=self,
@@ -180,7 +183,7 @@ class Client:
             model,
             asked,
             wanted,
-            lambda: self.select(model, asked, wanted, policy or Policy()),
+            lambda: self.choosing.select(model, asked, wanted, policy or Policy()),
             media=media,
             extra_s=seconds,
         )
@@ -222,15 +225,24 @@ class Client:
         *,
         policy: Policy | None = None,
         **params: Any,
-    ) -> tuple[ChatStream, ...]:
-        """`n` answers to one request: as many chats, each a job of its own, that differ in their seeds by
-        `protocol.sampling.seed_of`. Run side by side they share the prompt's work where a worker caches prefixes."""
+    ) -> Answers:
+        """`n` answers to one request, side by side: see `node.client.answers`. `policy.max_cost` is for all of them together.
+
+        Entering it raises as entering a chat does, `InsufficientFunds` where there is too little for all; what happens to one
+        answer later is told of that answer. Raises `ConfigError` for another `n` than 1 to `MAX_ANSWERS`.
+        """
         if not 1 <= n <= MAX_ANSWERS:
             raise ConfigError(f"from 1 to {MAX_ANSWERS} answers can be asked for, not {n}")
-        seed = _params(params).seed
-        return tuple(
-            self.chat(model, messages, policy=policy, **{**params, "seed": seed_of(seed, index)}) for index in range(n)
-        )
+        each = policy or Policy()
+        if each.max_cost is not None:
+            each = replace(each, max_cost=each.max_cost // n)
+        asked, wanted = sound(ChatRequest(_messages(messages))), _params(params)
+
+        def stream(index: int, choose: Callable[[], list[Candidate]]) -> ChatStream:
+            own = msgspec.structs.replace(wanted, seed=seed_of(wanted.seed, index))
+            return ChatStream(self, model, asked, own, choose)
+
+        return Answers(self, model, lambda: self.choosing.select(model, asked, wanted, each), stream, n)
 
     async def post_job(
         self,
@@ -244,14 +256,15 @@ class Client:
         confirm: Confirm | None = None,
         **params: Any,
     ) -> Job:
-        """Order a batch job: the same messages around each input, in escrow. See `node.client.jobs.ClientJobs.post`.
+        """Order a batch job: the same messages around each input, in escrow. See `node.client.job_posting.JobPosting.post`.
 
         `id`: the caller's name of the job; posting the same name again goes on with the same job. By default a random one.
         """
         name = id or self.random32()[:6].hex()
-        return await self.jobs.post(
+        job_id = await self.jobs.posting.post(
             model, inputs, id=name, messages=messages, wish=wish, policy=policy, confirm=confirm, **params
         )
+        return Job(self.jobs, job_id)
 
     async def open_channel(
         self,
@@ -268,13 +281,15 @@ class Client:
         """
         return await self.chat(model, messages, policy=policy, **params).open_channel()
 
-    async def open_one(self, model: str, select: Callable[[], list[Candidate]]) -> tuple[ChannelState, bytes]:
-        """A channel to the first of these that there is money for; as `open_channel`."""
+    async def open_one(
+        self, model: str, select: Callable[[], list[Candidate]], jobs: int = 1
+    ) -> tuple[ChannelState, bytes]:
+        """A channel to the first of these that there is money for, with room for so many jobs at once; as `open_channel`."""
         short: InsufficientFunds | None = None
         for candidate in await self.funded(select):
             await self.reach(candidate.offer)
             try:
-                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, candidate.cost)
+                return await self.wallet.ensure_channel(candidate.offer, candidate.payment, jobs * candidate.cost)
             except InsufficientFunds as error:  # there may be more of what it can be paid with otherwise
                 short = short or error
         raise short if short is not None else NoWorker(f"no worker can serve {model!r}", {})
@@ -287,112 +302,10 @@ class Client:
             await self.wallet.look()
             return select()
 
-    def select(self, model: str, request: TaskRequest, params: Params, policy: Policy) -> list[Candidate]:
-        """Workers for a request and what each would be paid with, best first. Raises `NoWorker` or `InsufficientFunds`."""
-        return self._ranked(model, self.explain(model, request, params, policy))
-
-    def takers(self, model: str, messages: tuple[ChatMessage, ...], params: Params, policy: Policy) -> list[Candidate]:
-        """As `select`, whatever our vaults hold and whatever a chat may cost: for a batch job, which has limits of its own."""
-        purses = [replace(purse, available=None, max_cost=None) for purse in self.wallet.purses()]
-        return self._ranked(model, self.explain(model, ChatRequest(messages), params, policy, purses))
-
-    def _ranked(self, model: str, selection: Selection) -> list[Candidate]:
-        if selection.ranked:
-            return list(selection.ranked)
-        if (Exclusion.NO_FUNDS,) in selection.rejected.values():
-            raise InsufficientFunds(
-                f"the vaults hold too little for {model!r} with any worker, in every token that we pay with",
-                hint="gristmill deposit AMOUNT",
-            )
-        reasons = {str(peer): tuple(r.value for r in why) for peer, why in selection.rejected.items()}
-        raise NoWorker(
-            f"no worker can serve {model!r}" + (f" ({len(reasons)} offers looked at)" if reasons else ": no offers"),
-            reasons,
-            hint=self._no_common_chain(selection)
-            or "; ".join(f"{peer[-8:]}: {', '.join(why)}" for peer, why in list(reasons.items())[:4])
-            or "name a worker with --worker MULTIADDR, or set p2p.bootstrap",
-        )
-
-    def _no_common_chain(self, selection: Selection) -> str:
-        """What to do when some workers would serve us, but are paid where we have nothing; else empty."""
-        others = {peer for peer, why in selection.rejected.items() if why == (Exclusion.NO_COMMON_CHAIN,)}
-        if not others:
-            return ""
-        theirs = {p.chain_id for o in self.offers.current() if o.peer_id in others for p in o.document.accepts}
-        ours = sorted({asset.chain_id for asset in self.wallet.means})
-        return (
-            f"no_common_chain: {len(others)} workers are paid on chain {_listed(sorted(theirs))}, we pay on {_listed(ours)}; "
-            "configure one of theirs as a [chains.NAME], with a token of it in client.pay_with"
-        )
-
-    def explain(
-        self,
-        model: str,
-        request: TaskRequest,
-        params: Params,
-        policy: Policy,
-        purses: Sequence[Purse] | None = None,
-    ) -> Selection:
-        """The whole choice: ranks and scores, and why not, per worker."""
-        offers = self.offers.current()
-        model_id = self._model_id(model, offers)
-        known = self._known(model_id, offers)
-        units = self.input_units(known, request, params.max_tokens) if known else 0
-        rows = 0 if known is None else shape_of(request, known.dimensions or 1).rows
-        wanted = Request(model_id, units, params, task_of(request), rows)
-        purses = self.wallet.purses() if purses is None else purses
-        return choose(offers, wanted, purses, policy, self.history, self.now_ms())
-
-    def input_units(self, model: ModelOffer, request: TaskRequest, max_tokens: int = 0) -> int:
-        """The most input units that a request can be billed: exact for media, and for texts as `count_tokens` is for messages."""
-        match request:
-            case ChatRequest(messages=messages):
-                return self.count_tokens(model, messages, max_tokens)
-            case EmbedRequest(texts=texts):
-                return sum(_text_tokens(model, text) for text in texts)
-            case RerankRequest(query=query, documents=documents):
-                return sum(_text_tokens(model, query) + _text_tokens(model, document) for document in documents)
-            case _:
-                return shape_of(request).most_units or 0
-
-    def count_tokens(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> int:
-        """Prompt tokens: exact where the model's tokenizer is at hand, else an upper bound.
-
-        The bound holds for byte-level tokenizers, where no text has more tokens than bytes; and no worker accepts a prompt
-        that leaves less than `max_tokens` of the context.
-        """
-        return self.counted(model, messages, max_tokens)[0]
-
-    def counted(self, model: ModelOffer, messages: Sequence[ChatMessage], max_tokens: int = 0) -> tuple[int, bool]:
-        """As `count_tokens`, and whether it is exact."""
-        exact = self._counter(ModelId(model.model_id), messages) if self._counter else None
-        if exact is not None:
-            return exact, True
-        size = sum(len(m.content.encode()) + TOKENS_PER_MESSAGE for m in messages)
-        return min(size + TEMPLATE_TOKENS, max(0, model.context_length - max_tokens)), False
-
-    def known(self, model: str) -> ModelOffer | None:
-        """What some worker says of a model, if any offers it."""
-        offers = self.offers.current()
-        return self._known(self._model_id(model, offers), offers)
-
-    def _known(self, model_id: ModelId, offers: Sequence[VerifiedOffer]) -> ModelOffer | None:
-        return next((m for o in offers if (m := o.document.model(model_id)) is not None), None)
-
-    def model_id(self, model: str) -> ModelId:
-        """Of a name or an id; all zero when nobody offers a model of that name. Raises `ConfigError` when it is ambiguous."""
-        return self._model_id(model, self.offers.current())
-
-    def _model_id(self, model: str, offers: Sequence[VerifiedOffer]) -> ModelId:
-        try:
-            return ModelId.from_cid(model)
-        except InvalidValue:
-            pass
-        ids = {ModelId(m.model_id) for o in offers for m in o.document.models if m.name == model}
-        if len(ids) > 1:
-            listed = ", ".join(sorted(str(i) for i in ids))
-            raise ConfigError(f"several models are called {model!r}", hint=f"name one by its id: {listed}")
-        return ids.pop() if ids else ModelId(bytes(32))
+    def vocabulary_size(self, model: ModelId) -> int:
+        """Ids from here on are none of the model's; where the model is not at hand, none of any model's."""
+        known = self.vocabulary(model)
+        return ID_LIMIT if known is None else known.size
 
     # ---------------------------------------------------------------------------------------------------- workers
 
@@ -442,15 +355,6 @@ class Client:
         self.history[peer] = replace(seen, failures=seen.failures + 1, last_failure_ms=self.now_ms())
 
 
-def _text_tokens(model: ModelOffer, text: str) -> int:
-    """No worker takes a text that is longer than the model's context, and none has more tokens than bytes."""
-    return min(len(text.encode()) + TOKENS_PER_MESSAGE, model.context_length)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
-
-
 def _messages(messages: Sequence[Mapping[str, str] | ChatMessage]) -> tuple[ChatMessage, ...]:
     try:
         return tuple(
@@ -468,4 +372,4 @@ def _params(params: Mapping[str, Any]) -> Params:
         raise ConfigError(f"the parameters are not valid: {error}") from None
 
 
-__all__ = ["Client", "NetworkError", "Timeout", "TokenCounter"]
+__all__ = ["Client", "NetworkError", "Timeout"]

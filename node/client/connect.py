@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
 from node.books import Key, open_books
 from node.chains import Chains
-from node.client.client import Client, TokenCounter
+from node.client.client import Client
 from node.client.settings import ClientSettings, Means
+from node.client.vocabulary import LocalModels
 from node.client.wallet import ClientWallet
 from node.config import DEFAULT, Config
-from node.errors import KeyError_, ModelError, NodeError
+from node.errors import KeyError_
 from node.network.discovery import OfferBook, follow_gossip
 from node.network.offline import OfflineNetwork
 from node.ports import Network, Signer
 from node.signer.sources import KeyFile
 from node.wiring import now_ms, now_s, open_chains, random32, token_of
-from protocol.errors import RemoteProtocolError
-from protocol.ids import Address, ModelId
-from protocol.messages import ChatMessage
+from protocol.ids import Address
 from protocol.selection import PriceLimit
 from protocol.signing import KeyRole
-
-if TYPE_CHECKING:
-    from node.models.tokenizer import Tokenizer
 
 PASSWORD_FILE = "password"  # noqa: S105 (a file's name)
 
@@ -68,6 +62,7 @@ async def connect(
         stack.callback(nursery.cancel_scope.cancel)
         await book.close_open_jobs(lambda _: 0)
         offers = OfferBook(now_ms)
+        models = LocalModels(config.models_dir, stack)
         client = Client(
             network=network,
             wallet=ClientWallet(
@@ -88,7 +83,8 @@ async def connect(
             now_ms=now_ms,
             random32=random32,
             bootstrap=(*config.p2p.bootstrap, *workers),
-            counter=_counter(config.models_dir, stack),
+            counter=models.count,
+            vocabulary=models.get,
         )
         for state in list(book.channels.values()):
             if not state.closed and chains.get(state.domain) is not None:
@@ -179,33 +175,3 @@ def _source(config: Config, name: str) -> KeyFile:
         raise KeyError_(f"the key {name} needs a password", hint=f"put it into {path} (mode 0600), or hand in the key")
     password = read_private(path, MAX_PASSWORD_BYTES + 2).removesuffix(b"\n").removesuffix(b"\r")
     return KeyFile(str(Keystore(config.keys_dir).path(name)), password)
-
-
-def _counter(models_dir: Path, stack: AsyncExitStack) -> TokenCounter:
-    """Counts with the model's own tokenizer when the model is in the local store and the tokenizer library is installed."""
-    tokenizers: dict[ModelId, Tokenizer | None] = {}
-
-    def load(model: ModelId) -> Tokenizer | None:
-        try:
-            from node.models.store import ModelStore
-            from node.models.tokenizer import Tokenizer
-
-            tokenizer = Tokenizer(ModelStore(models_dir).path(model))
-        except (ImportError, ModelError, OSError):
-            return None
-        stack.callback(tokenizer.close)
-        tokenizer.warm()
-        return tokenizer
-
-    def count(model: ModelId, messages: Sequence[ChatMessage]) -> int | None:
-        if model not in tokenizers:
-            tokenizers[model] = load(model)
-        tokenizer = tokenizers[model]
-        if tokenizer is None:
-            return None
-        try:
-            return len(tokenizer.chat([{"role": m.role, "content": m.content} for m in messages]))
-        except (NodeError, RemoteProtocolError):
-            return None
-
-    return count

@@ -98,7 +98,7 @@ async def best(client: Client, model: str, spec: BatchSpec, raw: bytes, wish: Jo
     only = wish.asset or (None if wish.reward is None else client.wallet.preferred)
     reasons: dict[str, tuple[str, ...]] = {}
     short: int | None = None
-    for candidate in client.takers(model, spec.prompt(longest), spec.params, policy):
+    for candidate in client.choosing.takers(model, spec.prompt(longest), spec.params, policy):
         asset, name = candidate.payment.asset, str(candidate.offer.peer_id)
         chain = client.jobs.chain_of(asset.domain)
         if only not in (None, asset) or chain is None:
@@ -176,7 +176,7 @@ async def ask(
         raise VerificationFailed(f"{offer.peer_id}: {error.detail}") from error
     if not now < quote.valid_before <= now + QUOTE_LIFE:
         raise VerificationFailed(f"{offer.peer_id}: its quote stands until {quote.valid_before}, now is {now}")
-    await trio.to_thread.run_sync(_check_counts, candidate, spec, terms, client.counted)
+    await trio.to_thread.run_sync(_check_counts, candidate, spec, terms, client.choosing.counted)
     return Quoted(
         quote, domain, reply.signature, terms, reply.terms, offer.peer_id, next(iter(offer.document.addresses), "")
     )

@@ -60,7 +60,7 @@ class Part:
         self.terms = terms
         self.draft = draft
         self.peer: PeerId = stream.remote_peer
-        self.machine = JobClient(terms)
+        self.machine = JobClient(terms, vocabulary=self.client.vocabulary_size(terms.ask.model_id))
         self.channel_id = terms.ask.channel_id
         self.key = (terms.ask.job_id, terms.ask.part)
         self.link = JobStream(stream, self.machine, patience_s=self.client.settings.stall_ms / 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Final
 
 from protocol.batch import Timing
 from protocol.ids import Address
@@ -11,6 +12,9 @@ from protocol.offers import Asset
 from protocol.payment import LEAST_TICK
 from protocol.selection import NO_LIMIT, PriceLimit
 from protocol.typed_data import Domain
+
+MAX_ANSWERS: Final = 128
+"""To one request, at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,5 +198,5 @@ _CONVERT: Final = "ffmpeg -i FILE -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
 
 def _tokens(client: Client, model: str, wanted: int) -> int:
     """What to set aside for text, within what is sold of the model in one job."""
-    sold = client.known(model)
+    sold = client.choosing.known(model)
     return min(_LEAST_TOKENS + wanted, TOKENS_LIMIT, sold.max_tokens if sold else TOKENS_LIMIT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.ids import ChannelId, PeerId
+from protocol.logprobs import TokenLogprobs, unpack
 from protocol.typed_data import Receipt
 
 
@@ -25,7 +26,12 @@ class ChatChunk:
     cost: int
     """So far, smallest unit."""
     data: bytes = b""
-    """Rows of float32, of a task that answers with numbers."""
+    """Rows of float32, of a task that answers with numbers; as they came, those of `logprobs`."""
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """One for each of `token_ids`, where the chat asks for them; unpacked when it is read."""
+        return tuple(unpack(self.token_ids, self.data)) if self.token_ids else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,12 @@ class Tokenizer:
             self._pieces[token_id] = piece
         return piece
 
+    def name_of(self, token_id: int) -> str:
+        """How a token is shown by itself: its text, or the name of a special one; empty for an id without one."""
+        if token_id in self._special:
+            return str(self._tokenizer.id_to_token(token_id))
+        return self.bytes_of(token_id).decode("utf-8", errors="replace")
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")

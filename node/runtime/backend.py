@@ -30,6 +30,7 @@ from node.runtime.selftest import QUESTION, SelfTest, self_test
 from node.runtime.stops import StopStrings
 from node.telemetry.exposition import Sample
 from protocol.ids import ModelId
+from protocol.logprobs import pack
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat, sampling_params
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class TorchBackend:
             sampling=sampling_params(params),
             max_tokens=params.max_tokens,
             generated_ids=tuple(resume),
+            logprobs=0 if params.likeliest is None else max(1, params.likeliest),  # the engine's 0 is none at all
             salt=prompt.salt,
             paid=True,  # by a voucher of its channel, or by the lock of its batch job
         )
@@ -131,25 +133,27 @@ class TorchBackend:
         async with aclosing(host.generate(sequence, wanted)) as batches:
             async for outputs in batches:
                 ids: list[int] = []
-                text = ""
+                text, rows = "", b""
                 for (
                     output
                 ) in outputs:  # one by one: what is delivered and billed must not depend on how steps were batched
                     if output.finish_reason is EngineFinish.ERROR:
                         raise ModelError("the model computed no usable logits")
                     ids.append(output.token_id)
+                    if params.likeliest is not None and output.logprob is not None:
+                        rows += pack(output.logprob, output.top_logprobs[: params.likeliest])
                     text += stops.push(detokenizer.push((output.token_id,)))
                     if output.finish_reason is not None and not stops.hit:
                         text += stops.push(detokenizer.finish())
                         text += stops.finish()
                     if stops.hit:
                         host.satisfied(sequence.id)
-                        yield Step(tuple(ids), text, FinishReason.STOP_STRING)
+                        yield Step(tuple(ids), text, FinishReason.STOP_STRING, rows)
                         return
                     if output.finish_reason is not None:
-                        yield Step(tuple(ids), text, _FINISH[output.finish_reason])
+                        yield Step(tuple(ids), text, _FINISH[output.finish_reason], rows)
                         return
-                yield Step(tuple(ids), text)
+                yield Step(tuple(ids), text, data=rows)
 
     async def _self_test(self, one: Resident) -> SelfTest:
         """The way of every job, for a model that is not sold yet."""

@@ -23,7 +23,7 @@ from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
-from node.ports import SAMPLING_PARAMS, ModelInfo, Speed
+from node.ports import SAMPLING_PARAMS, ModelInfo, Speed, offered_logprobs
 from node.runtime import wire
 from node.runtime.footprint import measure
 from node.runtime.host import EngineHost, Limits
@@ -350,7 +350,7 @@ class Fleet:
                 context_length=facts.context_length,
                 dtype=self._settings.dtype,
                 numerics_class=facts.numerics_class,
-                params=(*SAMPLING_PARAMS, "response_format"),
+                params=(*SAMPLING_PARAMS, "response_format", *offered_logprobs(facts.vocab_size)),
             )
 
     async def _examine(self, one: Resident) -> None:

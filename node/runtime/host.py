@@ -2,7 +2,8 @@
 
 Rules
 - The engine is not trusted. Each message is held against what was asked: a token for a stream that runs, at the next position,
-  inside the vocabulary, no further ahead than the window. An engine that says anything else is killed.
+  inside the vocabulary, no further ahead than the window, with log probabilities that can be. An engine that says anything else
+  is killed.
 - A step's tokens come in one message for all streams. A stream whose reader is behind (it has not been paid, or the peer reads
   slowly) is held: the engine skips it, so unpaid work never runs further ahead than `window` tokens.
 - An engine that died (killed, crashed, out of memory, hung) is started again, and its streams go on from the tokens that came:
@@ -36,6 +37,7 @@ from node.telemetry.engine import EngineMetrics, EngineStats
 from node.telemetry.requests import RequestTiming
 from protocol.errors import GristmillError
 from protocol.frames import FrameReader
+from protocol.logprobs import fault as logprobs_fault
 from protocol.messages import ResponseFormat
 from protocol.sampling import SamplingParams
 from protocol.tame import one_line
@@ -412,6 +414,9 @@ class EngineHost:
         )
         if not sound:
             raise EngineLost(f"token {output.token_id} at {output.position} is none of the stream's")
+        wrong = _told_wrong(sequence.logprobs, output, facts.vocab_size if facts else 0)
+        if wrong:
+            raise EngineLost(f"log probabilities of token {output.token_id} at {output.position}: {wrong}")
         stream.received.append(output.token_id)
         stream.fault = output.why
         if reason is not None:
@@ -517,6 +522,13 @@ class EngineHost:
 def _room_of(tokens: int) -> int:
     """What a sequence of so many tokens takes of the engine's room: whole blocks, and none for the last token."""
     return blocks_for(tokens - 1) * BLOCK_TOKENS
+
+
+def _told_wrong(asked: int, output: wire.Output, vocabulary: int) -> str:
+    """What is wrong with an output's log probabilities; empty when nothing is."""
+    if not asked or output.token_id < 0:
+        return "nobody asked for them" if output.top_logprobs or output.logprob is not None else ""
+    return logprobs_fault(output.token_id, output.logprob, output.top_logprobs, asked, vocabulary)
 
 
 def _lasting(facts: wire.Ready) -> wire.Ready:

@@ -13,12 +13,14 @@ from typing import Annotated, Final
 import msgspec
 
 from protocol.frames import encode_frame
+from protocol.logprobs import LOGPROBS_LIMIT
 from protocol.messages import ResponseFormat
 from protocol.sampling import SamplingParams
 
 TO_ENGINE: Final = 16 << 20
 """Bytes of one message to the engine: a prompt of a million tokens fits."""
-TO_NODE: Final = 1 << 20
+TO_NODE: Final = 8 << 20
+"""Bytes of one message to the node: a step of `MAX_OUTPUTS` tokens, each with the likeliest besides, fits."""
 MAX_STREAMS: Final = 4096
 MAX_OUTPUTS: Final = 16_384
 """Tokens of one step, all streams together."""
@@ -67,7 +69,7 @@ class Submit(_Message):
     """Tokens of `generated_ids` that the reader has yet to take."""
     eos_ids: _Ids | None = None
     """None: the model's own."""
-    logprobs: Annotated[int, _Meta(ge=0, le=64)] = 0
+    logprobs: Annotated[int, _Meta(ge=0, le=LOGPROBS_LIMIT)] = 0
     response_format: ResponseFormat | None = None
     """A grammar that the node has found good."""
     salt: Annotated[bytes, _Meta(max_length=64)] = b""
@@ -136,7 +138,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     position: Count
     finish: Annotated[str, _Meta(max_length=16)] = ""
     logprob: float | None = None
-    top_logprobs: Annotated[tuple[tuple[Token, float], ...], _Meta(max_length=64)] = ()
+    top_logprobs: Annotated[tuple[tuple[Token, float], ...], _Meta(max_length=LOGPROBS_LIMIT)] = ()
     why: Annotated[str, _Meta(max_length=300)] = ""
     """With `finish` "error": which limit the stream's grammar passed, where it was that."""
 

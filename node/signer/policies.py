@@ -17,7 +17,7 @@ from typing import Final
 
 from node.chain.artifacts import contract
 from node.chain.deployment import Deployment
-from node.chain.txs import DEFAULT_POLICY
+from node.chain.tx_policy import DEFAULT_POLICY
 from protocol.ids import ZERO_ADDRESS, Address
 from protocol.signing import OWN_ACCOUNT, CallRule, DomainRule, FeeRule, KeyRole, Policy, TokenRule
 from protocol.typed_data import MARKET_DOMAIN

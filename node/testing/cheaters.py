@@ -9,6 +9,7 @@ A check that was never seen failing proves nothing, so these are for our tests a
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -88,7 +89,7 @@ def corrupt(worker: Worker, cheat: str) -> None:
     honest = worker.server.handle
 
     async def handle(stream: ByteStream) -> None:
-        await honest(TamperedStream(stream, (CHEATS | TASK_CHEATS)[cheat](worker)))
+        await honest(TamperedStream(stream, (CHEATS | TASK_CHEATS | LOGPROB_CHEATS)[cheat](worker)))
 
     worker.network.handle(JOB_PROTOCOL, handle)
 
@@ -226,6 +227,21 @@ TASK_CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxyTyp
     }
 )
 """What a worker may try on tasks other than chat besides."""
+
+LOGPROB_CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxyType(
+    {
+        "figures of NaN": _rows(lambda data: b"\x00\x00\xc0\x7f" + data[4:]),
+        "figures held back": _rows(lambda data: b""),
+        "figures doubled": _rows(lambda data: data * 2),
+        "figures of other tokens": lambda _: _only(
+            Chunk, lambda m: (msgspec.structs.replace(m, token_ids=tuple(t + 1 for t in m.token_ids)),)
+        ),
+        "other figures than signed": _rows(
+            lambda data: data.replace(struct.pack("<f", -2.5), struct.pack("<f", -2.75))
+        ),
+    }
+)
+"""What a worker may try on log probabilities."""
 
 
 # ----------------------------------------------------------------------------------------------------------- clients

@@ -18,7 +18,8 @@ import trio.testing
 
 from node.chain.eth import Eth
 from node.chain.rpc import RpcError
-from node.chain.txs import TxPolicy, TxSender
+from node.chain.tx_policy import TxPolicy
+from node.chain.txs import TxSender
 from node.errors import ChainError, TxTimeout
 from node.signer.bare import Bare
 from node.signer.journal import BEGUN

@@ -6,13 +6,14 @@ The "model" answers with words made from a hash of the prompt, one token each. I
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import trio
 
 from node.errors import ModelError, PromptInvalid
 from node.ports import SAMPLING_PARAMS, ModelInfo, Prompt, Step
+from node.testing.pair import fake_row
 from protocol.ids import ModelId
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 
@@ -32,6 +33,10 @@ class FakeSettings:
     slots: int = 64
     formats: frozenset[str] | None = None
     """Grammars that it says it follows; its words are the same. None: it does not offer the parameter."""
+    logprobs: bool = False
+    """Offer log probabilities, made from hashes like the words."""
+    change: Callable[[Step], Step] = lambda step: step
+    """What is said instead of each step."""
     room: int | None = None
     """Tokens of prompt and answer that fit into its memory; None = any."""
     in_service: bool = True
@@ -52,7 +57,8 @@ class FakeBackend:
 
     @property
     def models(self) -> Mapping[ModelId, ModelInfo]:
-        honoured = SAMPLING_PARAMS if self.settings.formats is None else (*SAMPLING_PARAMS, "response_format")
+        formats = () if self.settings.formats is None else ("response_format",)
+        honoured = (*SAMPLING_PARAMS, *formats, *(("logprobs",) if self.settings.logprobs else ()))
         return {FAKE_MODEL: replace(self._info, params=honoured)} if self.settings.in_service else {}
 
     @property
@@ -96,7 +102,8 @@ class FakeBackend:
                 if last:
                     reason = FinishReason.LENGTH if total == params.max_tokens else FinishReason.STOP
                     done = True
-                yield Step((token,), f"w{token} ", reason)
+                row = b"" if params.likeliest is None else fake_row(token, params.likeliest)
+                yield settings.change(Step((token,), f"w{token} ", reason, row))
         finally:
             self._active -= 1
             self.aborted += not done

@@ -36,6 +36,7 @@ from protocol.job import (
     receipt_to_wire,
 )
 from protocol.keys import PrivateKey
+from protocol.logprobs import pack
 from protocol.messages import (
     Abort,
     Accept,
@@ -61,6 +62,11 @@ from protocol.typed_data import MARKET_DOMAIN, ChannelConfig, Domain, Refusal, V
 def key(name: str) -> PrivateKey:
     """A key that is the same in every run. Never one that holds money."""
     return PrivateKey(hashlib.sha256(b"gristmill test key " + name.encode()).digest())
+
+
+def fake_row(token: int, count: int) -> bytes:
+    """Figures that could be true of a token: it is the likeliest, and each after it has a fraction of the one before."""
+    return pack(-0.5, tuple((token + rank, -0.5 - 2.0 * rank) for rank in range(count)))
 
 
 @dataclass(frozen=True)
@@ -278,7 +284,9 @@ class JobPair:
             numbers = [self.random.uniform(-1, 1) for _ in range(rows * self.shape.row_bytes // 4)]
             return self.worker.deliver((), "", struct.pack(f"<{len(numbers)}f", *numbers))
         ids = tuple(self.random.randrange(1 << 17) for _ in range(self.random.randint(1, min(room, 6))))
-        return self.worker.deliver(ids, "".join(self.random.choice("mill ée€𝄞") for _ in ids))
+        count = self.terms.params.likeliest
+        rows = b"" if count is None else b"".join(fake_row(token, count) for token in ids)
+        return self.worker.deliver(ids, "".join(self.random.choice("mill ée€𝄞") for _ in ids), rows)
 
     def _receipt(self) -> bytes:
         if self.worker.states[Role.CLIENT] is Client.CANCELLED:
@@ -296,4 +304,4 @@ def _other(role: Role) -> Role:
     return Role.WORKER if role is Role.CLIENT else Role.CLIENT
 
 
-__all__ = ["Client", "JobPair", "Parties", "Worker", "key"]
+__all__ = ["Client", "JobPair", "Parties", "Worker", "fake_row", "key"]

@@ -222,9 +222,11 @@ class QuoteDesk:
         unknown = set(changed_params(spec.params)) - set(model.params)
         if unknown:
             raise Rejected(RefusalReason.UNSUPPORTED_PARAM, ", ".join(sorted(unknown)))
-        if "response_format" in changed_params(spec.params):
-            # A grammar may pass a limit in the midst of an answer: a client could make us break a promise that is staked.
-            raise Rejected(RefusalReason.UNSUPPORTED_PARAM, "response_format: not in batch jobs")
+        # A grammar may pass a limit in the midst of an answer: a client could make us break a promise that is staked. And a
+        # result has no place for numbers.
+        live = {"response_format", "logprobs"} & set(changed_params(spec.params))
+        if live:
+            raise Rejected(RefusalReason.UNSUPPORTED_PARAM, f"{', '.join(sorted(live))}: not in batch jobs")
         if spec.params.max_tokens > min(self.rules.max_tokens, model.context_length):
             raise Rejected(
                 RefusalReason.MAX_TOKENS_EXCEEDED, f"{spec.params.max_tokens} tokens for one input are too many"

@@ -1,4 +1,4 @@
-"""What our own runtime gives for tasks other than chat, held to what the client will hold us to.
+"""What our own runtime gives, held to what the client will hold us to: numbers of any task, and all of the tasks other than chat.
 
 A wrong row is found here, before it is sold: then the job fails as our fault and costs nothing, where the client would have
 called it a lie.
@@ -11,11 +11,25 @@ from typing import Final
 
 from node.errors import ModelError
 from node.ports import Step
+from protocol.errors import InvalidValue
 from protocol.job import TEXT_PER_TOKEN, TEXT_SLACK, Terms
+from protocol.logprobs import check
 from protocol.messages import DATA_PER_CHUNK, FinishReason
 from protocol.tasks import finite
 
 _ENDS: Final = frozenset({FinishReason.STOP, FinishReason.LENGTH})
+
+
+async def with_logprobs(steps: AsyncIterator[Step], count: int | None) -> AsyncGenerator[Step, None]:
+    """The same steps of a chat, with the log probabilities that were asked for and no others. Raises `ModelError`."""
+    async for step in steps:
+        try:
+            check(step.token_ids, step.data, count)
+        except InvalidValue as error:
+            raise ModelError(f"the runtime's numbers are wrong: {error}") from None
+        if len(step.data) > DATA_PER_CHUNK:
+            raise ModelError("the runtime gave more tokens in one step than fit into a chunk")
+        yield step
 
 
 async def sellable(

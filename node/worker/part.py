@@ -27,7 +27,7 @@ from node.store.faults import fault_point
 from node.store.results import KEEP_MS
 from node.worker.intake import Intake
 from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, if_it_fits, result_key
-from node.worker.output import sellable
+from node.worker.output import sellable, with_logprobs
 from protocol.admission import Checked
 from protocol.channel import Change, JobEnded, JobOpened, Part, VoucherAdded
 from protocol.errors import RemoteProtocolError, WireCode
@@ -168,8 +168,8 @@ class ServedPart:
         server, params = self.server, self.ask.params
         if isinstance(self.work, Prompt):
             raw = server.backend.generate(self.work, params, self.ask.resume)
-            async with aclosing(raw):
-                async for step in raw:
+            async with aclosing(raw), aclosing(with_logprobs(raw, params.likeliest)) as steps:
+                async for step in steps:
                     yield step
         elif server.tasks is not None:
             raw = server.tasks.run(self.work, params, media)
@@ -268,7 +268,7 @@ class ServedPart:
             while True:
                 message = await self.link.receive()
                 if isinstance(message, VoucherMessage):
-                    await self.server.take_voucher(self.ask, message, self.terms.least_tick)
+                    await self.server.vouchers.take(self.ask, message, self.terms.least_tick)
                 elif isinstance(message, Input):
                     self.notify()
                 elif isinstance(message, Cancel | Abort):
@@ -347,7 +347,7 @@ class ServedPart:
             await self.link.abort(code, self.fault.detail if self.fault else self.failure)
             return
         await self.link.send(message)
-        await self.server.await_ack(self.link, self.ask, self.terms.least_tick)
+        await self.server.vouchers.until_ack(self.link, self.ask, self.terms.least_tick)
 
     # --------------------------------------------------------------------------------------------------- waiting
 

@@ -1,7 +1,10 @@
 """One job stream, one task: ask -> admission -> the part (`node.worker.part`) -> ack.
 
-The server owns what its streams share: the places, the vouchers of a channel, what is kept for clients that come back. A stream
-ends by itself whatever its peer does; only the failure of our own journal or signer is raised.
+Rules
+- The server owns what its streams share: the places, what is kept for clients that come back, the vouchers of a channel
+  (`vouchers.py`), the runtime's attention (`preparing.py`).
+- A part has its place from before its prompt is looked at to its receipt; it is served once at a time, and charged for once.
+- A stream ends by itself whatever its peer does; only the failure of our own journal or signer is raised.
 """
 
 from __future__ import annotations
@@ -14,10 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import msgspec
-import trio
-from msgspec import UnsetType
 
-from node.errors import InputInvalid, ModelError, PromptInvalid
 from node.network.drive import JobStream
 from node.ports import Backend, ByteStream, Prompt, Signer, StreamClosed, TaskBackend, TaskInput
 from node.store.channels import ChannelBook
@@ -25,32 +25,26 @@ from node.store.meter import Meter
 from node.store.results import Results
 from node.worker.accepted import AcceptedAssets
 from node.worker.desk import OfferDesk
-from node.worker.kept import CHUNK_TEXT, CHUNK_TOKENS, KeptResult, result_key
+from node.worker.kept import KeptResult, chunks, result_key
 from node.worker.part import ServedPart
+from node.worker.preparing import Preparing
 from node.worker.tenants import Tenants
+from node.worker.vouchers import Vouchers
 from protocol.admission import Checked, Load, Rejected, check_ask, check_prompt
-from protocol.channel import ChannelState, VoucherAdded
+from protocol.channel import ChannelState
 from protocol.claiming import PATIENCE
-from protocol.errors import RefusalReason, RemoteProtocolError, WireCode
-from protocol.ids import ChannelId, JobId, ModelId
+from protocol.errors import RefusalReason, RemoteProtocolError
+from protocol.ids import ChannelId, JobId
 from protocol.job import JobWorker, Terms, ask_struct
-from protocol.keys import require_signer
 from protocol.messages import (
-    DATA_PER_CHUNK,
-    Ack,
     AskMessage,
-    Chunk,
     Refuse,
-    VoucherMessage,
-    amount_from_wire,
 )
-from protocol.payment import crumb, exposure, needless
-from protocol.tasks import ChatRequest, Task, TaskRequest, task_of
-from protocol.typed_data import MARKET_DOMAIN, Refusal, Voucher
+from protocol.payment import exposure
+from protocol.tasks import Task, TaskRequest, task_of
+from protocol.typed_data import MARKET_DOMAIN, Refusal
 
 log = logging.getLogger(__name__)
-_CRUMBS = 4
-"""Vouchers of less than a quarter tick that one part may add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +126,16 @@ class JobServer:
         """Parts under way, those included that only wait for their ack."""
         self._parts: set[tuple[ChannelId, JobId, int]] = set()
         self._serving: set[ServedPart] = set()
-        self._compiling = trio.CapacityLimiter(1)
-        self._preparing = trio.CapacityLimiter(4)
-        """Long prompts at once: what they wait for must not be all threads that there are."""
-        self._crumbs: Counter[tuple[ChannelId, JobId, int]] = Counter()
+        self._preparing = Preparing(backend, tasks)
+        self.vouchers = Vouchers(
+            accepted=accepted,
+            book=book,
+            meter=meter,
+            results=results,
+            wake=self.wake,
+            ack_ms=settings.ack_ms,
+            now_ms=now_ms,
+        )
         self.lodger: Lodger | None = None
         """Whoever uses free places until a stream comes."""
 
@@ -227,8 +227,8 @@ class JobServer:
                 return
             checked = self._check(ask)
             with self._slot((checked.channel.channel_id, JobId(ask.job_id), ask.part)) as part:
-                await self._check_format(ask)
-                work = await self._prepare(ask)
+                await self._preparing.check_format(ask)
+                work = await self._preparing.prepare(ask)
                 if isinstance(work, Prompt):
                     work = replace(work, salt=self.tenants.salt(checked.channel.config.payer))
                     await self._make_room(work, ask.params.max_tokens)
@@ -238,7 +238,7 @@ class JobServer:
         except Rejected as no:
             await self._refuse(link, ask, no)
         finally:
-            self._crumbs.pop((ChannelId(ask.channel_id), JobId(ask.job_id), ask.part), None)
+            self.vouchers.forget(ask)
             self.busy -= 1
 
     def _check(self, ask: AskMessage) -> Checked:
@@ -285,43 +285,6 @@ class JobServer:
         if self.lodger:
             await self.lodger.make_way(lambda: self.backend.fits(prompt, max_tokens))
 
-    async def _check_format(self, ask: AskMessage) -> None:
-        wanted = ask.params.response_format
-        if isinstance(wanted, UnsetType):
-            return
-        try:
-            check = self.backend.check_format
-            await trio.to_thread.run_sync(check, ModelId(ask.model_id), wanted, ask.resume, limiter=self._compiling)
-        except PromptInvalid as error:
-            raise Rejected(RefusalReason.UNSUPPORTED_PARAM, f"response_format: {error.message}"[:300]) from None
-        except ModelError as error:
-            log.error("the model runtime cannot take a grammar: %s", error)
-            raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
-
-    async def _prepare(self, ask: AskMessage) -> Prompt | TaskInput:
-        """Tokenise; what is long, in a thread, and what comes meanwhile too: a template is rendered for one at a time, and the
-        loop must not wait for its turn. Raises `Rejected`."""
-        model, request = ModelId(ask.model_id), ask.request
-        try:
-            if isinstance(request, ChatRequest):
-                if model not in self.backend.models:  # it was when the offer was signed
-                    raise Rejected(RefusalReason.BUSY, "the model is not in service now")
-                short = sum(len(m.content) for m in request.messages) < 16_384
-                if short and not self._preparing.borrowed_tokens:
-                    return self.backend.prepare(model, request.messages)
-                prepare = self.backend.prepare
-                return await trio.to_thread.run_sync(prepare, model, request.messages, limiter=self._preparing)
-            if self.tasks is None:
-                raise Rejected(RefusalReason.TASK_UNSUPPORTED, "only chats are served here")
-            return await trio.to_thread.run_sync(self.tasks.prepare, model, request)
-        except PromptInvalid as error:
-            raise Rejected(RefusalReason.PROMPT_INVALID, str(error)[:300]) from None
-        except InputInvalid as error:
-            raise Rejected(RefusalReason.INPUT_INVALID, str(error)[:300]) from None
-        except ModelError as error:
-            log.error("the model runtime cannot take a prompt: %s", error)
-            raise Rejected(RefusalReason.INTERNAL, "the model runtime failed") from None
-
     @contextmanager
     def _slot(self, part: tuple[ChannelId, JobId, int]) -> Iterator[tuple[ChannelId, JobId, int]]:
         """A place for a part that nobody else is being served, from before its prompt is tokenised to its end."""
@@ -357,50 +320,7 @@ class JobServer:
     async def _serve_again(self, link: JobStream[JobWorker], ask: AskMessage, kept: KeptResult) -> None:
         """The same result for the same ask: nothing runs, nothing is charged twice."""
         await link.send(kept.accept)
-        for start in range(0, len(kept.token_ids), CHUNK_TOKENS):
-            await link.send(Chunk(token_ids=kept.token_ids[start : start + CHUNK_TOKENS], text=""))
-        for start in range(0, len(kept.text), CHUNK_TEXT):
-            await link.send(Chunk(token_ids=(), text=kept.text[start : start + CHUNK_TEXT]))
-        for start in range(0, len(kept.data), DATA_PER_CHUNK):
-            await link.send(Chunk(token_ids=(), text="", data=kept.data[start : start + DATA_PER_CHUNK]))
+        for chunk in chunks(kept):
+            await link.send(chunk)
         await link.send(kept.receipt)
-        await self.await_ack(link, ask)
-
-    async def await_ack(self, link: JobStream[JobWorker], ask: AskMessage, tick: int | None = None) -> None:
-        """After the receipt: take the vouchers that still come; an ack lets the result go. `tick` as in `take_voucher`."""
-        with trio.move_on_after(self.settings.ack_ms / 1000):
-            while not link.machine.over:
-                message = await link.receive()
-                if isinstance(message, VoucherMessage | Ack):
-                    await self.take_voucher(ask, message, tick)
-                if isinstance(message, Ack):
-                    key = result_key(ask.channel_id, ask.job_id, ask.part)
-                    await self.results.acknowledge(key, now_ms=self.now_ms())
-
-    async def take_voucher(self, ask: AskMessage, message: VoucherMessage | Ack, tick: int | None = None) -> None:
-        """Book it if it is the highest so far; on a channel with several streams another one may have been faster.
-
-        The journal only grows, so a stream's vouchers must be worth their records: one that nothing needs is passed over,
-        and one that adds a crumb is the client's fault, but for a few (the two sides may count differently for a moment).
-        An ack is the last of its stream and may add anything. `tick`: the least of the part, where it is still known.
-        Raises `RemoteProtocolError`.
-        """
-        channel_id = ChannelId(ask.channel_id)
-        cumulative = amount_from_wire(message.cumulative)
-        state = self.book.channels[channel_id]
-        if isinstance(message, VoucherMessage) and state.cumulative < cumulative <= state.ceiling:
-            if needless(state):
-                return
-            tick = self.accepted.tick(state) if tick is None else tick
-            if crumb(state, self.meter.running(channel_id), cumulative, tick):
-                part = (channel_id, JobId(ask.job_id), ask.part)
-                self._crumbs[part] += 1
-                if self._crumbs[part] > _CRUMBS:
-                    raise RemoteProtocolError(
-                        WireCode.BAD_VOUCHER, f"vouchers that add {cumulative - state.cumulative}: pay by the tick"
-                    )
-        if cumulative > state.cumulative:
-            voucher = Voucher(channel_id, cumulative)
-            require_signer(voucher.digest(state.home), message.signature, state.config.payer_authorizer, "voucher")
-            await self.book.change([VoucherAdded(channel_id, cumulative, message.signature)])
-        self.wake(channel_id)
+        await self.vouchers.until_ack(link, ask)

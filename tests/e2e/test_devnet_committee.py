@@ -11,7 +11,8 @@ import trio
 from node.chain.artifacts import contract, decode_log, error_name
 from node.chain.deploy import PLAY_COMMITTEE
 from node.chain.headers import header_rlp
-from node.chain.txs import DEVNET_POLICY, TxSender
+from node.chain.tx_policy import DEVNET_POLICY
+from node.chain.txs import TxSender
 from node.signer.bare import Bare
 from node.testing.contracts import quote_tuple
 from node.testing.devnet.anvil import find_anvil

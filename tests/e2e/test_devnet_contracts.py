@@ -16,7 +16,7 @@ from node.chain.artifacts import contract
 from node.chain.client import EvmChain
 from node.chain.deployment import Deployment
 from node.chain.memory import MemoryChain, MemoryLedger
-from node.chain.txs import DEVNET_POLICY
+from node.chain.tx_policy import DEVNET_POLICY
 from node.errors import ChainError, ConfigError
 from node.ports import Chain, ClaimEntry, TxResult, WorkerOnChain
 from node.signer.bare import Bare

@@ -13,7 +13,7 @@ import trio
 
 from node.chain.client import EvmChain
 from node.chain.memory import MemoryChain, MemoryLedger
-from node.chain.txs import DEVNET_POLICY
+from node.chain.tx_policy import DEVNET_POLICY
 from node.errors import ChainError
 from node.ports import Chain, ClaimEntry, TxResult
 from node.signer.bare import Bare

@@ -17,11 +17,11 @@ from node.chain.client import EvmChain
 from node.chain.committee import EvmCommittee
 from node.chain.deploy import PLAY_COMMITTEE
 from node.chain.stakes import Stakes
-from node.chain.txs import DEVNET_POLICY
+from node.chain.tx_policy import DEVNET_POLICY
 from node.cli import main as frame
 from node.client.client import Client
+from node.client.job import Job
 from node.client.job_quotes import JobWish
-from node.client.jobs import Job
 from node.client.settings import ClientSettings
 from node.errors import ChainError, JobFailed
 from node.signer.bare import Bare

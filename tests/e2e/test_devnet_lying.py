@@ -17,7 +17,7 @@ import trio
 from node.chain.client import EvmChain
 from node.chain.endpoints import Rules
 from node.chain.rpc import JsonRpc
-from node.chain.txs import TxPolicy
+from node.chain.tx_policy import TxPolicy
 from node.client.client import Client
 from node.errors import Refused
 from node.ports import ChainEvent, ChannelOnChain

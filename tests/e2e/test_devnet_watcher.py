@@ -13,7 +13,7 @@ import trio
 from node.chain.client import EvmChain
 from node.chain.eth import Eth
 from node.chain.rpc import RpcError, RpcUnavailable
-from node.chain.txs import DEVNET_POLICY
+from node.chain.tx_policy import DEVNET_POLICY
 from node.chain.watcher import Watcher
 from node.errors import ReorgTooDeep
 from node.ports import ChainEvent

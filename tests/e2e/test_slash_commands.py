@@ -210,7 +210,7 @@ def test_files_convict_for_who_reports_and_a_guardian_gives_it_back(world: World
 
 def allocate(world: World, config: ChannelConfig, signature: bytes) -> None:
     from node.chain.client import EvmChain
-    from node.chain.txs import DEVNET_POLICY
+    from node.chain.tx_policy import DEVNET_POLICY
     from node.signer.bare import Bare
 
     state = json.loads((world.folder / "data" / "devnet" / "state.json").read_text())

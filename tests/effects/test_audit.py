@@ -17,8 +17,8 @@ from node.chain.memory_jobs import MemoryJobs
 from node.chain.pending import PendingTx
 from node.chains import Chains
 from node.client.client import Client
+from node.client.job import Job
 from node.client.job_quotes import JobWish
-from node.client.jobs import Job
 from node.errors import NodeError
 from node.ports import VaultOnChain
 from node.signer.journal import BEGUN

@@ -16,8 +16,8 @@ from node.chain.memory import Events, World
 from node.chain.memory_jobs import MemoryJobs
 from node.client import job_fetch
 from node.client.client import Client
+from node.client.job import Job
 from node.client.job_quotes import JobWish
-from node.client.jobs import Job
 from node.client.settings import ClientSettings
 from node.errors import (
     ConfigError,

@@ -12,10 +12,11 @@ import pytest
 import trio
 import trio.testing
 
-from node.chain import client, jobs
 from node.chain import endpoints as module
+from node.chain import jobs, reading
 from node.chain.agreed import AgreedEth
 from node.chain.artifacts import contract
+from node.chain.client import EvmChain
 from node.chain.deployment import Deployment
 from node.chain.endpoints import Endpoints, NoQuorum, Rules, majority
 from node.chain.eth import Eth
@@ -547,42 +548,42 @@ def check_jobs(careful: Careful) -> None:
 
 
 def test_of_two_sights_the_careful_one_counts() -> None:
-    check_channels(client.careful)
+    check_channels(reading.careful)
     check_jobs(jobs.careful)
 
 
 PLANTED: dict[str, tuple[Careful, str, str, Callable[[Careful], None]]] = {
     "what was locked just now is served on": (
-        client.careful,
+        reading.careful,
         "min(now.allocated, confirmed.allocated)",
         "max(now.allocated, confirmed.allocated)",
         check_channels,
     ),
     "only what is confirmed is locked": (
-        client.careful,
+        reading.careful,
         "min(now.allocated, confirmed.allocated)",
         "confirmed.allocated",
         check_channels,
     ),
     "a claim that may be undone is paid": (
-        client.careful,
+        reading.careful,
         "min(now.claimed, confirmed.claimed)",
         "max(now.claimed, confirmed.claimed)",
         check_channels,
     ),
     "who leaves is seen late": (
-        client.careful,
+        reading.careful,
         "now.withdraw_at or confirmed.withdraw_at",
         "confirmed.withdraw_at",
         check_channels,
     ),
     "who came back is believed at once": (
-        client.careful,
+        reading.careful,
         "now.withdraw_at or confirmed.withdraw_at",
         "now.withdraw_at",
         check_channels,
     ),
-    "a close must be confirmed": (client.careful, "now.closed or confirmed.closed", "confirmed.closed", check_channels),
+    "a close must be confirmed": (reading.careful, "now.closed or confirmed.closed", "confirmed.closed", check_channels),
     "an opening counts at once": (jobs.careful, SEEN, "confirmed if ended else now", check_jobs),
     "an end counts at once": (jobs.careful, SEEN, "confirmed if began else now", check_jobs),
     "nothing counts at once": (jobs.careful, SEEN, "confirmed", check_jobs),
@@ -684,7 +685,7 @@ def paid_by(
     found: list[Any] = []
 
     async def main() -> None:
-        evm = client.EvmChain(Endpoints(servers), DEPLOYED, None, poll=1, confirmations=0)  # type: ignore[arg-type]
+        evm = EvmChain(Endpoints(servers), DEPLOYED, None, poll=1, confirmations=0)  # type: ignore[arg-type]
         found.append(await evm.jobs.paid(quote))  # type: ignore[union-attr]
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

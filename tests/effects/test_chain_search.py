@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import trio
 
-from node.chain.client import PAGE, EvmChain
+from node.chain.reading import PAGE, EvmReader
 from node.ports import ChainEvent, Head
 
 DEPLOYED, HEAD = 100, 100 + 3 * PAGE
 
 
-class Chain(EvmChain):
+class Chain(EvmReader):
     """Of one second a block, with an event in each of these blocks."""
 
     def __init__(self, *blocks: int) -> None:

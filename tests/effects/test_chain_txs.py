@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from node.chain.eth import Eth
 from node.chain.pending import PendingTx, unfinished
 from node.chain.rpc import Reverted, RpcError, RpcUnavailable
-from node.chain.txs import TxPolicy, TxSender
+from node.chain.tx_policy import TxPolicy
+from node.chain.txs import TxSender
 from node.chain.values import hex_data
 from node.errors import ChainError, TxTimeout
 from node.ports import ClaimEntry, TxResult

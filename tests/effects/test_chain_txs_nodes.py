@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, Phase, event, example, given, settings
 from hypothesis import strategies as st
 
 from node.audit_txs import check_transactions
-from node.chain import txs
+from node.chain import receipts, sent, txs
 from node.chain.agreed import AgreedEth
 from node.chain.endpoints import Endpoints, Rules
 from node.chain.pending import unfinished
 from node.chain.rpc import RpcError, RpcUnavailable
-from node.chain.txs import TxPolicy, TxSender
+from node.chain.tx_policy import TxPolicy
+from node.chain.txs import TxSender
 from node.errors import ChainError, ChainMoved, TxTimeout
 from node.signer.bare import Bare
 from node.store.records import Entry
@@ -46,6 +47,8 @@ class World:
         self.policy = policy
         self.records: list[tuple[str, Mapping[str, Any]]] = []
         self.die_at = ""
+        self.heard: Callable[[], None] = lambda: None
+        """Called when something has been journaled."""
         self.anchor = b"one"
         self.sender = self.reborn()
 
@@ -53,6 +56,7 @@ class World:
         async def journal(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
             await trio.lowlevel.checkpoint()
             self.records.append((kind, body))
+            self.heard()
             if kind == self.die_at:
                 raise Died
 
@@ -491,19 +495,16 @@ def test_a_cancelled_send_keeps_its_nonce_against_the_next_call(out: bool) -> No
     """N4: wherever the caller went away, and though no node has it any more, the next call gets another nonce."""
 
     async def main(w: World) -> None:
-        journal = w.sender._journal
-
-        async def then_silence(kind: str, subject: bytes, body: Mapping[str, Any]) -> None:
-            await journal(kind, subject, body)
+        def silence() -> None:
             for liar in w.liars:
                 liar.set(hang=not out)
 
-        w.sender._journal = then_silence
+        w.heard = silence
         with trio.move_on_after(3) as scope:
             await w.sender.send("first", TO, b"1")
         assert scope.cancelled_caught and bool(w.chain.pool) is out and len(w.records) == 1
         w.chain.pool.clear()
-        w.sender._journal = journal
+        w.heard = lambda: None
         for liar in w.liars:
             liar.set(hang=False)
         async with trio.open_nursery() as nursery:
@@ -590,7 +591,6 @@ def test_what_was_given_up_is_not_sent_again_beside_the_next() -> None:
     run(main)
 
 
-SOURCE = inspect.getsource(txs)
 PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
     "N4 one look decides": (
         "if trio.current_time() - since < self._policy.bump_after:",
@@ -603,20 +603,20 @@ PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
         test_a_transaction_that_one_node_may_have_keeps_its_nonce,
     ),
     "N4 a nonce is given back when the answer was lost": (
-        "        except ChainError:\n            self._stalled[nonce].answers_equal_calls = True\n            raise\n        del",
-        "        except ChainError:\n            del self._stalled[nonce]\n            raise\n        del",
+        "            self._sent.stalled[nonce].answers_equal_calls = True\n            raise\n",
+        "            del self._sent.stalled[nonce]\n            raise\n",
         test_a_send_whose_answers_were_lost_is_taken_up_by_the_same_call,
     ),
     "N4 who goes away while it is sent leaves no trace": (
         "            await self._broadcast(attempt)\n        except _NonceTaken:\n",
         "            await self._broadcast(attempt)\n"
-        "        except (trio.Cancelled, BaseExceptionGroup):\n            del self._stalled[nonce]\n            raise\n"
+        "        except (trio.Cancelled, BaseExceptionGroup):\n            del self._sent.stalled[nonce]\n            raise\n"
         "        except _NonceTaken:\n",
         lambda: test_a_cancelled_send_keeps_its_nonce_against_the_next_call(False),
     ),
     "N4 who goes away while it waits leaves no trace": (
-        "            self._stalled.setdefault(nonce, _Stalled(attempts, answers_equal_calls=False))\n",
-        "            self._recent.pop(nonce, None)\n",
+        "            self._sent.stalled.setdefault(nonce, Stalled(attempts, answers_equal_calls=False))\n",
+        "            self._sent.recent.pop(nonce, None)\n",
         lambda: test_a_cancelled_send_keeps_its_nonce_against_the_next_call(True),
     ),
     "N4 what the nodes forgot is forgotten": (
@@ -630,7 +630,7 @@ PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
         test_what_was_given_up_is_not_sent_again_beside_the_next,
     ),
     "N4 sent before it is journaled": (
-        "        await self._sign_down(attempt)\n        # From here",
+        "        await self._sent.record(attempt)\n        # From here",
         "        # From here",
         test_a_death_between_journal_and_send_ends_in_one_transaction,
     ),
@@ -645,7 +645,7 @@ PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
         lambda: test_what_was_orphaned_while_we_were_away_is_not_asked_for_a_second_time(False),
     ),
     "N5 what has landed once is over": (
-        "            self._ended[tx.signed.transaction.nonce] = b\"\"\n",
+        "            self.ended[tx.signed.transaction.nonce] = b\"\"\n",
         "",
         lambda: test_what_was_orphaned_while_we_were_away_is_not_asked_for_a_second_time(False),
     ),
@@ -658,12 +658,17 @@ PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
 
 
 def planted(old: str, new: str) -> Any:
-    """`node.chain.txs` with one text replaced."""
-    if SOURCE.count(old) != 1:
+    """`node.chain.txs`, with one text replaced in it or in what it is made of."""
+    sources = {module: inspect.getsource(module) for module in (sent, receipts, txs)}
+    if sum(source.count(old) for source in sources.values()) != 1:
         raise ValueError(f"the source has changed: {old!r} must be planted anew")
-    module = ModuleType("node.chain.txs")
-    exec(compile(SOURCE.replace(old, new), "planted", "exec"), module.__dict__)  # our own source
-    return module
+    made: dict[str, Any] = {}
+    for module, source in sources.items():  # each sees what was made anew of those before it
+        again = ModuleType(module.__name__)
+        exec(compile(source.replace(old, new), "planted", "exec"), again.__dict__)  # our own source
+        vars(again).update({name: made[name] for name in vars(again).keys() & made.keys()})
+        made |= {name: one for name, one in vars(again).items() if getattr(one, "__module__", "") == module.__name__}
+    return again
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -211,7 +211,7 @@ def test_nothing_is_read_any_more_for_a_job_whose_slash_has_moved(again: bool, m
             data = "00000000" + (1).to_bytes(32).hex()
             sent = {"purpose": MOVE, "chain_id": client.wallet.chain.chain_id, "data": data}
             await client.book.ledger.append([Entry("tx_signed", b"", sent)])
-            client.jobs.slashes = ClientSlashes(book=client.jobs.book, chains=client.jobs._vaults, least=1, look_s=3600)
+            client.jobs.slashes = ClientSlashes(book=client.jobs.book, chains=client.jobs.vaults, least=1, look_s=3600)
         crowd(market, 40)
         asked: list[int] = []
         honest = MemorySlashes.get

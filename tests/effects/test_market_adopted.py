@@ -71,7 +71,7 @@ def test_a_worker_never_gives_a_receipt_number_twice(all_is_lost: bool) -> None:
         if all_is_lost:
             assert old not in again.book.channels
             with pytest.raises(WorkerFault, match="lost its books"):
-                await client.wallet._submit(again.key.peer_id, old)
+                await client.wallet.locking.submit(again.key.peer_id, old)
         else:
             assert no.value.reason is RefusalReason.CHANNEL_CLOSING
             assert again.book.frozen == {old}

@@ -77,7 +77,7 @@ def test_no_more_is_paid_ahead_than_a_worker_delivers_in_its_tick_ms(speed: floa
         async with client.chat("fake", HELLO, max_tokens=200) as stream:
             assert stream.channel_id is not None
             (offered,) = client.offers.current()
-            prompt = client.count_tokens(offered.document.models[0], (ChatMessage(**HELLO[0]),), 200)
+            prompt = client.choosing.count_tokens(offered.document.models[0], (ChatMessage(**HELLO[0]),), 200)
             vouched = client.book.channels[stream.channel_id].cumulative
             assert vouched == cost(market.price, prompt, 0) + cost(Price(output=market.price.output), 0, ahead)
 

@@ -15,7 +15,7 @@ import trio
 
 from node.audit import audit
 from node.chain.memory import MemoryLedger
-from node.client import wallet as wallet_module
+from node.client import locking
 from node.client.client import Client
 from node.client.settings import ClientSettings
 from node.errors import ChainError, ConfigError, InsufficientFunds, NoWorker, Refused, VerificationFailed
@@ -176,7 +176,7 @@ async def twins(market: Market) -> tuple[MemoryLedger, Worker, Hand, Hand]:
     await client.book.change(
         [ChannelOpened(channel_id, state.config, state.authorized, state.valid_before, signature, two.domain)]
     )
-    await client.wallet._submit(worker.key.peer_id, channel_id)
+    await client.wallet.locking.submit(worker.key.peer_id, channel_id)
     second = Hand(client, first.offer, client.book.channels[channel_id])
     assert first.state.config == second.state.config and first.state.channel_id != second.state.channel_id
     return two, worker, first, second
@@ -264,7 +264,7 @@ def test_a_receipt_for_another_chain_is_unverifiable_and_unpaid() -> None:
                 await stream.text()
         (state,) = client.book.channels.values()
         assert stream.receipt is None and not state.open_jobs
-        prompt = client.count_tokens(worker_model(client), [ChatMessage("user", "hello there")], 256)
+        prompt = client.choosing.count_tokens(worker_model(client), [ChatMessage("user", "hello there")], 256)
         assert state.cumulative <= cost(CHEAP, prompt, 0) + market.tick, "what was vouched for before the receipt"
 
     run_market(test)
@@ -448,7 +448,7 @@ def test_an_empty_purse_is_passed_over_and_a_filled_one_found_again() -> None:
         two.apply(lambda world, _: (world.pay(two.token, payer, 10**7), []))
         await client.wallet.chains.named("two").deposit(two.token, 10**7)
         assert (await greet(client)).home == two.domain
-        selection = client.explain("fake", ChatRequest(()), Params(), Policy())
+        selection = client.choosing.explain("fake", ChatRequest(()), Params(), Policy())
         assert [c.payment.chain_id for c in selection.ranked] == [2]
         await client.wallet.withdraw(await client.wallet.balance(means[1].asset), asset=means[1].asset)
         await client.wallet.look()
@@ -469,12 +469,12 @@ def test_a_limit_in_one_token_admits_no_payment_in_another_without_a_rate() -> N
         peer = worker.key.peer_id
         blind = await market.client(means=[market.means(two, rate=None)], chains=["two"])
         rated = await market.client(means=[market.means(two, rate=Fraction(1, 2))], chains=["two"])
-        most = cost(CHEAP, blind.count_tokens(worker_model(blind), ()), 100)
+        most = cost(CHEAP, blind.choosing.count_tokens(worker_model(blind), ()), 100)
         for limit, against in ((most, ()), (most // 2 + 1, ()), (most // 4, (Exclusion.PRICE_TOO_HIGH,))):
             asked = ("fake", ChatRequest(()), Params(max_tokens=100), Policy(max_cost=limit))
-            assert rated.explain(*asked).rejected == ({peer: against} if against else {})
-            assert blind.explain(*asked).rejected == {peer: (Exclusion.NOT_COMPARABLE,)}
-        assert blind.explain("fake", ChatRequest(()), Params(max_tokens=100), Policy()).ranked
+            assert rated.choosing.explain(*asked).rejected == ({peer: against} if against else {})
+            assert blind.choosing.explain(*asked).rejected == {peer: (Exclusion.NOT_COMPARABLE,)}
+        assert blind.choosing.explain("fake", ChatRequest(()), Params(max_tokens=100), Policy()).ranked
 
     run_market(test)
 
@@ -681,7 +681,7 @@ PLANTED: dict[str, tuple[object, str, Any, Any]] = {
         test_a_chain_that_is_away_stops_its_own_channels_only,
     ),
     "a token's address is what is paid": (
-        wallet_module,
+        locking,
         "_between",
         same_address,
         test_a_chain_that_is_away_stops_its_own_channels_only,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from node.client.client import MAX_ANSWERS
-from node.errors import ConfigError, NodeError, Refused
+from node.errors import NodeError, Refused
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
 from protocol.errors import RefusalReason
 from protocol.messages import ChatMessage, Params, ResponseFormat
-from protocol.sampling import seed_of
 from protocol.selection import Exclusion, Policy
 from protocol.tasks import ChatRequest
 
@@ -27,7 +25,7 @@ def test_only_a_worker_that_offers_grammars_is_asked() -> None:
         other, _ = await market.worker(following()), await market.worker()
         client = await market.client()
         words = ChatRequest((ChatMessage("user", "hello there"),))
-        choice = client.explain("fake", words, Params(response_format=KNOWN), Policy())
+        choice = client.choosing.explain("fake", words, Params(response_format=KNOWN), Policy())
         assert [one.offer.peer_id for one in choice.ranked] == [other.key.peer_id]
         assert list(choice.rejected.values()) == [(Exclusion.UNSUPPORTED_PARAM,)]
         async with client.chat("fake", HELLO, response_format=KNOWN) as stream:
@@ -47,28 +45,6 @@ def test_a_grammar_that_is_no_good_is_refused_before_any_work() -> None:
                 pass
         assert caught.value.reason is RefusalReason.UNSUPPORTED_PARAM
         assert backend.produced == 0
-
-    run_market(test)
-
-
-def test_several_answers_differ_in_their_seeds_by_rule() -> None:
-    async def test(market: Market) -> None:
-        await market.worker(following())
-        client = await market.client()
-        texts = []
-        for stream in client.answers("fake", HELLO, 3, seed=7, temperature=1.0, response_format=KNOWN):
-            async with stream:
-                texts.append(await stream.text())
-        assert len(set(texts)) == 3
-        alone = []
-        for index in range(3):
-            async with client.chat("fake", HELLO, seed=seed_of(7, index), temperature=1.0) as stream:
-                alone.append(await stream.text())
-        assert alone == texts
-        assert client.answers("fake", HELLO, 1)[0]._params == Params()
-        for n in (0, MAX_ANSWERS + 1):
-            with pytest.raises(ConfigError, match="answers can be asked for"):
-                client.answers("fake", HELLO, n)
 
     run_market(test)
 

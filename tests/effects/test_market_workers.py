@@ -41,7 +41,7 @@ def window(client: Client, worker: Worker) -> int:
     offer = client.offers.of(worker.key.peer_id)
     assert offer is not None
     model = offer.document.models[0]
-    prompt = client.count_tokens(model, [ChatMessage(**m) for m in HELLO], 256)  # type: ignore[arg-type]
+    prompt = client.choosing.count_tokens(model, [ChatMessage(**m) for m in HELLO], 256)  # type: ignore[arg-type]
     return cost(model.prices[0], prompt, 0) + cost(Price(output=model.prices[0].output), 0, client.settings.tick_tokens)
 
 
@@ -145,11 +145,11 @@ def test_a_cheat_at_the_door_costs_only_a_detour() -> None:
 def test_with_the_tokenizer_at_hand_one_token_too_many_is_seen() -> None:
     async def test(market: Market) -> None:
         worker, client = await market.worker(), await market.client()
-        client._counter = lambda model, messages: 3
+        client.choosing.counter = lambda model, messages: 3
         async with client.chat("fake", HELLO) as stream:
             await stream.text()
         assert stream.usage.input_tokens == 3
-        client._counter = lambda model, messages: 2
+        client.choosing.counter = lambda model, messages: 2
         with pytest.raises(VerificationFailed, match="3 prompt tokens"):
             async with client.chat("fake", HELLO):
                 pass

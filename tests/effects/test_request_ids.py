@@ -12,11 +12,12 @@ import trio
 import trio.testing
 
 from node.audit_txs import check_transactions
-from node.chain import txs
+from node.chain import receipts, sent, txs
 from node.chain.eth import Eth
 from node.chain.requesting import Requesting
 from node.chain.rpc import RpcError
-from node.chain.txs import TxPolicy, TxSender
+from node.chain.tx_policy import TxPolicy
+from node.chain.txs import TxSender
 from node.errors import ChainError, RequestConflict, TxTimeout
 from node.signer.bare import Bare
 from node.store.records import Entry
@@ -305,7 +306,6 @@ def test_a_request_outlives_a_fee_bump(restart: bool) -> None:
 
 # --------------------------------------------------------------------------------------------------------- planted bugs
 
-SOURCE = inspect.getsource(txs)
 PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
     "an id is for any call": ("if done.call != call:", "if False:", test_an_id_is_for_one_call),
     "an id under way is for any call": (
@@ -320,18 +320,18 @@ PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
     ),
     "what was answered is forgotten": ("if winner.request:", "if False:", test_asked_again_is_answered_and_not_sent),
     "a restart forgets": (
-        "self._answered |= answered(history, self._chain_id, self._anchor)",
+        "self.answered |= answered(history, self._chain_id, self.anchor)",
         "",
         test_asked_again_is_answered_and_not_sent,
     ),
     "a fee bump forgets": (
-        "PendingTx(last.purpose, signed, self._anchor, last.request)",
-        "PendingTx(last.purpose, signed, self._anchor)",
+        "PendingTx(last.purpose, signed, self._sent.anchor, last.request)",
+        "PendingTx(last.purpose, signed, self._sent.anchor)",
         lambda: test_a_request_outlives_a_fee_bump(False),
     ),
     "a fee bump forgets at a restart": (
-        "PendingTx(last.purpose, signed, self._anchor, last.request)",
-        "PendingTx(last.purpose, signed, self._anchor)",
+        "PendingTx(last.purpose, signed, self._sent.anchor, last.request)",
+        "PendingTx(last.purpose, signed, self._sent.anchor)",
         lambda: test_a_request_outlives_a_fee_bump(True),
     ),
     "a stuck one answers whoever asks": (
@@ -364,12 +364,17 @@ PLANTED: dict[str, tuple[str, str, Callable[[], None]]] = {
 
 
 def planted(old: str, new: str) -> Any:
-    """`node.chain.txs` with one text replaced."""
-    if SOURCE.count(old) != 1:
+    """`node.chain.txs`, with one text replaced in it or in what it is made of."""
+    sources = {module: inspect.getsource(module) for module in (sent, receipts, txs)}
+    if sum(source.count(old) for source in sources.values()) != 1:
         raise ValueError(f"the source has changed: {old!r} must be planted anew")
-    module = ModuleType("node.chain.txs")
-    exec(compile(SOURCE.replace(old, new), "planted", "exec"), module.__dict__)  # our own source
-    return module
+    made: dict[str, Any] = {}
+    for module, source in sources.items():  # each sees what was made anew of those before it
+        again = ModuleType(module.__name__)
+        exec(compile(source.replace(old, new), "planted", "exec"), again.__dict__)  # our own source
+        vars(again).update({name: made[name] for name in vars(again).keys() & made.keys()})
+        made |= {name: one for name, one in vars(again).items() if getattr(one, "__module__", "") == module.__name__}
+    return again
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -33,6 +33,7 @@ from node.runtime.backends.ray_pool import RaySettings
 from node.runtime.backends.ray_replica import Batch, Replica
 from node.testing.tiny_model import add_tiny
 from node.worker.worker import self_test
+from protocol.logprobs import TokenLogprobs, check, unpack
 from protocol.messages import FinishReason, Params, ResponseFormat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +228,37 @@ def test_a_stream_that_moves_has_no_seam(stored: Stored, life: int) -> None:
     cluster = Cluster(*[life] * 4)
     head(stored, cluster, test)
     assert len(cluster.placed) == 5
+
+
+@pytest.mark.parametrize("life", [7, 23])
+def test_log_probabilities_of_a_stream_that_moves_have_no_gap(stored: Stored, life: int) -> None:
+    async def rows(backend: Any, asked: tuple[Prompt, Params]) -> list[TokenLogprobs]:
+        found: list[TokenLogprobs] = []
+        async with aclosing(backend.generate(*asked)) as steps:
+            async for step in steps:
+                check(step.token_ids, step.data, 3)
+                found += unpack(step.token_ids, step.data)
+        return found
+
+    async def direct() -> tuple[list[TokenLogprobs], str]:
+        async with open_backend(stored.store, [stored.manifest], EngineSettings(isolation="thread")) as backend:
+            return await rows(backend, job(stored, logprobs=3)), (await run(backend, job(stored)))[1]
+
+    whole, text = trio.run(direct)
+    assert len(whole) == 60
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+
+    async def test(backend: RayBackend) -> None:
+        assert "logprobs" in backend.models[stored.manifest.id].params
+        moved = await rows(backend, job(stored, logprobs=3))
+        assert [one.token_id for one in moved] == [one.token_id for one in whole]
+        assert [one.logprob for one in moved] == pytest.approx([one.logprob for one in whole], abs=1e-4)
+        cut = await rows(backend, job(stored, logprobs=3, stop=(stop,)))
+        assert 0 < len(cut) < 60 and [one.token_id for one in cut] == [one.token_id for one in whole[: len(cut)]]
+
+    cluster = Cluster(*[life] * 2)
+    head(stored, cluster, test)
+    assert len(cluster.placed) == 3
 
 
 def test_a_stream_that_kills_its_replicas_is_given_up(stored: Stored) -> None:

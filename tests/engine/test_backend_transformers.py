@@ -29,6 +29,7 @@ from node.runtime.backends.transformers_backend import (
 )
 from node.testing.tiny_model import NAME, add_tiny, write_tokenizer
 from node.worker.worker import self_test
+from protocol.logprobs import TokenLogprobs, check, unpack
 from protocol.messages import ChatMessage, FinishReason, Params
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -93,6 +94,40 @@ def test_greedy_is_what_transformers_itself_generates(family: str, tmp_path: Pat
                 torch.tensor([prompt.token_ids]), max_new_tokens=24, do_sample=False, pad_token_id=2
             )
             assert ids == wanted[0, size:].tolist()
+
+    run(store, manifest, test)
+
+
+def test_it_tells_the_log_probabilities_that_our_own_engine_tells(tmp_path: Path) -> None:
+    store, folder = ModelStore(tmp_path / "store"), tmp_path / "tiny"
+    folder.mkdir()
+    manifest = add_tiny(store, folder)
+    prompt = Prompt(manifest.id, tuple(range(5, 25)))
+    found: dict[str, list[TokenLogprobs]] = {}
+
+    async def read(backend: object, name: str, count: int) -> None:
+        asked = Params(max_tokens=16, temperature=1.0, repetition_penalty=1.2, seed=4, logprobs=count)
+        found[name] = []
+        async with aclosing(backend.generate(prompt, asked)) as steps:  # type: ignore[attr-defined]
+            async for step in steps:
+                check(step.token_ids, step.data, count)
+                found[name] += unpack(step.token_ids, step.data)
+
+    async def own() -> None:
+        async with open_backend(store, [manifest], EngineSettings(isolation="thread")) as backend:
+            await read(backend, "own", 5)
+
+    trio.run(own)
+
+    async def test(backend: TransformersBackend) -> None:
+        assert "logprobs" in backend.models[manifest.id].params
+        await read(backend, "theirs", 5)
+        await read(backend, "none of the likeliest", 0)
+        for ours, theirs, bare in zip(*found.values(), strict=True):
+            assert ours.token_id == theirs.token_id == bare.token_id and bare.top == ()
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert bare.logprob == theirs.logprob
 
     run(store, manifest, test)
 

@@ -51,6 +51,7 @@ class CountingEngine:
         self.running: dict[Hashable, list[int]] = {}
         self.limits: dict[Hashable, int] = {}
         self.prompts: dict[Hashable, int] = {}
+        self.logprobs: dict[Hashable, int] = {}
         self.stepped = 0
         self.aborted: list[Hashable] = []
         self.taken: list[Sequence] = []
@@ -67,6 +68,7 @@ class CountingEngine:
         self.running[sequence.id] = list(sequence.generated_ids)
         self.limits[sequence.id] = sequence.max_tokens
         self.prompts[sequence.id] = len(sequence.prompt_ids)
+        self.logprobs[sequence.id] = sequence.logprobs
 
     def abort(self, sequence_id: Hashable) -> bool:
         known = self.running.pop(sequence_id, None) is not None
@@ -85,7 +87,9 @@ class CountingEngine:
             tokens.append(len(tokens))
             last = len(tokens) == self.limits[key]
             position = self.prompts[key] + len(tokens) - 1
-            outputs.append(StepOutput(key, tokens[-1], position, FinishReason.LENGTH if last else None))
+            top = tuple((tokens[-1] + rank, -1.0 - rank) for rank in range(self.logprobs[key]))
+            reason = FinishReason.LENGTH if last else None
+            outputs.append(StepOutput(key, tokens[-1], position, reason, top[0][1] if top else None, top))
             if last:
                 del self.running[key]
         return outputs

@@ -375,7 +375,7 @@ PLANTED: dict[str, tuple[type, str, str]] = {
     "rows are not counted": (JobClient, "> shape.rows * shape.row_bytes:", "> 10**12:"),
     "numbers may be none": (JobClient, "if not finite(message.data):", "if False:"),
     "vectors may have text": (JobClient, "if message.token_ids or message.text:", "if False:"),
-    "texts may have numbers": (JobClient, "elif message.data:", "elif False:"),
+    "texts may have numbers": (JobClient, "if not shape.rows:", "if False:"),
     "the count of media is believed": (JobClient, " or least not in (None, message.input_tokens):", ":"),
     "the receipt does not bind the input": (JobClient, '            "request_hash": self.inputs.request_hash,\n', ""),
     "half an answer may stop": (JobClient, "and not whole:", "and False:"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from array import array
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from protocol.errors import InvalidValue, RemoteProtocolError, WireCode
 from protocol.frames import CONTROL_LIMIT
 from protocol.ids import Address, Hash32, JobId
 from protocol.keys import PrivateKey, recover, require_signer
-from protocol.messages import CONVERSATIONS, decode, decode_value, encode, request_hash
+from protocol.logprobs import check
+from protocol.messages import CONVERSATIONS, Params, decode, decode_value, encode, params_hash, request_hash
 from protocol.pricing import Price, cost
 from protocol.tasks import Task, TaskRequest, task_of
 from protocol.typed_data import STRUCTS, Domain, Voucher
@@ -217,6 +219,22 @@ def test_output_digests_do_not_depend_on_the_cut() -> None:
             pieces.extend((), "", bytes([byte]))
         assert str(whole.value) == str(pieces.value) == case["digest"]
         assert whole.count == pieces.count == len(case["tokenIds"])
+
+
+def test_rows_of_log_probabilities() -> None:
+    """Read here by the rule's own words."""
+    for case in WIRE["logprobs"]["rows"]:
+        row = bytes.fromhex(case["row"])
+        ids, figures = array("I", row), array("f", row)  # little-endian machines only, as CI's are
+        assert figures[0] == float(case["logprob"])
+        pairs = [list(pair) for pair in zip(ids[1::2], figures[2::2], strict=True)]
+        assert pairs == [[token, float(figure)] for token, figure in case["top"]]
+        check((case["tokenId"],), row, case["count"])
+        assert case["paramsHash"] == str(params_hash(Params(logprobs=case["count"])))
+    for case in WIRE["logprobs"]["lies"]:
+        with pytest.raises(InvalidValue, match=case["fault"]):
+            check((case["tokenId"],), bytes.fromhex(case["row"]), case["count"])
+    assert len({case["fault"] for case in WIRE["logprobs"]["lies"]}) == 6
 
 
 def test_every_task_has_a_request_and_its_hash() -> None:

@@ -28,6 +28,7 @@ from node.runtime.backends.ray_pool import Member, Place, RayPool, RaySettings
 from node.runtime.backends.ray_replica import BUSY, Batch
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
+from protocol.logprobs import row_bytes
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
 
 log = logging.getLogger(__name__)
@@ -102,11 +103,12 @@ class RayBackend:
             yield Step((), "", FinishReason.STOP_STRING)
             return
         delivered, losses = list(resume), 0
+        width = 0 if params.likeliest is None else row_bytes(params.likeliest)
         while True:
             member = await self.pool.take()
             try:
                 async with aclosing(self._batches(member, prompt, params, delivered)) as batches:
-                    async for ids, finish in batches:
+                    async for ids, finish, rows in batches:
                         losses = 0
                         reason = FinishReason(finish) if finish else None
                         given, text = [], ""
@@ -121,7 +123,7 @@ class RayBackend:
                             text += stops.finish()
                             reason = FinishReason.STOP_STRING if stops.hit else reason
                         delivered += given
-                        yield Step(tuple(given), text, reason)
+                        yield Step(tuple(given), text, reason, rows[: len(given) * width])
                         if reason is not None:
                             return
             except _Lost:
@@ -134,8 +136,10 @@ class RayBackend:
 
     async def _batches(
         self, member: Member, prompt: Prompt, params: Params, delivered: Sequence[int]
-    ) -> AsyncGenerator[tuple[tuple[int, ...], int], None]:
-        """Token ids and a finish reason or 0, from one replica. Raises `_Lost`, or `ModelError` when the engine says so."""
+    ) -> AsyncGenerator[tuple[tuple[int, ...], int, bytes], None]:
+        """Token ids, a finish reason or 0, and rows of log probabilities, from one replica.
+
+        Raises `_Lost`, or `ModelError` when the engine says so."""
         plain = msgspec.msgpack.encode(msgspec.structs.replace(params, stop=()))
         while True:
             number = next(self._ids)
@@ -145,14 +149,14 @@ class RayBackend:
             self.pool.nursery.start_soon(self._read, member, call, send)
             over = busy = False
             try:
-                async for ids, finish, fault in receive:
+                async for ids, finish, fault, rows in receive:
                     busy = fault == BUSY
                     if fault and not busy:
                         over = True
                         raise ModelError(fault)
                     over = bool(finish or busy)
                     if ids or finish:
-                        yield ids, finish
+                        yield ids, finish, rows
                     if over:
                         break
             finally:

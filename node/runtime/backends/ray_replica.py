@@ -38,8 +38,8 @@ MOST: Final = 64
 BUSY: Final = "busy"
 """No memory is free for a sequence of this size now; ask again."""
 
-Batch = tuple[tuple[int, ...], int, str]
-"""Token ids; a `FinishReason` or 0; empty, `BUSY`, or why the stream failed."""
+Batch = tuple[tuple[int, ...], int, str, bytes]
+"""Token ids; a `FinishReason` or 0; empty, `BUSY`, or why the stream failed; rows of log probabilities where asked for."""
 
 
 @dataclass(slots=True)
@@ -170,16 +170,16 @@ class _Host:
         with scope, send:
             try:
                 if not self.backend.fits(prompt, params.max_tokens):
-                    await send.send(((), 0, BUSY))
+                    await send.send(((), 0, BUSY, b""))
                     return
                 async with aclosing(self.backend.generate(prompt, params, resume)) as steps:
                     async for step in steps:
                         begun = True
-                        await send.send((step.token_ids, int(step.finish_reason or 0), ""))
+                        await send.send((step.token_ids, int(step.finish_reason or 0), "", step.data))
             except ModelError as error:
                 # Of two that were asked about in one moment one may not have fitted after all.
                 busy = not begun and not self.backend.fits(prompt, params.max_tokens)
-                await send.send(((), 0, BUSY if busy else str(error)))
+                await send.send(((), 0, BUSY if busy else str(error), b""))
             except trio.BrokenResourceError:  # the reader has left
                 return
 
@@ -189,16 +189,17 @@ class _Host:
         if found is None:
             return None
         ids: list[int] = []
+        rows = b""
         try:
-            more, reason, fault = await found.batches.receive()
-            ids += more
+            more, reason, fault, data = await found.batches.receive()
+            ids, rows = ids + list(more), rows + data
             with trio.move_on_after(wait_s):
                 while not reason and not fault and len(ids) < MOST:
-                    more, reason, fault = await found.batches.receive()
-                    ids += more
+                    more, reason, fault, data = await found.batches.receive()
+                    ids, rows = ids + list(more), rows + data
         except (trio.EndOfChannel, trio.ClosedResourceError):
-            return (tuple(ids), 0, "") if ids else None
-        return tuple(ids), reason, fault
+            return (tuple(ids), 0, "", rows) if ids else None
+        return tuple(ids), reason, fault, rows
 
     def forget(self, stream: int) -> None:
         found = self._streams.pop(stream, None)

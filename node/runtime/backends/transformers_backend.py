@@ -25,9 +25,10 @@ from node.errors import ModelError, PromptInvalid
 from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
-from node.ports import ModelInfo, Prompt, Step
+from node.ports import SAMPLING_PARAMS, ModelInfo, Prompt, Step, offered_logprobs
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
+from protocol.logprobs import pack
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat, sampling_params
 
 if TYPE_CHECKING:
@@ -181,9 +182,10 @@ class TransformersBackend:
             sequence = _Sequence(loaded.model, prompt, params, resume)
             reason = None
             while reason is None:
-                token = await trio.to_thread.run_sync(sequence.step, limiter=loaded.turn)
-                if token is None:
+                picked = await trio.to_thread.run_sync(sequence.step, limiter=loaded.turn)
+                if picked is None:
                     continue
+                token, row = picked
                 text = stops.push(detokenizer.push((token,)))
                 if stops.hit:
                     reason = FinishReason.STOP_STRING
@@ -192,7 +194,7 @@ class TransformersBackend:
                     text += stops.push(detokenizer.finish())
                     text += stops.finish()
                     reason = FinishReason.STOP_STRING if stops.hit else reason
-                yield Step((token,), text, reason)
+                yield Step((token,), text, reason, row)
         finally:
             self._active -= 1
             self._reserved[prompt.model] -= size
@@ -209,13 +211,14 @@ class _Sequence:
 
     def __init__(self, model: CausalModel, prompt: Prompt, params: Params, resume: Sequence[int]) -> None:
         self._model, self._prompt, self._sampling = model, prompt.token_ids, sampling_params(params)
+        self._likeliest = params.likeliest
         self.generated = list(resume)
         self._due: list[int] = [*prompt.token_ids, *resume]
         self._cache: Any = None
 
-    def step(self) -> int | None:
-        """Compute what is due, a chunk at most; the token that follows once nothing is. In a worker thread. Raises
-        `ModelError`."""
+    def step(self) -> tuple[int, bytes] | None:
+        """Compute what is due, a chunk at most; once nothing is, the token that follows and the row of its log probabilities,
+        empty where nobody asks. In a worker thread. Raises `ModelError`."""
         from node.runtime.engine import sampler
 
         chunk, self._due = self._due[:CHUNK], self._due[CHUNK:]
@@ -223,14 +226,17 @@ class _Sequence:
             logits, self._cache = self._model.forward(chunk, self._cache)
             if self._due:
                 return None
-            token = sampler.pick(logits, self._sampling, self._prompt, self.generated)
-        except sampler.UnusableLogits:
-            raise ModelError("the model computed no usable logits") from None
+            asked = 0 if self._likeliest is None else max(1, self._likeliest)  # the sampler's 0 is none at all
+            draw = sampler.Draw(self._sampling, self._prompt, self.generated, logprobs=asked)
+            (picked,) = sampler.pick_rows(logits[None], [draw])
         except (RuntimeError, IndexError, ValueError) as error:  # torch's own, out of memory too: only this stream ends
             raise ModelError(f"the model failed: {error}"[:300]) from None
-        self.generated.append(token)
-        self._due = [token]
-        return token
+        if picked.unusable:
+            raise ModelError("the model computed no usable logits")
+        self.generated.append(picked.token)
+        self._due = [picked.token]
+        row = b"" if picked.logprob is None else pack(picked.logprob, picked.top_logprobs[: self._likeliest])
+        return picked.token, row
 
 
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
@@ -274,6 +280,7 @@ async def open_transformers(
                 context_length=manifest.context_length,
                 dtype=settings.dtype,
                 numerics_class=await trio.to_thread.run_sync(model.numerics_probe),
+                params=(*SAMPLING_PARAMS, *offered_logprobs(model.vocab_size)),
             )
             backend._loaded[manifest.id] = _Loaded(info, tokenizer, model, trio.CapacityLimiter(1))
             backend._reserved[manifest.id] = 0

@@ -15,7 +15,7 @@ Sources: as in the definition; "the winner is lse + Gumbel": Maddison et al. 201
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +30,9 @@ from node.runtime.engine.sequence import Sampling
 
 _BELOW: Final = 2.0
 """How far under ln(sum exp s) the winner is looked for at first: it lies lower once in 1,600 draws."""
+
+_BLOCK: Final = 64
+"""Tokens whose largest logit stands for them in the search for the likeliest."""
 
 
 class UnusableLogits(ValueError):
@@ -58,7 +61,7 @@ class Picked:
     unusable: bool = False
     """The model computed NaN, +inf or nothing finite that is allowed. Ends this row alone."""
     logprob: float | None = None
-    """ln of the model's own probability: before constraint, bias, penalties, temperature and filters."""
+    """ln of the model's own probability, rounded to float32: before constraint, bias, penalties, temperature and filters."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token, logprob) of the likeliest tokens, likeliest first, equals by id."""
 
@@ -284,13 +287,29 @@ def _add_logprobs(logits: Tensor, draws: Sequence[Draw], picked: list[Picked]) -
     rows = [row for row, draw in enumerate(draws) if draw.logprobs and not picked[row].unusable]
     if not rows:
         return
-    chosen = logits[rows]
-    totals = chosen.logsumexp(1, keepdim=True)
-    own = (chosen.gather(1, torch.tensor([[picked[row].token] for row in rows], device=logits.device)) - totals)[:, 0]
-    most = min(max(int(draws[row].logprobs) for row in rows), logits.shape[1])
-    values, ids = chosen.topk(most, 1)
-    ranked = (values - totals).tolist(), ids.tolist()
-    for at, (row, logprob) in enumerate(zip(rows, own.tolist(), strict=True)):
-        picked[row].logprob = logprob
-        pairs = sorted(zip(ranked[1][at], ranked[0][at], strict=True), key=lambda pair: (-pair[1], pair[0]))
-        picked[row].top_logprobs = tuple(pairs[: draws[row].logprobs])
+    chosen = logits if len(rows) == len(draws) else logits[rows]
+    largest = chosen.amax(1, keepdim=True)
+    # The sum is in float64, so that a figure, rounded to float32, is the same alone and in company.
+    totals = largest.double() + (chosen - largest).exp_().sum(1, keepdim=True, dtype=torch.float64).log_()
+    tokens = torch.tensor([[picked[row].token] for row in rows], device=logits.device)
+    own = (chosen.gather(1, tokens).double() - totals)[:, 0].float().tolist()
+    counts = [min(int(draws[row].logprobs), logits.shape[1]) for row in rows]
+    for at, (row, (ids, values)) in enumerate(zip(rows, _likeliest(chosen, counts), strict=True)):
+        figures = (values.double() - totals[at]).float().tolist()
+        picked[row].logprob = own[at]
+        picked[row].top_logprobs = tuple(zip(ids.tolist(), figures, strict=True))
+
+
+def _likeliest(rows: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and values of each row's largest, so many of them, largest first, equals by id.
+
+    A block of a row that holds one of its n largest has one of the n largest maxima of blocks, so few blocks are sorted.
+    """
+    blocks = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _BLOCK), value=-math.inf).view(len(rows), -1, _BLOCK)
+    tops = blocks.amax(2)
+    edges = tops.topk(min(max(counts), tops.shape[1]), 1).values
+    for row, count in enumerate(counts):
+        near = (tops[row] >= edges[row, min(count, edges.shape[1]) - 1]).nonzero()[:, 0]
+        values, order = blocks[row, near].flatten().sort(descending=True, stable=True)
+        order = order[:count]
+        yield near[order // _BLOCK] * _BLOCK + order % _BLOCK, values[:count]

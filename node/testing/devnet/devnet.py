@@ -23,7 +23,8 @@ from node.chain.deploy import deploy
 from node.chain.deployment import Deployment
 from node.chain.eth import Eth
 from node.chain.rpc import JsonRpc
-from node.chain.txs import DEVNET_POLICY, TxSender
+from node.chain.tx_policy import DEVNET_POLICY
+from node.chain.txs import TxSender
 from node.errors import ChainError
 from node.ports import TxResult
 from node.signer.bare import Bare
