@@ -191,7 +191,7 @@ def _runtimes(
         sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
-    from node.runtime.host import Limits
+    from node.runtime.supervisor import Limits
     from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
 
     store = ModelStore(config.models_dir)

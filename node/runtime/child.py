@@ -18,13 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-import msgspec
-
+from node.codec import Unreadable
 from node.runtime import wire
 from node.runtime.constraints import Constraints
 from node.runtime.stepper import StepEngine, Stepper
-from protocol.errors import GristmillError
-from protocol.frames import FrameReader
 
 if TYPE_CHECKING:
     from node.runtime.engine.sequence import StepOutput
@@ -55,7 +52,7 @@ class Line:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._reader = FrameReader(wire.TO_ENGINE)
+        self._reader = wire.TO_ENGINE.reader()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -67,14 +64,14 @@ class Line:
             data = self._sock.recv(_READ)
             if not data:
                 raise LineEnded
-            return [wire.read_by_engine(payload) for payload in self._reader.feed(data)]
-        except (OSError, msgspec.DecodeError, GristmillError) as error:
+            return self._reader.feed(data)
+        except (OSError, Unreadable) as error:
             raise LineEnded from error
 
     def send(self, message: wire.ToNode) -> None:
         """Raises `LineEnded`."""
         try:
-            self._sock.sendall(wire.for_node(message))
+            self._sock.sendall(wire.TO_NODE.frame(message))
         except OSError as error:
             raise LineEnded from error
 

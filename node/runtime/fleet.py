@@ -26,12 +26,13 @@ from node.models.tokenizer import Tokenizer
 from node.ports import SAMPLING_PARAMS, ModelInfo, Speed
 from node.runtime import wire
 from node.runtime.footprint import measure
-from node.runtime.host import EngineHost, Limits
+from node.runtime.host import EngineHost
 from node.runtime.launch import Launcher
 from node.runtime.life import Event, Phase
 from node.runtime.proof import prove
 from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
+from node.runtime.supervisor import Limits
 from node.telemetry.engine import EngineMetrics
 from node.telemetry.steps import StepTrace
 from protocol.ids import ModelId

@@ -1,5 +1,4 @@
-"""The line between a node and the process of one engine: every message, typed and bounded; msgpack arrays in length-prefixed
-frames.
+"""The line between a node and the process of one engine: every message, typed and bounded (`node.codec`).
 
 The node does not trust the other end: what it says is decoded strictly here and held against what was asked in
 `node.runtime.host`, so that an engine process that was taken over can produce tokens and nothing else. No message names a file
@@ -12,13 +11,10 @@ from typing import Annotated, Final
 
 import msgspec
 
-from protocol.frames import encode_frame
+from node.codec import Codec
 from protocol.messages import ResponseFormat
 from protocol.sampling import SamplingParams
 
-TO_ENGINE: Final = 16 << 20
-"""Bytes of one message to the engine: a prompt of a million tokens fits."""
-TO_NODE: Final = 1 << 20
 MAX_STREAMS: Final = 4096
 MAX_OUTPUTS: Final = 16_384
 """Tokens of one step, all streams together."""
@@ -194,26 +190,6 @@ class Failed(_Message):
 
 ToEngine = Load | Submit | Abort | Consumed | Ping
 ToNode = Loading | Ready | Stepped | Refused | Pong | Failed
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_node = msgspec.msgpack.Decoder(ToNode)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def for_engine(message: ToEngine) -> bytes:
-    return encode_frame(_encoder.encode(message), TO_ENGINE)
-
-
-def for_node(message: ToNode) -> bytes:
-    return encode_frame(_encoder.encode(message), TO_NODE)
-
-
-def read_by_engine(payload: bytes) -> ToEngine:
-    """Raises `msgspec.DecodeError`."""
-    message: ToEngine = _to_engine.decode(payload)
-    return message
-
-
-def read_by_node(payload: bytes) -> ToNode:
-    """Raises `msgspec.DecodeError`."""
-    message: ToNode = _to_node.decode(payload)
-    return message
+TO_ENGINE: Final = Codec[ToEngine](ToEngine, 16 << 20)
+"""A prompt of a million tokens fits."""
+TO_NODE: Final = Codec[ToNode](ToNode, 1 << 20)

@@ -24,11 +24,11 @@ from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.fleet import EngineSettings, Fleet
 from node.runtime.footprint import measure
 from node.runtime.hal import processor
-from node.runtime.host import Limits
 from node.runtime.launch import Child, ProcessLauncher, ThreadLauncher
 from node.runtime.life import Phase
 from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
+from node.runtime.supervisor import Limits
 from node.testing.planted import notices
 from protocol.messages import ChatMessage, FinishReason, Params
 
@@ -404,9 +404,9 @@ def test_an_engine_for_which_there_is_no_process_ends_no_other_model(models: Mod
         launch = NoProcess()
         async with open_backend(models.store, models.manifests[:2], SETTINGS, launch=launch) as backend:
             host = backend.fleet.residents[models.manifests[0].id].host
-            assert host is not None and host._sock is not None
+            assert host is not None and host._process.link is not None
             launch.full = True
-            host._sock.shutdown(socket.SHUT_RDWR)
+            host._process.link._sock.shutdown(socket.SHUT_RDWR)
             while not host.failure:
                 await trio.sleep(0.01)
             assert "no memory" in host.failure

@@ -75,30 +75,18 @@ def _cuda(torch: Any) -> list[Device] | str:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "no NVIDIA device, or no driver that this torch can use"
-    return [_cuda_device(torch, index) for index in range(torch.cuda.device_count())]
+    return [_nvidia_device(torch, index) for index in range(torch.cuda.device_count())]
 
 
-def _cuda_device(torch: Any, index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = int(properties.major), int(properties.minor)
-    flags = [
-        name
-        for name, since in (("fp16", (7, 0)), ("int8", (7, 5)), ("bf16", (8, 0)), ("fp8", (8, 9)))
-        if (major, minor) >= since
-    ]
-    uuid = str(getattr(properties, "uuid", ""))
-    return Device(
-        kind=Kind.CUDA,
-        index=index,
-        name=str(properties.name),
+def _nvidia_device(torch: Any, index: int) -> Device:
+    device, properties = _device(torch.cuda, index, Kind.CUDA, f"CUDA {torch.version.cuda}")
+    uuid, version = device.uuid, (int(properties.major), int(properties.minor))
+    since = (("fp16", (7, 0)), ("int8", (7, 5)), ("bf16", (8, 0)), ("fp8", (8, 9)))
+    return replace(
+        device,
         uuid=uuid if not uuid or uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}",
-        memory_total=int(total),
-        memory_free=int(free),
-        runtime=f"CUDA {torch.version.cuda}",
-        capability=f"{major}.{minor}",
-        flags=tuple(flags),
-        bus=_bus(properties),
+        capability="{}.{}".format(*version),
+        flags=tuple(name for name, first in since if version >= first),
     )
 
 
@@ -107,51 +95,31 @@ def _rocm(torch: Any) -> list[Device] | str:
         return "this torch is built without ROCm"
     if not torch.cuda.is_available():
         return "no AMD device, or no driver that this torch can use"
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        architecture = str(getattr(properties, "gcnArchName", ""))
-        found.append(
-            Device(
-                kind=Kind.ROCM,
-                index=index,
-                name=str(properties.name),
-                uuid=str(getattr(properties, "uuid", "")),
-                memory_total=int(total),
-                memory_free=int(free),
-                runtime=f"ROCm {torch.version.hip}",
-                capability=architecture.partition(":")[0],
-                flags=tuple(architecture.split(":")[1:]),
-                bus=_bus(properties),
-            )
-        )
-    return found
+    return [_amd_device(torch, index) for index in range(torch.cuda.device_count())]
+
+
+def _amd_device(torch: Any, index: int) -> Device:
+    device, properties = _device(torch.cuda, index, Kind.ROCM, f"ROCm {torch.version.hip}")
+    architecture, *flags = str(getattr(properties, "gcnArchName", "")).split(":")
+    return replace(device, capability=architecture, flags=tuple(flags))
 
 
 def _xpu(torch: Any) -> list[Device] | str:
     if not hasattr(torch, "xpu") or not torch.xpu.is_available():
         return "this torch is built without it, or no Intel device is there"
-    found = []
-    for index in range(torch.xpu.device_count()):
-        properties = torch.xpu.get_device_properties(index)
-        free, total = torch.xpu.mem_get_info(index)
-        flags = [name for name in ("has_fp16", "has_fp64", "has_atomic64") if getattr(properties, name, False)]
-        found.append(
-            Device(
-                kind=Kind.XPU,
-                index=index,
-                name=str(properties.name),
-                uuid=str(getattr(properties, "uuid", "")),
-                memory_total=int(total),
-                memory_free=int(free),
-                driver=str(getattr(properties, "driver_version", "")),
-                runtime=str(getattr(properties, "platform_name", "")),
-                capability=str(getattr(properties, "architecture", "")),
-                flags=tuple(flag.removeprefix("has_") for flag in flags),
-            )
-        )
-    return found
+    return [_intel_device(torch, index) for index in range(torch.xpu.device_count())]
+
+
+def _intel_device(torch: Any, index: int) -> Device:
+    device, properties = _device(torch.xpu, index, Kind.XPU, "")
+    flags = [name for name in ("has_fp16", "has_fp64", "has_atomic64") if getattr(properties, name, False)]
+    return replace(
+        device,
+        driver=str(getattr(properties, "driver_version", "")),
+        runtime=str(getattr(properties, "platform_name", "")),
+        capability=str(getattr(properties, "architecture", "")),
+        flags=tuple(flag.removeprefix("has_") for flag in flags),
+    )
 
 
 def _mps(torch: Any) -> list[Device] | str:
@@ -180,6 +148,23 @@ _PROBES: Final[Mapping[Kind, Callable[[Any], list[Device] | str]]] = MappingProx
     {Kind.CUDA: _cuda, Kind.ROCM: _rocm, Kind.XPU: _xpu, Kind.MPS: _mps, Kind.CPU: _cpu}
 )
 """In the order of preference."""
+
+
+def _device(torch_module: Any, index: int, kind: Kind, runtime: str) -> tuple[Device, Any]:
+    """What torch tells alike of every vendor's devices; of AMD's by the name of NVIDIA's. And what else it knows of this one."""
+    properties = torch_module.get_device_properties(index)
+    free, total = torch_module.mem_get_info(index)
+    device = Device(
+        kind=kind,
+        index=index,
+        name=str(properties.name),
+        uuid=str(getattr(properties, "uuid", "")),
+        memory_total=int(total),
+        memory_free=int(free),
+        runtime=runtime,
+        bus=_bus(properties),
+    )
+    return device, properties
 
 
 def _bus(properties: Any) -> str:

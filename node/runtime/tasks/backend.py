@@ -21,9 +21,10 @@ from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tasks import tasks_of
 from node.ports import ModelInfo, Step, TaskInput
-from node.runtime.launch import TASKS, launcher
+from node.runtime.launch import TASKS, Launcher, launcher
+from node.runtime.supervisor import Limits
 from node.runtime.tasks import wire
-from node.runtime.tasks.host import Launcher, Limits, TaskHost
+from node.runtime.tasks.host import LIMITS, TaskHost
 from node.runtime.tasks.loading import TaskSettings
 from node.runtime.tasks.prepare import Preparer
 from node.runtime.tasks.runner import Memory, Runner
@@ -106,7 +107,7 @@ async def open_tasks(
     *,
     isolation: str = "thread",
     launch: Launcher | None = None,
-    limits: Limits | None = None,
+    limits: Limits = LIMITS,
     hidden: tuple[str, ...] = (),
 ) -> AsyncIterator[TaskModels]:
     """Load models. Raises `DeviceNotFound`, and `ModelError`, also for bytes that its model id does not commit to (M1).
@@ -132,7 +133,7 @@ async def open_tasks(
                     loaded = await _in_thread(manifest, folder, settings)
                 else:
                     load = wire.Load(str(folder), settings.device, settings.dtype, settings.threads, hidden=hidden)
-                    host = TaskHost(launch, load, limits or Limits())
+                    host = TaskHost(launch, load, limits)
                     await nursery.start(host.run)
                     loaded = _in_process(manifest, folder, settings, host)
                 backend._loaded[manifest.id] = loaded
