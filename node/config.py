@@ -521,7 +521,8 @@ class EngineConfig:
     )
     hang_ms: int = setting(
         30_000,
-        "An engine that ends no step in this time is killed and started again.",
+        "An engine that ends no step in this time is killed and started again, and so is one that answers but comes forward with "
+        "nothing in twice this time. Long prompts are computed in many steps: only a step must end in it.",
         unit="ms",
         low=100,
         high=3_600_000,

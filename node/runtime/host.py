@@ -4,6 +4,7 @@ Rules
 - The engine is not trusted. Each message is held against what was asked (`node.runtime.streams`): an engine that says anything
   else is killed.
 - A step's tokens come in one message for all streams.
+- An engine that has work must come forward with it, or it hangs, whatever it answers (`node.runtime.progress`).
 - An engine that died (killed, crashed, out of memory, hung) is started again (`node.runtime.supervisor`), and its streams go on
   from the tokens that came: the same tokens as unbroken ones, since a stream is its tokens. A stream that was running in
   `MAX_DEATHS` deaths may be what kills engines, and ends. Streams that came in the meantime wait.
@@ -28,8 +29,9 @@ from node.runtime import wire
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 from node.runtime.launch import Launcher
 from node.runtime.link import ProcessLost
+from node.runtime.progress import Progress
 from node.runtime.streams import Stream, room_of
-from node.runtime.supervisor import Limits, Patience, Supervisor
+from node.runtime.supervisor import ROUNDS, Limits, Patience, Supervisor
 from node.telemetry.engine import EngineMetrics, EngineStats
 from protocol.messages import ResponseFormat
 from protocol.tame import one_line
@@ -37,6 +39,8 @@ from protocol.tame import one_line
 log = logging.getLogger(__name__)
 MAX_DEATHS: Final = 2
 """A stream that was running in so many deaths is not tried again."""
+STANDSTILL: Final = 2
+"""An engine that answers must have come forward in so many times `Limits.hang_s`: every step is one, and ends in that time."""
 
 
 class StepObserver(Protocol):
@@ -77,7 +81,7 @@ class EngineHost:
         self._unheard: deque[Stream] = deque()
         """Submits that `_room` does not count yet."""
         self._step_ended = 0.0
-        self._silence = Patience()
+        self._silence, self._standstill, self._progress = Patience(), Patience(STANDSTILL * ROUNDS), Progress()
         self.stopped = False
         """`run` has ended."""
         self.facts: wire.Ready | None = None
@@ -193,7 +197,7 @@ class EngineHost:
         self.facts, self._room = facts, facts.room
         self._sent = self._acknowledged = 0
         self._unheard.clear()
-        self._silence = Patience()
+        self._silence, self._standstill, self._progress = Patience(), Patience(STANDSTILL * ROUNDS), Progress()
         self.ready, self.stage, self.failure = True, "ready", ""
         for stream in list(self._streams.values()):
             try:
@@ -203,9 +207,12 @@ class EngineHost:
         self._heard()
 
     def look(self) -> None:
-        """Questions without any answer are a hang."""
+        """Questions without any answer are a hang, and so is work that nothing comes of."""
+        hang_s = self._limits.hang_s
         if self._silence.over(self._process.heard):
-            raise ProcessLost(f"it hangs: no step has ended and no question was answered for {self._limits.hang_s:g} s")
+            raise ProcessLost(f"it hangs: no step has ended and no question was answered for {hang_s:g} s")
+        if self._standstill.over(self._progress.mark(self._streams.values())):
+            raise ProcessLost(f"it hangs: it answers, and nothing came of its work for {STANDSTILL * hang_s:g} s")
         self._process.send(wire.Ping(next(self._pings)))
 
     def take(self, message: wire.ToNode) -> None:
@@ -235,6 +242,7 @@ class EngineHost:
         self._acknowledged, self._room = message.submits, message.room
         if (stats := message.stats) is not None:
             self.metrics.stats = lambda: stats
+            self._progress.claims(stats.prompt_tokens)
         if message.seconds:
             began, self._step_ended = max(now - message.seconds, self._step_ended), now
             for observer in self._observers:
@@ -245,6 +253,7 @@ class EngineHost:
             if stream is None or self.facts is None:  # it was left, and the engine has yet to hear of it
                 continue
             output = stream.accept(said, self.facts.vocab_size)
+            self._progress.tokens += 1
             fresh.setdefault(stream, []).append(output)
             if output.finish_reason is not None:
                 del self._streams[stream.number]
@@ -274,6 +283,7 @@ class EngineHost:
     def _submit(self, stream: Stream) -> None:
         self._process.send(stream.question())
         stream.submitted = True
+        self._progress.given(stream)
         self._sent += 1
         self._unheard.append(stream)
 
