@@ -19,6 +19,7 @@ from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError, U
 from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
+from node.runtime.stepper import Stepper  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0)
@@ -161,6 +162,39 @@ def test_an_unpaid_one_makes_room_at_once(tiny: Path) -> None:
     with pytest.raises(CacheFull):
         engine.submit(job("never", SHARED[:60], 6, paid=False))
     assert engine.abort("free") and engine.stats.waiting == 0
+    engine.check_integrity()
+
+
+def test_when_none_has_memory_to_go_on_the_engine_waits_instead_of_spinning(tiny: Path) -> None:
+    """All are unpaid. One whose reader is behind has the memory that the others need; when it is read on, or left, they go on."""
+    jobs = [job(n, SHARED[20 * n : 20 * n + 20], 25, paid=False, speculate=False) for n in range(3)]
+    alone = {one.id: run(Engine(tiny), one)[one.id] for one in jobs}
+    engine = Engine(tiny, cache_bytes=4 * Engine(tiny, cache_bytes=0).block_bytes, prefix_cache=False)
+    stepper = Stepper(engine, 14)
+    made: dict[Any, list[int]] = {0: [], 1: [], 2: []}
+
+    def until_blocked() -> None:
+        for _ in range(300):
+            if stepper.blocked:
+                return
+            for output, _ in stepper.step():
+                made[output.id].append(output.token_id)
+        raise AssertionError("it spins")
+
+    stepper.submit(jobs[0])
+    until_blocked()
+    assert len(made[0]) == 14 and engine.stats.kv_blocks_used == 3
+    stepper.submit(jobs[1])
+    stepper.submit(jobs[2])
+    until_blocked()
+    assert not engine.idle and len(stepper.held) == 1 and engine.stats.waiting == 2
+    stepper.consumed(99, 3)  # nobody's: nothing comes of it
+    until_blocked()
+    for _ in range(50):
+        for n in made:
+            stepper.consumed(n, len(made[n]))
+        until_blocked()
+    assert made == alone and engine.idle
     engine.check_integrity()
 
 

@@ -94,6 +94,7 @@ class CountingEngine:
         pass
 
     room = 1 << 20
+    starved = False
 
     def could_fit(self, tokens: int) -> bool:
         return tokens <= 2048

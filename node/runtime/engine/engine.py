@@ -128,6 +128,8 @@ class Engine:
                 cache_bytes=draft_cache_bytes,
                 chunk=prefill_chunk,
             )
+        self.starved = False
+        """The last step found no memory for anybody who was not held. So will the next, until one comes, leaves or is read on."""
         self._arrivals = 0
         self._token_seconds = self._answer_seconds = 0.0
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
@@ -230,6 +232,7 @@ class Engine:
         begun = time.perf_counter()
         self._guess(hold)
         work = self._scheduler.plan(hold)
+        self.starved = not work
         if not work:
             return []
         planned, effort = time.perf_counter(), self._clock()
