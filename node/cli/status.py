@@ -56,6 +56,7 @@ def _model(one: dict[str, Any]) -> str:
         "" if test is None else "self-test passed" if test["passed"] else "self-test NOT passed",
         f"engine {one['isolation']}" if one["isolation"] else "",
         f"died {one['deaths']} times, last: {one['last_death']}" if one["deaths"] else "",
+        f"steps traced to {one['trace']}" if one["trace"] else "",
         f"TROUBLE: {one['trouble']}" if one["trouble"] else "",
     ]
     return ", ".join(part for part in parts if part)

@@ -24,7 +24,7 @@ from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
 from node.ports import SAMPLING_PARAMS, ModelInfo, Speed
-from node.runtime import wire
+from node.runtime import tracing, wire
 from node.runtime.footprint import measure
 from node.runtime.host import EngineHost
 from node.runtime.launch import Launcher
@@ -34,7 +34,6 @@ from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
 from node.runtime.supervisor import Limits
 from node.telemetry.engine import EngineMetrics
-from node.telemetry.steps import StepTrace
 from protocol.ids import ModelId
 
 log = logging.getLogger(__name__)
@@ -259,15 +258,15 @@ class Fleet:
         seen = _Seen()
         if one.metrics is None:
             one.metrics = EngineMetrics(one.manifest.name, one.manifest.context_length)
-        if one.trace is None and settings.trace is not None:
-            one.trace = _open_trace(settings.trace, one.manifest.name, alone=len(self.residents) == 1)
+            if settings.trace is not None:
+                tracing.from_start(one, settings.trace, alone=len(self.residents) == 1)
         one.host = EngineHost(
             self._launch,
             load,
             limits=settings.limits,
             heard=lambda: self._heard(one, seen),
             metrics=one.metrics,
-            observers=[one.trace] if one.trace else [],
+            observers=[one.tracing],
         )
         one.scope = trio.CancelScope()
         await self._nursery.start(self._keep, one)
@@ -314,6 +313,10 @@ class Fleet:
         while one.host is not None and not one.host.stopped:
             await one.changed.wait()
         one.host = None
+
+    def trace(self, one: Resident, path: Path, seconds: float) -> None:
+        """Trace a model's steps for so long, at most. Raises `ModelError`."""
+        self._nursery.start_soon(tracing.end_after, one, tracing.begin(one, path), seconds)
 
     # ---------------------------------------------------------------------------------------------- what engines do
 
@@ -386,13 +389,6 @@ class NoRoom(ModelError):
             f"{max(budget - used, 0)} of {budget} are free",
             hint="lower engine.kv_bytes, raise engine.memory_budget, or unload a model",
         )
-
-
-def _open_trace(path: Path, name: str, *, alone: bool) -> StepTrace:
-    try:
-        return StepTrace(path if alone else path.with_name(f"{path.stem}-{name}{path.suffix}"), name)
-    except OSError as error:
-        raise ModelError(f"the trace cannot be written to {path}: {error.strerror}") from None
 
 
 @dataclass(slots=True)

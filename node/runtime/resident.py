@@ -20,7 +20,7 @@ from node.runtime.host import EngineHost
 from node.runtime.life import Event, Phase, can, move
 from node.runtime.selftest import SelfTest
 from node.telemetry.engine import EngineMetrics
-from node.telemetry.steps import StepTrace
+from node.telemetry.steps import Tracing
 
 if TYPE_CHECKING:
     from node.runtime.grammar import Grammars
@@ -42,7 +42,7 @@ class Resident:
     tokenizer: Tokenizer | None = None
     grammars: Grammars | None = None
     metrics: EngineMetrics | None = None
-    trace: StepTrace | None = None
+    tracing: Tracing = field(default_factory=Tracing)
     capacity: int = 0
     """Tokens of the longest sequence that its engine takes."""
     load_s: float = 0.0
@@ -108,7 +108,7 @@ class Resident:
 
     def close(self) -> None:
         """End what it keeps beside its engine."""
-        for one in (self.tokenizer, self.grammars, self.trace):
+        for one in (self.tokenizer, self.grammars, self.tracing):
             if one is not None:
                 one.close()
 
@@ -131,6 +131,7 @@ class Resident:
             "load_ms": round(self.load_s * 1000),
             "deaths": host.deaths if host else 0,
             "last_death": host.last_death if host else "",
+            "trace": str(self.tracing.trace.path) if self.tracing.trace else "",
             "isolation": walls.words(host.mode, facts.walls) if host and facts else "",
             "self_test": None
             if test is None

@@ -142,7 +142,7 @@ class Scheduler:
         while True:
             before = self.preemptions
             work = self._plan(hold)
-            if work or self.preemptions == before:  # else somebody has given up the memory that another one may now have
+            if work or self.preemptions == before:  # else somebody has given up memory, which another one may now have
                 return work
 
     def _plan(self, hold: Container[Hashable]) -> list[Work]:
