@@ -148,6 +148,16 @@ class Engine:
         return self._model.nbytes
 
     @property
+    def draft_bytes(self) -> tuple[int, int]:
+        """Bytes of the draft model's weights and of its KV cache; (0, 0) where there is none."""
+        return (self._draft.weight_bytes, self._draft.cache_bytes) if self._draft is not None else (0, 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache as it was made."""
+        return (self._pool.total + 1) * self.block_bytes
+
+    @property
     def cache_used(self) -> int:
         """Bytes of KV cache held by sequences."""
         return self._pool.held * self.block_bytes
