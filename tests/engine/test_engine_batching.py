@@ -343,7 +343,7 @@ def test_decode_steps_of_fixed_shape_choose_the_same_tokens(make_model: Callable
         jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
         plain, fixed = Engine(folder), Engine(folder)
         fixed._cache.data.fill_(float("nan"))  # memory that was another's may hold anything
-        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, capture=False)
+        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, budget=1 << 30, capture=False)
         assert run(fixed, *jobs) == run(plain, *jobs)
         assert {8} <= {key[0] for key in fixed._graphs._graphs} and max(key[1] for key in fixed._graphs._graphs) == 8
 
