@@ -250,14 +250,18 @@ class Fleet:
         return self._settings.graph_bytes if self._settings.device.startswith("cuda") and not self._settings.exact else 0
 
     async def _weigh(self, one: Resident, evict: bool, keep: Resident | None) -> None:
-        """Hold the estimate against what its engine says. Raises `NoRoom` when that is too much; its engine has ended then."""
+        """Hold the estimate against what its engine says, which is not trusted to put others out by a lie. Raises `ModelError`
+        when it is too much; its engine has ended then."""
         facts = one.host.facts if one.host else None
         if facts is None:
             return
-        one.weighed = facts.weight_bytes, facts.cache_bytes
+        said = facts.weight_bytes, facts.cache_bytes
         try:
-            await self._memory.weigh(one, *one.weighed, evict=evict, keep=keep)
-        except NoRoom as error:
+            if self._settings.device == "cpu" and sum(said) > one.footprint.process_limit:
+                raise ModelError(f"its engine says that it holds {sum(said)} bytes, more than its process may have")
+            one.weighed = said
+            await self._memory.weigh(one, *said, evict=evict, keep=keep)
+        except ModelError as error:
             await self._put_out(one)
             while one.examining:
                 await one.changed.wait()
