@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -160,8 +160,11 @@ class Fleet:
             if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
                 raise ModelError(one.trouble or f"{one.manifest.name} is not in service")
             if one.phase is Phase.COLD:
-                with suppress(NoRoom):
+                try:
                     await self._bring_in(one)
+                except NoRoom:
+                    if not self._memory.could_ever(one):
+                        raise
 
     async def unload(self, model: ModelId) -> None:
         """Let a model's streams end, then free its memory."""

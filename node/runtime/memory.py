@@ -26,6 +26,8 @@ class Tenant(Protocol):
     """A model that can be in memory."""
 
     footprint: Footprint
+    pinned: bool
+    """Never put out of memory to make room for another."""
     used: int
     """When it was last used, as a count of uses of all models."""
 
@@ -79,6 +81,11 @@ class MemoryBudget:
         )
         return not self.limit or staying + one.footprint.total <= self.limit
 
+    def could_ever(self, one: Tenant) -> bool:
+        """Whether it could be, once nobody uses any of the others."""
+        others = [other for other, _ in self._tenants.values() if other is not one and other.in_memory and other.pinned]
+        return not self.limit or sum(other.footprint.total for other in others) + one.footprint.total <= self.limit
+
     async def make_room(self, one: Tenant, *, evict: bool = True, keep: Tenant | None = None) -> None:
         """Until it fits, whether it is in memory already or to come. `evict`: others may be put out for it, but not `keep`.
         Raises `NoRoom`."""
@@ -116,7 +123,7 @@ _HINT = "lower engine.kv_bytes, raise engine.memory_budget, or unload a model"
 
 def _needs(one: Tenant, free: int, limit: int) -> str:
     size = one.footprint
-    parts = [f"{size.weights} weights", f"{size.cache} keys and values"]
+    parts = [f"{size.weights} weights", f"{size.cache} for what it is asked"]
     parts += [f"{size.graphs} for graphs"] if size.graphs else []
     parts += [f"{size.process} for its process"] if size.process else []
     return f"{one.name} needs {size.total} bytes of memory ({', '.join(parts)}); {free} of {limit} are free"
