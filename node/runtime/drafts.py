@@ -1,6 +1,6 @@
 """Which model guesses for which (`engine.draft_models`), and whether it can.
 
-Guesses are token ids, so both must mean the same by each: the same vocabulary, and as many rows of logits. The engine checks every
+Guesses are token ids, so both must mean the same by each: the same vocabulary, and as many rows of logits. The engine checks each
 guess (`node.runtime.engine.draft`); a bad draft model costs time and never an answer.
 """
 
@@ -49,7 +49,8 @@ def _check(folder: Path, manifest: Manifest, draft: Draft) -> None:
     if sizes[0] != sizes[1]:
         raise ModelError(f"{pair}: it has {sizes[1]} tokens, not {sizes[0]}", hint=_HINT)
     hashes = [
-        next((entry.sha256 for entry in one.files if entry.path == "tokenizer.json"), "") for one in (manifest, draft.manifest)
+        next((entry.sha256 for entry in one.files if entry.path == "tokenizer.json"), "")
+        for one in (manifest, draft.manifest)
     ]
     if hashes[0] != hashes[1] and _vocabulary(folder) != _vocabulary(draft.folder):
         raise ModelError(f"{pair}: its tokenizer has another vocabulary", hint=_HINT)

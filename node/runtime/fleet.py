@@ -1,4 +1,4 @@
-"""The chat models of one worker: loaded, tested, swapped, put out of memory, kept alive, under the budget of `node.runtime.memory`.
+"""The chat models of one worker: loaded, tested, swapped, put out of memory, kept alive, under one budget (`memory`).
 
 Rules
 - Memory is counted before it is used, by an estimate, and again when the engine has loaded, by what it says that it holds.
@@ -250,7 +250,9 @@ class Fleet:
         return found if one.weighed is None else found.weighed(*one.weighed)
 
     def _graph_bytes(self) -> int:
-        return self._settings.graph_bytes if self._settings.device.startswith("cuda") and not self._settings.exact else 0
+        return (
+            self._settings.graph_bytes if self._settings.device.startswith("cuda") and not self._settings.exact else 0
+        )
 
     async def _weigh(self, one: Resident, evict: bool, keep: Resident | None) -> None:
         """Hold the estimate against what its engine says, which is not trusted to put others out by a lie. Raises `ModelError`

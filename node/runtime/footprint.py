@@ -1,5 +1,5 @@
-"""What a model will need, before anything of it is loaded: weights as they will be packed (`node.runtime.packing`), by the headers
-of its files; keys and values by setting.
+"""What a model will need, before anything of it is loaded: weights as they will be packed (`node.runtime.packing`), by the
+headers of its files; keys and values by setting.
 
 It is an estimate, though one that is right to the byte wherever it was tried. What the engine says once it has loaded counts
 from then on (`weighed`).
@@ -82,7 +82,9 @@ def measure(folder: Path, manifest: Manifest, packing: Packing, cache_bytes: int
     config = read_config(folder)
     layers = list(_linears(shapes))
     embedding = _shape(shapes, "embed_tokens.weight", "wte.weight")
-    if not layers or embedding is None:  # no model of ours: what it would be in plain tensors, until its engine says why not
+    if (
+        not layers or embedding is None
+    ):  # no model of ours: what it would be in plain tensors, until its engine says why not
         return Footprint(plain_bytes(shapes, packing.item), cache_bytes, process=PROCESS)
     head = _shape(shapes, "lm_head.weight")
     tied = config.get("tie_word_embeddings", str(config.get("model_type")).startswith(_TIED))

@@ -112,9 +112,7 @@ class MemoryBudget:
         estimate = one.footprint
         one.footprint = estimate.weighed(weights, cache)
         if one.footprint.total > estimate.total:
-            log.warning(
-                "%s holds %d bytes and was taken for %d", one.name, one.footprint.total, estimate.total
-            )
+            log.warning("%s holds %d bytes and was taken for %d", one.name, one.footprint.total, estimate.total)
             await self.make_room(one, evict=evict, keep=keep)
 
 

@@ -52,7 +52,6 @@ class Models:
         found = measure(self.store.path(manifest.id), manifest, Packing("float32"), SETTINGS.cache_bytes)
         return found.weights + found.cache  # in a thread there is no process beside
 
-
     def cache_of(self, n: int, spare: int) -> int:
         manifest = self.manifests[n]
         return measure(
@@ -585,7 +584,9 @@ def test_with_a_draft_model_the_tokens_are_the_same_and_it_is_used(pair: Models)
         assert guessed == plain
         assert accepted > luck + 40, "greedy guesses of a model for itself are right"
         weights = alone - pair.cache_of(0, spare=1)
-        assert both == 2 * weights + pair.cache_of(0, spare=1) + pair.cache_of(0, spare=0), "its weights and its cache are counted"
+        assert both == 2 * weights + pair.cache_of(0, spare=1) + pair.cache_of(0, spare=0), (
+            "its weights and its cache are counted"
+        )
 
     trio.run(main)
 

@@ -140,10 +140,8 @@ class DecodeGraphs:
 
 
 class _Graph:
-    def __init__(
-        self, model: Decoder, cache: PagedCache, fixed: _Fixed, pool: tuple[int, int] | None
-    ) -> None:
-        """`pool`: shared by all graphs, which may be replayed in any order: each one's logits stay its own as long as it lives, and
+    def __init__(self, model: Decoder, cache: PagedCache, fixed: _Fixed, pool: tuple[int, int] | None) -> None:
+        """`pool`: shared by all graphs, which may be replayed in any order: each one's logits stay its own while it lives, and
         what it needs besides is over when it ends. None: no capture."""
         self._model, self._cache, self.fixed = model, cache, fixed
         self._graph: torch.cuda.CUDAGraph | None = None

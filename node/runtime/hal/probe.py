@@ -23,7 +23,6 @@ from node.runtime.hal.devices import AUTO, SEEN, Choice, Device, Found, Kind, ch
 from node.runtime.hal.readings import Reading, Unavailable
 from protocol.tame import one_line
 
-
 CHILD_SECONDS: Final = 120.0
 """A cold disk and a busy machine take their time over torch."""
 ANSWER_LIMIT: Final = 1 << 20

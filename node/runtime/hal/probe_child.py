@@ -1,4 +1,4 @@
-"""The process that loads torch to see which devices there are, and ends: one line of JSON on stdout, last, whatever libraries print."""
+"""The process that loads torch to see which devices there are, and ends. One line of JSON on stdout, last."""
 
 from __future__ import annotations
 

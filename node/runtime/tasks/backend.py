@@ -243,9 +243,7 @@ async def open_tasks(
     memory.limit = memory.limit or choice.device.memory_total
     with plain_errors():
         async with trio.open_nursery() as nursery:
-            backend = TaskModels(
-                store, settings, memory, nursery, launch, limits=limits, hidden=hidden, watch=watch
-            )
+            backend = TaskModels(store, settings, memory, nursery, launch, limits=limits, hidden=hidden, watch=watch)
             try:
                 missing: list[NoRoom] = []
                 for manifest in models:
