@@ -36,6 +36,12 @@ class LoadedEngine(StepEngine, Protocol):
     context_length: int
     eos_ids: frozenset[int]
 
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def cache_bytes(self) -> int: ...
+    @property
+    def draft_bytes(self) -> tuple[int, int]: ...
     def numerics_probe(self) -> bytes: ...
 
 
@@ -102,6 +108,7 @@ def serve(line: Line, load: LoadEngine, walls: Callable[[wire.Load], wire.Walls 
 
 
 def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> wire.Ready:
+    draft_weights, draft_cache = engine.draft_bytes
     return wire.Ready(
         context_length=engine.context_length,
         vocab_size=engine.vocab_size,
@@ -110,6 +117,8 @@ def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> 
         capacity=stepper.capacity,
         room=stepper.room,
         walls=walls,
+        weight_bytes=engine.weight_bytes + draft_weights,
+        cache_bytes=engine.cache_bytes + draft_cache,
     )
 
 
@@ -214,7 +223,15 @@ def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:
 
     tell(wire.Loading("reading weights"))
     return Engine(
-        Path(load.folder), load.device, load.dtype, load.threads, cache_bytes=load.cache_bytes, exact=load.exact
+        Path(load.folder),
+        load.device,
+        load.dtype,
+        load.threads,
+        cache_bytes=load.cache_bytes,
+        exact=load.exact,
+        draft_dir=load.draft_folder or None,
+        draft_cache_bytes=load.draft_cache_bytes,
+        graph_bytes=load.graph_bytes,
     )
 
 

@@ -51,6 +51,11 @@ class Load(_Message):
     exact: bool = False
     hidden: tuple[str, ...] = ()
     """What the process should not be able to read; it tries, and says so."""
+    draft_folder: str = ""
+    """Of a smaller model that guesses; empty: none does."""
+    draft_cache_bytes: Count = 0
+    graph_bytes: Count = 0
+    """Device memory that CUDA graphs may take; 0: there are none."""
 
 
 class Submit(_Message):
@@ -122,6 +127,10 @@ class Ready(_Message):
     room: Count
     walls: Walls | None = None
     """None: the engine shares the node's process."""
+    weight_bytes: Count = 0
+    """Of the weights as they are held, packed copies and a draft model included."""
+    cache_bytes: Count = 0
+    """Of keys and values, a draft model's included."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -377,9 +377,33 @@ def test_decode_steps_of_fixed_shape_choose_the_same_tokens(make_model: Callable
         jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
         plain, fixed = Engine(folder), Engine(folder)
         fixed._cache.data.fill_(float("nan"))  # memory that was another's may hold anything
-        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, capture=False)
+        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, budget=1 << 30, capture=False)
         assert run(fixed, *jobs) == run(plain, *jobs)
         assert {8} <= {key[0] for key in fixed._graphs._graphs} and max(key[1] for key in fixed._graphs._graphs) == 8
+
+
+def test_graphs_stay_within_their_memory(tiny: Path) -> None:
+    """Their pool is one that counts what is asked of it here; on a GPU it is the allocator's own count, which was not tried."""
+    jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
+    plain = run(Engine(tiny), *jobs)
+    took: list[int] = []
+
+    def reserved() -> int:
+        """Twice what was expected of a graph, each time that one was made."""
+        took.append(2 * graphs.expected(8, 8))
+        return sum(took[1::2])
+
+    fixed = Engine(tiny)
+    graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, budget=0, capture=False)
+    budget = 3 * graphs.expected(8, 8)
+    for limit, most in ((0, 0), (budget, 2), (1 << 40, 100)):
+        took.clear()
+        graphs = fixed._graphs = DecodeGraphs(
+            fixed._model, fixed._cache, spare=fixed._pool.total, budget=limit, capture=False, reserved=reserved
+        )
+        assert run(fixed, *jobs) == plain
+        assert len(graphs._graphs) <= most and bool(graphs._graphs) is bool(limit)
+        assert graphs.nbytes == 2 * graphs.expected(8, 8) * len(graphs._graphs)
 
 
 # --------------------------------------------------------------------------------------------------------------- exact

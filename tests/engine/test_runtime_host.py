@@ -100,6 +100,7 @@ class CountingEngine:
         return tokens <= 2048
 
     vocab_size, context_length, eos_ids = 4096, 2048, frozenset[int]()
+    weight_bytes, cache_bytes, draft_bytes = 3000, 1 << 20, (0, 0)
 
     def numerics_probe(self) -> bytes:
         return bytes(32)

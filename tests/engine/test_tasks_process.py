@@ -182,7 +182,7 @@ def test_every_task_runs_behind_the_walls_of_an_engine(
             async with open_tasks(store, [manifest], TaskSettings(), isolation=way) as backend:
                 steps = await job(backend)
                 found.append((backend.models, b"".join(s.data for s in steps), "".join(s.text for s in steps)))
-                one = backend._loaded[manifest.id].host
+                one = backend.residents[manifest.id].host
                 assert (one is None) == (way == "thread")
         assert found[0] == found[1]
 
