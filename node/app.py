@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from node.models.store import Progress
     from node.runtime.backend import TorchBackend
     from node.runtime.hal.devices import Choice, Device
+    from node.runtime.tasks.backend import TaskModels
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager["Progress"]]
@@ -65,6 +66,8 @@ class Running:
     backend: Backend
     models: TorchBackend | None = None
     """The model runtime, where it is ours to manage."""
+    tasks: TaskModels | None = None
+    """That of tasks other than chat, where it is ours."""
 
     def metrics(self) -> bytes:
         """The page for Prometheus, as it is now."""
@@ -191,7 +194,8 @@ def _runtimes(
         sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
-    from node.runtime.host import Limits
+    from node.runtime.memory import MemoryBudget
+    from node.runtime.supervisor import Limits
     from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
 
     store = ModelStore(config.models_dir)
@@ -207,6 +211,9 @@ def _runtimes(
         exact=config.engine.exact,
         isolation=config.engine.isolation,
         memory_budget=config.engine.memory_budget,
+        drafts=config.engine.draft_models,
+        draft_cache_bytes=config.engine.draft_kv_bytes,
+        graph_bytes=config.engine.graph_bytes,
         pinned=config.engine.pinned,
         lazy=config.engine.lazy,
         limits=Limits(load_s=config.engine.load_ms / 1000, hang_s=config.engine.hang_ms / 1000),
@@ -222,16 +229,30 @@ def _runtimes(
     others = [manifest for manifest in manifests if is_task_model(store, manifest)]
     chats = [manifest for manifest in manifests if manifest not in others]
     task_settings = TaskSettings(
-        device=config.engine.device, threads=config.engine.threads, max_jobs=config.worker.max_streams
+        device=config.engine.device,
+        threads=config.engine.threads,
+        max_jobs=config.worker.max_streams,
+        pinned=config.engine.pinned,
+        lazy=config.engine.lazy,
     )
+    memory = MemoryBudget(config.engine.memory_budget)
     tasks = None
     if others:
-        tasks = open_tasks(store, others, task_settings, watch, isolation=settings.isolation, hidden=settings.hidden)
+        tasks = open_tasks(
+            store,
+            others,
+            task_settings,
+            watch,
+            isolation=settings.isolation,
+            hidden=settings.hidden,
+            memory=memory,
+            say=say,
+        )
     if config.engine.backend != "torch":
         from node.runtime.backends.chosen import open_chosen
 
         return open_chosen(config, settings, store, chats, say, watch), tasks
-    return open_backend(store, chats, settings, watch, heard, say=say), tasks
+    return open_backend(store, chats, settings, watch, heard, say=say, memory=memory), tasks
 
 
 def benched(
@@ -301,8 +322,11 @@ async def open_worker(
         fast = choices and not config.engine.exact
         claims = benched(config, hot.address, backend.models, choices[0].device, say) if fast else {}
         speeds = ChainMap(claims, tested)
-        runtime = await stack.enter_async_context(tasks) if tasks is not None else None
+        runtime, ours = await stack.enter_async_context(tasks) if tasks is not None else None, None
         if runtime is not None:
+            from node.runtime.tasks.backend import TaskModels
+
+            ours = runtime if isinstance(runtime, TaskModels) else None
             for model, spent in (await try_tasks(runtime)).items():
                 info = runtime.models[model]
                 say(f"{info.name}: self-test passed, {', '.join(info.tasks)} in {spent * 1000:.0f} ms")
@@ -326,6 +350,6 @@ async def open_worker(
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(worker.run)
         try:
-            yield Running(worker, chains, backend, models)
+            yield Running(worker, chains, backend, models, ours)
         finally:
             nursery.cancel_scope.cancel()

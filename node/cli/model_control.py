@@ -1,4 +1,4 @@
-"""`models load|unload|swap`: both ends of the control socket. One changes the fleet, the other shows how far that is."""
+"""`models load|unload|swap|trace`: both ends of the control socket. One changes the fleet, the other shows how far that is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from node.groups import plain_errors
 if TYPE_CHECKING:
     from node.models.manifest import Manifest
     from node.runtime.backend import TorchBackend
+    from node.runtime.resident import Resident
 
 CHANGE_S: Final = 3600.0
 """A load may take long, and streams that run are waited for."""
+TRACE_S: Final = 3600
+"""The longest trace of steps that can be asked for."""
 _LOOK_S: Final = 0.5
 Handler = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 
@@ -33,12 +36,10 @@ def model_handlers(shared: Shared, models: TorchBackend | None) -> dict[str, Han
 
         return ModelStore(shared.config.models_dir).resolve(str(name))
 
-    def loaded(name: object) -> Manifest:
+    def loaded(name: object) -> Resident:
         """By name or id, of the models that the worker has: its folder may be gone from the store."""
         found = [
-            one.manifest
-            for one in ours().fleet.residents.values()
-            if str(name) in (one.manifest.name, str(one.manifest.id))
+            one for one in ours().fleet.residents.values() if str(name) in (one.manifest.name, str(one.manifest.id))
         ]
         if len(found) != 1:
             known = ", ".join(sorted(one.manifest.name for one in ours().fleet.residents.values())) or "none"
@@ -52,20 +53,38 @@ def model_handlers(shared: Shared, models: TorchBackend | None) -> dict[str, Han
         return {**one.report(), "text": f"{one.manifest.name}  {one.phase}"}
 
     async def unload(question: dict[str, Any]) -> Mapping[str, Any]:
-        manifest = loaded(question.get("model"))
+        manifest = loaded(question.get("model")).manifest
         await ours().fleet.unload(manifest.id)
         return {"id": str(manifest.id), "text": f"{manifest.name}  unloaded"}
 
     async def swap(question: dict[str, Any]) -> Mapping[str, Any]:
-        old, new = loaded(question.get("old")), stored(question.get("model"))
+        old, new = loaded(question.get("old")).manifest, stored(question.get("model"))
         beside = await ours().fleet.swap(old.id, new)
         gap = "" if beside else "  (there was no room for both: neither was sold for a while)"
         return {"id": str(new.id), "old": str(old.id), "beside": beside, "text": f"{new.name}  ready{gap}"}
 
-    return {"models.load": load, "models.unload": unload, "models.swap": swap}
+    async def trace(question: dict[str, Any]) -> Mapping[str, Any]:
+        from node.runtime import tracing
+
+        one, seconds = loaded(question.get("model")), question.get("seconds")
+        name = one.manifest.name
+        if seconds is None:
+            ended = tracing.end(one)
+            if ended is None:
+                return {"path": "", "steps": 0, "text": f"{name}  was not traced"}
+            return {"path": str(ended.path), "steps": ended.steps, "text": f"{ended.path}  {ended.steps} steps"}
+        if type(seconds) is not int or not 1 <= seconds <= TRACE_S:
+            raise ModelError(f"a trace takes 1 to {TRACE_S} seconds")
+        folder = shared.config.data_dir / "traces"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"{name}-{one.manifest.id.hex()[:8]}.json"
+        ours().fleet.trace(one, path, seconds)
+        return {"path": str(path), "seconds": seconds, "text": f"{path}  for {seconds} s"}
+
+    return {"models.load": load, "models.unload": unload, "models.swap": swap, "models.trace": trace}
 
 
-async def watched(shared: Shared, action: str, what: str, arguments: Mapping[str, str]) -> dict[str, Any]:
+async def watched(shared: Shared, action: str, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Ask for a change and wait for it; on a terminal, its stages go to stderr. Raises what `control.ask` raises."""
     import trio
 

@@ -107,7 +107,21 @@ def swap(shared: Shared, old: str, new: str) -> None:
     _change(shared, "swap", f"loading {new} for {old}", model=new, old=old)
 
 
-def _change(shared: Shared, action: str, what: str, **arguments: str) -> None:
+@command.command()
+@click.argument("model")
+@click.option("--seconds", type=click.IntRange(1, 3600), default=60, show_default=True, help="How long.")
+@click.option("--off", is_flag=True, help="End the trace that is being written.")
+@click.pass_obj
+def trace(shared: Shared, model: str, seconds: int, off: bool) -> None:
+    """Have the running worker write the steps of MODEL's engine to a file for a while, for Perfetto or chrome://tracing.
+
+    The file is in `traces` in the data dir and replaces the model's last one. It ends at 256 MiB. Times and counts are in it, no
+    text and no tokens.
+    """
+    _change(shared, "trace", f"tracing {model}", model=model, **({} if off else {"seconds": seconds}))
+
+
+def _change(shared: Shared, action: str, what: str, **arguments: str | int) -> None:
     """Ask the running worker, and show how far it is."""
     import trio
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from node.app import Running
     from node.chains import Chains
     from node.runtime.backend import TorchBackend
+    from node.runtime.tasks.backend import TaskModels
     from node.store.channels import ChannelBook
     from node.worker.claims import ClaimReport
     from node.worker.worker import Worker
@@ -101,7 +102,7 @@ async def _run(shared: Shared, key: KeyFile, drain_s: float, ready: trio.Event, 
         worker = running.worker
 
         async def status(_: dict[str, Any]) -> Mapping[str, Any]:
-            return await report(worker, running.models)
+            return await report(worker, running.models, running.tasks)
 
         async def claim(_: dict[str, Any]) -> Mapping[str, Any]:
             return await claim_report(worker.chains, worker.book, await worker.claim())
@@ -153,7 +154,7 @@ async def _metrics(shared: Shared, running: Running, nursery: trio.Nursery) -> s
     return where
 
 
-async def report(worker: Worker, models: TorchBackend | None = None) -> dict[str, Any]:
+async def report(worker: Worker, models: TorchBackend | None = None, tasks: TaskModels | None = None) -> dict[str, Any]:
     """What `status` shows. Amounts stand once for each asset."""
     from protocol.payment import unsecured
 
@@ -174,6 +175,7 @@ async def report(worker: Worker, models: TorchBackend | None = None) -> dict[str
             {"name": info.name, "id": str(info.id), "dtype": info.dtype}
             for info in worker.server.backend.models.values()
         ],
+        "tasks": tasks.report() if tasks else [],
         "draining": worker.server.draining,
         "streams": worker.server.busy,
         "accepted": stats.accepted,

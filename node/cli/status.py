@@ -51,11 +51,11 @@ def _model(one: dict[str, Any]) -> str:
     parts = [
         f"model     {one['name']}  {one['phase']}" + (f" ({one['stage']})" if one["stage"] else ""),
         f"{one['streams']} streams",
-        f"{(one['weight_bytes'] + one['cache_bytes']) / (1 << 20):.0f} MiB"
-        + ("" if one["in_memory"] else " when loaded"),
+        f"{one['memory_bytes'] / (1 << 20):.0f} MiB" + ("" if one["in_memory"] else " when loaded"),
         "" if test is None else "self-test passed" if test["passed"] else "self-test NOT passed",
         f"engine {one['isolation']}" if one["isolation"] else "",
         f"died {one['deaths']} times, last: {one['last_death']}" if one["deaths"] else "",
+        f"steps traced to {one['trace']}" if one["trace"] else "",
         f"TROUBLE: {one['trouble']}" if one["trouble"] else "",
     ]
     return ", ".join(part for part in parts if part)
@@ -71,7 +71,7 @@ def _text(status: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"worker    {status['peer_id']}" + ("  (draining)" if status["draining"] else ""),
-            *(_model(one) for one in status["models"]),
+            *(_model(one) for one in (*status["models"], *status["tasks"])),
             f"streams   {status['streams']} now, {status['accepted']} accepted, {status['finished']} finished",
             f"tokens    {status['output_tokens']}",
             f"refused   {refused}",

@@ -25,6 +25,7 @@ from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.fleet import EngineSettings, Fleet, Watch
 from node.runtime.launch import Launcher, launcher
+from node.runtime.memory import MemoryBudget
 from node.runtime.resident import Resident
 from node.runtime.selftest import QUESTION, SelfTest, self_test
 from node.runtime.stops import StopStrings
@@ -184,9 +185,10 @@ async def open_backend(
     *,
     launch: Launcher | None = None,
     say: Callable[[str], None] = lambda _: None,
+    memory: MemoryBudget | None = None,
 ) -> AsyncIterator[TorchBackend]:
     """Load and test models, each with an engine of its own, for the length of the block. `heard` is told which device they run
-    on, and why. A model that fails is left out, and `say` hears of it.
+    on, and why. A model that fails is left out, and `say` hears of it. `memory`: shared with models that are not among these.
 
     Raises `DeviceNotFound`, and `ModelError` when no model is left, also for bytes that their id does not commit to (M1).
     """
@@ -194,15 +196,13 @@ async def open_backend(
 
     choice = await trio.to_thread.run_sync(chosen, settings.device)
     heard(choice)
-    settings = replace(
-        settings,
-        device=choice.device.torch_name,
-        memory_budget=settings.memory_budget or choice.device.memory_total,
-    )
+    settings = replace(settings, device=choice.device.torch_name)
+    memory = memory or MemoryBudget(settings.memory_budget)
+    memory.limit = memory.limit or choice.device.memory_total
     launch = launch or await launcher(settings.isolation)
     with plain_errors():
         async with trio.open_nursery() as nursery:
-            backend = TorchBackend(settings, lambda test: Fleet(store, settings, launch, nursery, test, watch))
+            backend = TorchBackend(settings, lambda test: Fleet(store, settings, launch, nursery, test, watch, memory))
             try:
                 await _load_all(backend, models, say, evict=settings.lazy)
                 yield backend

@@ -18,13 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-import msgspec
-
+from node.codec import Unreadable
 from node.runtime import wire
 from node.runtime.constraints import Constraints
 from node.runtime.stepper import StepEngine, Stepper
-from protocol.errors import GristmillError
-from protocol.frames import FrameReader
 
 if TYPE_CHECKING:
     from node.runtime.engine.sequence import StepOutput
@@ -39,6 +36,12 @@ class LoadedEngine(StepEngine, Protocol):
     context_length: int
     eos_ids: frozenset[int]
 
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def cache_bytes(self) -> int: ...
+    @property
+    def draft_bytes(self) -> tuple[int, int]: ...
     def numerics_probe(self) -> bytes: ...
 
 
@@ -55,7 +58,7 @@ class Line:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._reader = FrameReader(wire.TO_ENGINE)
+        self._reader = wire.TO_ENGINE.reader()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -67,14 +70,14 @@ class Line:
             data = self._sock.recv(_READ)
             if not data:
                 raise LineEnded
-            return [wire.read_by_engine(payload) for payload in self._reader.feed(data)]
-        except (OSError, msgspec.DecodeError, GristmillError) as error:
+            return self._reader.feed(data)
+        except (OSError, Unreadable) as error:
             raise LineEnded from error
 
     def send(self, message: wire.ToNode) -> None:
         """Raises `LineEnded`."""
         try:
-            self._sock.sendall(wire.for_node(message))
+            self._sock.sendall(wire.TO_NODE.frame(message))
         except OSError as error:
             raise LineEnded from error
 
@@ -105,6 +108,7 @@ def serve(line: Line, load: LoadEngine, walls: Callable[[wire.Load], wire.Walls 
 
 
 def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> wire.Ready:
+    draft_weights, draft_cache = engine.draft_bytes
     return wire.Ready(
         context_length=engine.context_length,
         vocab_size=engine.vocab_size,
@@ -113,6 +117,8 @@ def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> 
         capacity=stepper.capacity,
         room=stepper.room,
         walls=walls,
+        weight_bytes=engine.weight_bytes + draft_weights,
+        cache_bytes=engine.cache_bytes + draft_cache,
     )
 
 
@@ -217,7 +223,15 @@ def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:
 
     tell(wire.Loading("reading weights"))
     return Engine(
-        Path(load.folder), load.device, load.dtype, load.threads, cache_bytes=load.cache_bytes, exact=load.exact
+        Path(load.folder),
+        load.device,
+        load.dtype,
+        load.threads,
+        cache_bytes=load.cache_bytes,
+        exact=load.exact,
+        draft_dir=load.draft_folder or None,
+        draft_cache_bytes=load.draft_cache_bytes,
+        graph_bytes=load.graph_bytes,
     )
 
 

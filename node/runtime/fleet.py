@@ -1,19 +1,18 @@
-"""The models of one worker under one memory budget: loaded, tested, swapped, put out of memory, kept alive.
+"""The chat models of one worker: loaded, tested, swapped, put out of memory, kept alive, under one budget (`memory`).
 
 Rules
-- Memory is counted before it is used: weights by the files' headers and the whole key and value cache, against `memory_budget`.
-- Room is made by putting out the model that was used longest ago. Never one that is pinned, and never one with a stream.
+- Memory is counted before it is used, by an estimate, and again when the engine has loaded, by what it says that it holds.
 - What is not tested is not sold: a model is ready when a real job has passed since its engine last started.
 - One change of the fleet at a time; streams do not wait for changes of other models.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,16 +23,19 @@ from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tokenizer import Tokenizer
 from node.ports import SAMPLING_PARAMS, ModelInfo, Speed, offered_logprobs
-from node.runtime import wire
-from node.runtime.footprint import measure
-from node.runtime.host import EngineHost, Limits
+from node.runtime import tracing, wire
+from node.runtime.drafts import draft_of
+from node.runtime.footprint import Footprint, measure
+from node.runtime.host import EngineHost
 from node.runtime.launch import Launcher
 from node.runtime.life import Event, Phase
+from node.runtime.memory import MemoryBudget, NoRoom, finish
+from node.runtime.packing import Packing
 from node.runtime.proof import prove
 from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
+from node.runtime.supervisor import Limits
 from node.telemetry.engine import EngineMetrics
-from node.telemetry.steps import StepTrace
 from protocol.ids import ModelId
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,12 @@ class EngineSettings:
     isolation: str = "auto"
     memory_budget: int = 0
     """Bytes of all models in memory together; 0: no end."""
+    drafts: tuple[str, ...] = ()
+    """`MODEL=DRAFT`, names or ids: a smaller model that guesses for a larger one."""
+    draft_cache_bytes: int = 1 << 28
+    """Per draft model."""
+    graph_bytes: int = 512 << 20
+    """Per model, kept for CUDA graphs on a GPU."""
     pinned: tuple[str, ...] = ()
     """Names or ids of models."""
     lazy: bool = False
@@ -80,16 +88,17 @@ class Fleet:
         nursery: trio.Nursery,
         test: Callable[[Resident], Any],
         watch: Watch = lambda _: nullcontext(lambda _: None),
+        memory: MemoryBudget | None = None,
     ) -> None:
-        """`test` is an async function that runs the self-test job on a model and returns `SelfTest`."""
+        """`test` is an async function that runs the self-test job on a model and returns `SelfTest`. `memory`: shared with other
+        models of the worker; by default these have `settings.memory_budget` for themselves."""
         self._store = store
         self._settings = settings
         self._launch = launch
         self._nursery = nursery
         self._test = test
         self._watch = watch
-        self._changing = trio.Lock()
-        self._uses = itertools.count(1)
+        self._memory = memory or MemoryBudget(settings.memory_budget)
         self.residents: dict[ModelId, Resident] = {}
         self.speeds: dict[ModelId, Speed] = {}
 
@@ -105,14 +114,12 @@ class Fleet:
 
     @property
     def used(self) -> int:
-        """Bytes of the models in memory, those included that are on their way in or out."""
-        return sum(one.footprint.total for one in self.residents.values() if one.host is not None)
+        """Bytes of all models of the worker in memory."""
+        return self._memory.used
 
     def could_warm(self, one: Resident) -> bool:
         """Whether a cold model could be brought in now."""
-        evictable = sum(other.footprint.total for other in self.residents.values() if other.idle)
-        budget = self._settings.memory_budget
-        return not budget or self.used - evictable + one.footprint.total <= budget
+        return self._memory.could_take(one)
 
     def get(self, model: ModelId) -> Resident:
         try:
@@ -121,14 +128,14 @@ class Fleet:
             raise ModelError(f"model {model} is not loaded") from None
 
     def touch(self, one: Resident) -> None:
-        one.used = next(self._uses)
+        self._memory.touch(one)
 
     # --------------------------------------------------------------------------------------------------------- changes
 
     async def load(self, manifest: Manifest, *, evict: bool = True) -> Resident:
         """Bring a model in and test it. Idempotent. `evict`: others may be put out for it. Raises `ModelError`: no room, damaged,
         not loadable, test not passed."""
-        async with self._changing:
+        async with self._memory.changing:
             one = self._known(manifest)
             if not one.ready:
                 await self._bring_in(one, evict=evict)
@@ -144,48 +151,30 @@ class Fleet:
             elif one.ready or (one.host is not None and one.host.facts is not None):
                 return  # it runs, or is started again
             else:
-                await self._change(lambda: self._wake(one))
+                await finish(self._nursery, partial(self._wake, one))
                 await trio.sleep(0 if one.ready else _LOOK_S)
 
     async def _wake(self, one: Resident) -> None:
-        async with self._changing:
+        async with self._memory.changing:
             if self.residents.get(one.manifest.id) is not one or not self.on_sale(one):
                 raise ModelError(one.trouble or f"{one.manifest.name} is not in service")
             if one.phase is Phase.COLD:
-                with suppress(NoRoom):
+                try:
                     await self._bring_in(one)
-
-    async def _change(self, change: Callable[[], Awaitable[None]]) -> None:
-        """Wait for a change that goes on when who asked for it leaves: a client that hangs up must not leave a model half
-        loaded, and another half put out. Raises what it raises, which nobody hears when nobody waits."""
-        over, failure = trio.Event(), list[Exception]()
-
-        async def run() -> None:
-            try:
-                await change()
-            except Exception as error:
-                failure.append(error)
-            except trio.Cancelled:
-                failure.append(ModelError("the model runtime is stopping"))
-                raise
-            finally:
-                over.set()
-
-        self._nursery.start_soon(run)
-        await over.wait()
-        if failure:
-            raise failure[0]
+                except NoRoom:
+                    if not self._memory.could_ever(one):
+                        raise
 
     async def unload(self, model: ModelId) -> None:
         """Let a model's streams end, then free its memory."""
-        async with self._changing:
+        async with self._memory.changing:
             await self._put_out(self.get(model))
             self._forget(model)
 
     async def swap(self, old: ModelId, manifest: Manifest) -> bool:
         """Replace a model by another; no stream is cut. True when both were in memory for a while, so that there was no moment
         without either; False when there was room for one only, and the old one had to end first."""
-        async with self._changing:
+        async with self._memory.changing:
             leaving, coming = self.get(old), self._known(manifest)
             if leaving is coming:
                 raise ModelError(f"{manifest.name} is the same model")
@@ -206,10 +195,13 @@ class Fleet:
         if one is None:
             pinned = not {manifest.name, str(manifest.id)}.isdisjoint(self._settings.pinned)
             one = self.residents[manifest.id] = Resident(manifest, self._store.path(manifest.id), pinned)
+            self._memory.join(one, partial(self._put_out, one))
         return one
 
     def _forget(self, model: ModelId) -> None:
-        self.residents.pop(model).close()
+        one = self.residents.pop(model)
+        self._memory.leave(one)
+        one.close()
         self.speeds.pop(model, None)
 
     async def _bring_in(self, one: Resident, *, evict: bool = True, keep: Resident | None = None) -> None:
@@ -221,9 +213,11 @@ class Fleet:
         try:
             with self._watch(one.manifest) as progress:
                 await prove(self._store, one, progress)
-            settings = self._settings
-            one.footprint = measure(one.folder, one.manifest, settings.dtype, settings.cache_bytes)
-            await self._make_room(one, evict, keep)
+                one.draft = draft_of(self._store, self._settings.drafts, one.manifest)
+                if one.draft is not None:
+                    await prove(self._store, one.draft, progress)
+            one.footprint = self._footprint(one)
+            await self._memory.make_room(one, evict=evict, keep=keep)
             await self._start(one)
         except BaseException as error:
             one.host = one.hashing = None
@@ -233,13 +227,53 @@ class Fleet:
                 one.on(Event.EMPTY)
             one.news(Event.FLUNKED)
             raise
+        await self._weigh(one, evict, keep)
         while one.phase in (Phase.LOADING, Phase.TESTING):
             await one.changed.wait()
         if not one.ready:
             raise ModelError(f"{one.manifest.name}: {one.trouble or one.phase}")
 
-    async def _start(self, one: Resident) -> None:
+    def _footprint(self, one: Resident) -> Footprint:
+        """As it is known: by the engine that had it last, or an estimate."""
         settings = self._settings
+        packing = Packing(settings.dtype, cpu=settings.device == "cpu", few_rows=not settings.exact)
+        found = measure(one.folder, one.manifest, packing, settings.cache_bytes)
+        if one.draft is not None:
+            packing, cache = replace(packing, few_rows=True), settings.draft_cache_bytes
+            found = found.beside(measure(one.draft.folder, one.draft.manifest, packing, cache, spare=0))
+        found = replace(
+            found,
+            graphs=self._graph_bytes(),
+            process=0 if self._launch.mode == "thread" else found.process,
+        )
+        return found if one.weighed is None else found.weighed(*one.weighed)
+
+    def _graph_bytes(self) -> int:
+        return (
+            self._settings.graph_bytes if self._settings.device.startswith("cuda") and not self._settings.exact else 0
+        )
+
+    async def _weigh(self, one: Resident, evict: bool, keep: Resident | None) -> None:
+        """Hold the estimate against what its engine says, which is not trusted to put others out by a lie. Raises `ModelError`
+        when it is too much; its engine has ended then."""
+        facts = one.host.facts if one.host else None
+        if facts is None:
+            return
+        said = facts.weight_bytes, facts.cache_bytes
+        try:
+            if self._settings.device == "cpu" and sum(said) > one.footprint.process_limit:
+                raise ModelError(f"its engine says that it holds {sum(said)} bytes, more than its process may have")
+            one.weighed = said
+            await self._memory.weigh(one, *said, evict=evict, keep=keep)
+        except ModelError as error:
+            await self._put_out(one)
+            while one.examining:
+                await one.changed.wait()
+            one.trouble = error.message
+            raise
+
+    async def _start(self, one: Resident) -> None:
+        settings, draft = self._settings, one.draft
         if one.tokenizer is None:
             one.tokenizer = Tokenizer(one.folder)
         one.tokenizer.warm()
@@ -254,19 +288,22 @@ class Fleet:
             memory_limit=one.footprint.process_limit if settings.device == "cpu" else 0,
             exact=settings.exact,
             hidden=settings.hidden,
+            draft_folder="" if draft is None else str(draft.folder),
+            draft_cache_bytes=0 if draft is None else settings.draft_cache_bytes,
+            graph_bytes=self._graph_bytes(),
         )
         seen = _Seen()
         if one.metrics is None:
             one.metrics = EngineMetrics(one.manifest.name, one.manifest.context_length)
-        if one.trace is None and settings.trace is not None:
-            one.trace = _open_trace(settings.trace, one.manifest.name, alone=len(self.residents) == 1)
+            if settings.trace is not None:
+                tracing.from_start(one, settings.trace, alone=len(self.residents) == 1)
         one.host = EngineHost(
-            self._launch,
+            self._launch if draft is None else self._launch.seeing(str(draft.folder)),
             load,
             limits=settings.limits,
             heard=lambda: self._heard(one, seen),
             metrics=one.metrics,
-            observers=[one.trace] if one.trace else [],
+            observers=[one.tracing],
         )
         one.scope = trio.CancelScope()
         await self._nursery.start(self._keep, one)
@@ -286,17 +323,6 @@ class Fleet:
             one.news(Event.FLUNKED)
         one.notify()
 
-    async def _make_room(self, one: Resident, evict: bool, keep: Resident | None) -> None:
-        """Raises `NoRoom`."""
-        budget, needs = self._settings.memory_budget, one.footprint.total
-        while budget and self.used + needs > budget:
-            idle = [other for other in self.residents.values() if other.idle and other is not keep]
-            if not idle or not evict or needs > budget:
-                raise NoRoom.of(one, self.used, budget)
-            victim = min(idle, key=lambda other: other.used)
-            log.warning("%s is put out of memory for %s", victim.manifest.name, one.manifest.name)
-            await self._put_out(victim)
-
     async def _put_out(self, one: Resident) -> None:
         """Let its streams end, then its engine."""
         if one.phase is Phase.COLD:
@@ -313,6 +339,10 @@ class Fleet:
         while one.host is not None and not one.host.stopped:
             await one.changed.wait()
         one.host = None
+
+    def trace(self, one: Resident, path: Path, seconds: float) -> None:
+        """Trace a model's steps for so long, at most. Raises `ModelError`."""
+        self._nursery.start_soon(tracing.end_after, one, tracing.begin(one, path), seconds)
 
     # ---------------------------------------------------------------------------------------------- what engines do
 
@@ -359,6 +389,7 @@ class Fleet:
             tested: SelfTest = await self._test(one)
         finally:
             one.examining = False
+            one.notify()
         one.test = tested
         self.touch(one)
         if tested.passed:
@@ -372,26 +403,6 @@ class Fleet:
             log.error("%s is not sold: %s", one.manifest.name, one.trouble)
             one.on(Event.FLUNKED)
             await self._end_engine(one)
-
-
-class NoRoom(ModelError):
-    """The memory budget cannot hold this model now."""
-
-    @classmethod
-    def of(cls, one: Resident, used: int, budget: int) -> NoRoom:
-        return cls(
-            f"{one.manifest.name} needs {one.footprint.total} bytes of memory "
-            f"({one.footprint.weights} weights, {one.footprint.cache} keys and values); "
-            f"{max(budget - used, 0)} of {budget} are free",
-            hint="lower engine.kv_bytes, raise engine.memory_budget, or unload a model",
-        )
-
-
-def _open_trace(path: Path, name: str, *, alone: bool) -> StepTrace:
-    try:
-        return StepTrace(path if alone else path.with_name(f"{path.stem}-{name}{path.suffix}"), name)
-    except OSError as error:
-        raise ModelError(f"the trace cannot be written to {path}: {error.strerror}") from None
 
 
 @dataclass(slots=True)

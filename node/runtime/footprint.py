@@ -1,54 +1,202 @@
-"""What a model will need, to the byte, before anything of it is loaded: weights by the headers of its files, keys and values
-by setting.
+"""What a model will need, before anything of it is loaded: weights as they will be packed (`node.runtime.packing`), by the
+headers of its files; keys and values by setting.
 
-What a process needs besides (interpreter, torch, buffers of a step) is not the model's and not counted here; `HEADROOM` is what
-its memory limit leaves for that.
+It is an estimate, though one that is right to the byte wherever it was tried. What the engine says once it has loaded counts
+from then on (`weighed`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from node import nesting
+from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.safetensors_file import ITEM_BYTES, read_header
+from node.runtime.engine.blocks import BLOCK_TOKENS
+from node.runtime.packing import Packing
 
 HEADROOM: Final = 2 << 30
-"""Bytes beside weights and cache that a process may have: torch itself, a step's activations, logits, templates of kernels."""
-_ITEM: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
-"""Bytes of one number. Formats of whole numbers are counted as what they are made from: embeddings stay in it, and scales and
-copies for few rows come on top."""
-_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+"""Bytes beside weights and cache that a process may have at most: torch itself, a step's activations, templates of kernels."""
+PROCESS: Final = 224 << 20
+"""Bytes of an interpreter with torch, as they are resident (measured: 143 MiB with torch, 190 after the first step)."""
+_STEP_TOKENS: Final = 512
+"""Of the engine's largest step."""
+_STEP_ROWS: Final = 64
+"""Rows of logits of a large step."""
+_Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
+    """Bytes."""
+
     weights: int
-    """Bytes of all tensors in the number format in which they run."""
+    """As they are packed, a draft model's too."""
     cache: int
-    """Bytes of keys and values of all streams together."""
+    """Keys and values of all streams together, a draft model's too."""
+    graphs: int = 0
+    """Kept for CUDA graphs."""
+    process: int = 0
+    """What a process needs besides; 0 where there is none of its own."""
+    packing: int = 0
+    """For a moment, while the largest layer is packed."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache
+        """What counts against the budget."""
+        return self.weights + self.cache + self.graphs + self.process
 
     @property
     def process_limit(self) -> int:
-        """Bytes of private memory for the process: weights may be there twice, as loaded and as packed for the processor."""
-        return 2 * self.weights + self.cache + HEADROOM
+        """Of private memory of the process."""
+        return self.weights + self.cache + self.packing + HEADROOM
+
+    def weighed(self, weights: int, cache: int) -> Footprint:
+        """With what the engine says that it holds."""
+        return replace(self, weights=weights, cache=cache)
+
+    def beside(self, draft: Footprint) -> Footprint:
+        """With a draft model in the same process."""
+        return replace(
+            self,
+            weights=self.weights + draft.weights,
+            cache=self.cache + draft.cache,
+            process=max(self.process, draft.process),
+            packing=max(self.packing, draft.packing),
+        )
 
 
 UNKNOWN: Final = Footprint(0, 0)
 
 
-def measure(folder: Path, manifest: Manifest, dtype: str, cache_bytes: int) -> Footprint:
-    """Raises `ModelError` for files that are not what they should be."""
-    weights = 0
+def measure(folder: Path, manifest: Manifest, packing: Packing, cache_bytes: int, *, spare: int = 1) -> Footprint:
+    """Of a model for chats, in a process of its own. `spare`: blocks of keys and values beside those that fit `cache_bytes`.
+    Raises `ModelError` for files that are not what they should be."""
+    shapes = headers(folder, manifest)
+    config = read_config(folder)
+    layers = list(_linears(shapes))
+    embedding = _shape(shapes, "embed_tokens.weight", "wte.weight")
+    if (
+        not layers or embedding is None
+    ):  # no model of ours: what it would be in plain tensors, until its engine says why not
+        return Footprint(plain_bytes(shapes, packing.item), cache_bytes, process=PROCESS)
+    head = _shape(shapes, "lm_head.weight")
+    tied = config.get("tie_word_embeddings", str(config.get("model_type")).startswith(_TIED))
+    if tied or head is None:
+        layers.append(_Linear(*embedding, bias=False, head=True))
+    else:
+        layers.append(_Linear(*head, bias=_shape(shapes, "lm_head.bias") is not None, head=True))
+    weights = math.prod(embedding) * packing.item + sum(
+        packing.linear(one.out, one.inputs, bias=one.bias, head=one.head) for one in layers
+    )
+    widest = max(one.out for one in layers if not one.head)
+    step = 4 * (4 * _STEP_TOKENS * widest + 4 * _STEP_ROWS * embedding[0])
+    return Footprint(
+        weights,
+        _cache(config, packing.item, cache_bytes, spare),
+        process=PROCESS + step,
+        packing=16 * max(one.out * one.inputs for one in layers),  # as float32, twice, rounded, and as it was read
+    )
+
+
+def headers(folder: Path, manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of a model's files: type and shape. Raises `ModelError`."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for entry in manifest.files:
         if entry.path.endswith(".safetensors"):
-            for stored, shape in read_header(folder / entry.path).values():
-                item = _ITEM.get(dtype, 4) if stored in _FLOATS else ITEM_BYTES[stored]
-                weights += item * math.prod(shape)
-    return Footprint(weights, cache_bytes)
+            found |= read_header(folder / entry.path)
+    return found
+
+
+def plain_bytes(shapes: _Shapes, item: int) -> int:
+    """Of all tensors as they are, each number in `item` bytes."""
+    return sum(
+        (item if stored in ("F64", "F32", "F16", "BF16") else ITEM_BYTES[stored]) * math.prod(shape)
+        for stored, shape in shapes.values()
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises `ModelError`."""
+    try:
+        config = nesting.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"config.json cannot be read: {error}"[:300]) from None
+    if not isinstance(config, dict):
+        raise ModelError("config.json is not a JSON object")
+    return config
+
+
+# --------------------------------------------------------------------------------------------- which tensors are layers
+
+_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,4})\.([a-z0-9_.]+)\.(weight|bias)$")
+_ONE_PRODUCT: Final = {
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "mlp.gate_proj": "up",
+    "mlp.up_proj": "up",
+}
+"""Several that read the same input are one product, with one packed weight (`Decoder`)."""
+_TRANSPOSED: Final = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+"""Stored as [in, out] (GPT-2)."""
+_TIED: Final = ("gemma", "gpt2")
+"""Families whose config.json does not say that the head is the embedding."""
+
+
+@dataclass(slots=True)
+class _Linear:
+    out: int
+    inputs: int
+    bias: bool = False
+    head: bool = False
+
+
+def _linears(shapes: _Shapes) -> Iterable[_Linear]:
+    """The layers' linear products. What shares an input is added up."""
+    products: dict[tuple[str, str], _Linear] = {}
+    biases: set[tuple[str, str]] = set()
+    for name, (_, shape) in shapes.items():
+        match = _LAYER.search(name)
+        if match is None:
+            continue
+        layer, part, kind = match.groups()
+        key = layer, _ONE_PRODUCT.get(part, part)
+        if kind == "bias":
+            biases.add(key)
+        elif len(shape) == 2:
+            out, inputs = shape[::-1] if part in _TRANSPOSED else shape
+            if key in products:
+                products[key].out += out
+            else:
+                products[key] = _Linear(out, inputs)
+    for key in biases & products.keys():
+        products[key].bias = True
+    return products.values()
+
+
+def _shape(shapes: _Shapes, *endings: str) -> tuple[int, ...] | None:
+    for name, (_, shape) in shapes.items():
+        if name.endswith(endings):
+            return shape
+    return None
+
+
+def _cache(config: Mapping[str, Any], item: int, cache_bytes: int, spare: int) -> int:
+    """Whole blocks of keys and values."""
+
+    def number(*names: str) -> int:
+        found = next((config[name] for name in names if config.get(name) is not None), 0)
+        return found if type(found) is int and found > 0 else 0
+
+    heads, width = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
+    layers, pairs = number("num_hidden_layers", "n_layer"), number("num_key_value_heads") or heads
+    dim = number("head_dim") or width // max(heads, 1)
+    block = 2 * layers * pairs * dim * BLOCK_TOKENS * item
+    return (cache_bytes // block + spare) * block if block else cache_bytes

@@ -31,11 +31,10 @@ import node
 from node.errors import ModelError
 from node.hardening import environment
 from node.runtime.child import Line, LoadEngine, load_torch, serve
+from node.runtime.hal.devices import SEEN
 from protocol.tame import one_line
 
 log = logging.getLogger(__name__)
-SEEN: Final = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
-"""Of our environment, what an engine needs besides: which devices are its own, and where their drivers are."""
 ENGINE: Final = "node.runtime.child"
 TASKS: Final = "node.runtime.tasks.child"
 _TAIL: Final = 2000
@@ -74,6 +73,9 @@ class Launcher(Protocol):
     def start(self, theirs: socket.socket, folder: str) -> AbstractAsyncContextManager[Child]:
         """Start an engine that may read `folder`, with its end of the line; ended at the end of the block. Closes our copy of
         `theirs`. Raises `ModelError`."""
+
+    def seeing(self, folder: str) -> Launcher:
+        """One whose engines may read another folder besides."""
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -123,7 +125,11 @@ class ProcessLauncher:
 
     def __init__(self, module: str = ENGINE) -> None:
         """`module`: what runs in it, as `python -m`."""
+        self._module = module
         self._python = [sys.executable, "-P", "-m", module]
+
+    def seeing(self, folder: str) -> Launcher:
+        return self  # its files are as open to it as to us
 
     def command(self, descriptor: int, folder: str) -> list[str]:
         return [*self._python, str(descriptor), "alone"]
@@ -176,12 +182,16 @@ class BubblewrapLauncher(ProcessLauncher):
 
     mode = "bwrap"
 
-    def __init__(self, program: str, module: str = ENGINE) -> None:
+    def __init__(self, program: str, module: str = ENGINE, also: tuple[str, ...] = ()) -> None:
+        """`also`: folders that its engines may read besides their model's."""
         super().__init__(module)
-        self._program = program
+        self._program, self._also = program, also
+
+    def seeing(self, folder: str) -> Launcher:
+        return BubblewrapLauncher(self._program, self._module, (*self._also, folder))
 
     def command(self, descriptor: int, folder: str) -> list[str]:
-        return [self._program, *_sandbox([folder]), "--", *self._python, str(descriptor), "walled"]
+        return [self._program, *_sandbox([folder, *self._also]), "--", *self._python, str(descriptor), "walled"]
 
     async def works(self) -> str:
         """Empty, or why a sandbox cannot be made here."""
@@ -250,6 +260,9 @@ class ThreadLauncher:
 
     def __init__(self, load: LoadEngine = load_torch) -> None:
         self._load = load
+
+    def seeing(self, folder: str) -> Launcher:
+        return self
 
     @asynccontextmanager
     async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Child]:

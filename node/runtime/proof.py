@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from node.errors import ModelError
-from node.models.manifest import FileEntry
+from node.models.manifest import FileEntry, Manifest
 from node.models.store import ModelStore, Progress
-from node.runtime.resident import Resident
 
 
-async def prove(store: ModelStore, one: Resident, progress: Progress) -> None:
+class Files(Protocol):
+    """A model in the store, and what is known of its bytes."""
+
+    manifest: Manifest
+    folder: Path
+    hashing: int | None
+    """Bytes hashed so far, while it is."""
+    proven: tuple[tuple[str, int, int, int], ...]
+    """Files as they were when they last matched their hashes: name, inode, size, change time."""
+
+
+async def prove(store: ModelStore, one: Files, progress: Progress) -> None:
     """Hash a model in as many threads as there are processors, since one reads slower than a disk can; cancelled, they end with
     the block that they are at. Files that have not changed since they last matched are not read again. Raises `ModelError`."""
     manifest = await trio.to_thread.run_sync(store.verify_names, one.manifest.id)
@@ -46,7 +58,7 @@ async def prove(store: ModelStore, one: Resident, progress: Progress) -> None:
     one.proven = as_they_are
 
 
-def _marks(one: Resident) -> tuple[tuple[str, int, int, int], ...]:
+def _marks(one: Files) -> tuple[tuple[str, int, int, int], ...]:
     found = []
     for entry in one.manifest.files:
         stat = (one.folder / entry.path).stat()

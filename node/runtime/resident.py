@@ -15,12 +15,13 @@ from node.models.manifest import Manifest
 from node.models.tokenizer import Tokenizer
 from node.ports import ModelInfo
 from node.runtime import walls
+from node.runtime.drafts import Draft
 from node.runtime.footprint import UNKNOWN, Footprint
 from node.runtime.host import EngineHost
 from node.runtime.life import Event, Phase, can, move
 from node.runtime.selftest import SelfTest
 from node.telemetry.engine import EngineMetrics
-from node.telemetry.steps import StepTrace
+from node.telemetry.steps import Tracing
 
 if TYPE_CHECKING:
     from node.runtime.grammar import Grammars
@@ -34,7 +35,11 @@ class Resident:
     """Never put out of memory to make room for another."""
     phase: Phase = Phase.COLD
     footprint: Footprint = UNKNOWN
-    """Known from the first load on."""
+    """Known from the first load on; an estimate until its engine has weighed it."""
+    weighed: tuple[int, int] | None = None
+    """Bytes of weights and of keys and values, as its engine said."""
+    draft: Draft | None = None
+    """The smaller model that guesses for it."""
     host: EngineHost | None = None
     """There from the start of a load until the memory is free again."""
     info: ModelInfo | None = None
@@ -42,7 +47,7 @@ class Resident:
     tokenizer: Tokenizer | None = None
     grammars: Grammars | None = None
     metrics: EngineMetrics | None = None
-    trace: StepTrace | None = None
+    tracing: Tracing = field(default_factory=Tracing)
     capacity: int = 0
     """Tokens of the longest sequence that its engine takes."""
     load_s: float = 0.0
@@ -61,6 +66,14 @@ class Resident:
     proven: tuple[tuple[str, int, int, int], ...] = ()
     """Files as they were when they last matched their hashes: name, inode, size, change time."""
     changed: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def in_memory(self) -> bool:
+        return self.host is not None
 
     @property
     def ready(self) -> bool:
@@ -108,7 +121,7 @@ class Resident:
 
     def close(self) -> None:
         """End what it keeps beside its engine."""
-        for one in (self.tokenizer, self.grammars, self.trace):
+        for one in (self.tokenizer, self.grammars, self.tracing):
             if one is not None:
                 one.close()
 
@@ -127,10 +140,14 @@ class Resident:
             "streams": host.running if host else 0,
             "weight_bytes": self.footprint.weights,
             "cache_bytes": self.footprint.cache,
-            "in_memory": host is not None,
+            "memory_bytes": self.footprint.total,
+            "weighed": self.weighed is not None,
+            "draft": self.draft.manifest.name if self.draft else "",
+            "in_memory": self.in_memory,
             "load_ms": round(self.load_s * 1000),
             "deaths": host.deaths if host else 0,
             "last_death": host.last_death if host else "",
+            "trace": str(self.tracing.trace.path) if self.tracing.trace else "",
             "isolation": walls.words(host.mode, facts.walls) if host and facts else "",
             "self_test": None
             if test is None

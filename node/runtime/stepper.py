@@ -20,6 +20,8 @@ class StepEngine(Protocol):
     def idle(self) -> bool: ...
     @property
     def room(self) -> int: ...
+    @property
+    def starved(self) -> bool: ...
     def submit(self, sequence: Sequence) -> None: ...
     def abort(self, sequence_id: Hashable) -> bool: ...
     def step(self, hold: Container[Hashable] = ()) -> list[StepOutput]: ...
@@ -37,6 +39,8 @@ class Stepper:
         self._start: dict[Hashable, int] = {}
         self._produced: dict[Hashable, int] = {}
         self._constraints: dict[Hashable, object] = {}
+        self._changed = False
+        """Something may have made room since the last step."""
         self.submits = 0
         """Sequences handed in so far, refused ones too."""
 
@@ -47,7 +51,8 @@ class Stepper:
     @property
     def blocked(self) -> bool:
         """Nothing to compute until a message comes."""
-        return self.engine.idle or len(self.held) == len(self._ahead)
+        starved = self.engine.starved and not self._changed
+        return starved or self.engine.idle or len(self.held) == len(self._ahead)
 
     @property
     def room(self) -> int:
@@ -63,6 +68,7 @@ class Stepper:
         """Raises `EngineError`."""
         self.submits += 1
         self.engine.submit(sequence)
+        self._changed = True
         self._ahead[sequence.id] = self._start[sequence.id] = ahead
         self._produced[sequence.id] = 0
         self._constraints[sequence.id] = sequence.constraint
@@ -70,16 +76,19 @@ class Stepper:
     def abort(self, number: Hashable) -> None:
         self.engine.abort(number)
         self._forget(number)
+        self._changed = True
 
     def consumed(self, number: Hashable, count: int) -> None:
         """Its reader has taken so many tokens since it was submitted."""
         if number in self._ahead:
             self._ahead[number] = self._start[number] + self._produced[number] - count
+            self._changed = True
 
     def step(self) -> list[tuple[StepOutput, str]]:
         """One step of everything that is not held: what it brought, each with the reason why a grammar ended it, if one did.
         Raises what the engine raises, which then is of no more use."""
         outputs = []
+        self._changed = False
         for output in self.engine.step(hold=self.held):
             self._ahead[output.id] += 1
             self._produced[output.id] += 1

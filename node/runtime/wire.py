@@ -1,5 +1,4 @@
-"""The line between a node and the process of one engine: every message, typed and bounded; msgpack arrays in length-prefixed
-frames.
+"""The line between a node and the process of one engine: every message, typed and bounded (`node.codec`).
 
 The node does not trust the other end: what it says is decoded strictly here and held against what was asked in
 `node.runtime.host`, so that an engine process that was taken over can produce tokens and nothing else. No message names a file
@@ -12,15 +11,11 @@ from typing import Annotated, Final
 
 import msgspec
 
-from protocol.frames import encode_frame
+from node.codec import Codec
 from protocol.logprobs import LOGPROBS_LIMIT
 from protocol.messages import ResponseFormat
 from protocol.sampling import SamplingParams
 
-TO_ENGINE: Final = 16 << 20
-"""Bytes of one message to the engine: a prompt of a million tokens fits."""
-TO_NODE: Final = 8 << 20
-"""Bytes of one message to the node: a step of `MAX_OUTPUTS` tokens, each with the likeliest besides, fits."""
 MAX_STREAMS: Final = 4096
 MAX_OUTPUTS: Final = 16_384
 """Tokens of one step, all streams together."""
@@ -57,6 +52,11 @@ class Load(_Message):
     exact: bool = False
     hidden: tuple[str, ...] = ()
     """What the process should not be able to read; it tries, and says so."""
+    draft_folder: str = ""
+    """Of a smaller model that guesses; empty: none does."""
+    draft_cache_bytes: Count = 0
+    graph_bytes: Count = 0
+    """Device memory that CUDA graphs may take; 0: there are none."""
 
 
 class Submit(_Message):
@@ -128,6 +128,10 @@ class Ready(_Message):
     room: Count
     walls: Walls | None = None
     """None: the engine shares the node's process."""
+    weight_bytes: Count = 0
+    """Of the weights as they are held, packed copies and a draft model included."""
+    cache_bytes: Count = 0
+    """Of keys and values, a draft model's included."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -196,26 +200,6 @@ class Failed(_Message):
 
 ToEngine = Load | Submit | Abort | Consumed | Ping
 ToNode = Loading | Ready | Stepped | Refused | Pong | Failed
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_node = msgspec.msgpack.Decoder(ToNode)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def for_engine(message: ToEngine) -> bytes:
-    return encode_frame(_encoder.encode(message), TO_ENGINE)
-
-
-def for_node(message: ToNode) -> bytes:
-    return encode_frame(_encoder.encode(message), TO_NODE)
-
-
-def read_by_engine(payload: bytes) -> ToEngine:
-    """Raises `msgspec.DecodeError`."""
-    message: ToEngine = _to_engine.decode(payload)
-    return message
-
-
-def read_by_node(payload: bytes) -> ToNode:
-    """Raises `msgspec.DecodeError`."""
-    message: ToNode = _to_node.decode(payload)
-    return message
+TO_ENGINE: Final = Codec[ToEngine](ToEngine, 16 << 20)
+"""A prompt of a million tokens fits."""
+TO_NODE: Final = Codec[ToNode](ToNode, 8 << 20)

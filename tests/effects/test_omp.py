@@ -30,7 +30,7 @@ print("no torch", flush=True)
 ENTRIES = {
     "engine": "import node.runtime.engine.engine",
     "back end": "from pathlib import Path; from node.runtime.backend import *; load_engine(Path('x'), EngineSettings())",
-    "hardware": "from node.runtime.hal.probe import find; import importlib; importlib.import_module = __import__; find()",
+    "hardware": "from node.runtime.hal.probe_child import main; main()",
     "bench": "import node.runtime.bench.measure",
     "worker": "import node.app, node.runtime.engine.engine",
     "command": (

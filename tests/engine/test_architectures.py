@@ -15,10 +15,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from node.models.manifest import FileEntry, Manifest  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
 from node.runtime.engine.errors import UnsupportedModel  # noqa: E402
+from node.runtime.engine.linear import FORMATS  # noqa: E402
 from node.runtime.engine.models.configs import ARCHITECTURES, parse  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
+from node.runtime.footprint import measure  # noqa: E402
+from node.runtime.packing import Packing  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
 
 SIZES = {
@@ -120,6 +124,25 @@ def test_greedy_in_company_is_transformers_token_for_token(case: tuple[Path, Any
             # Ours is greedy exactly when, given ours so far, each next token is the largest logit.
             logits = model(torch.tensor([[*prompt, *made[name][:-1]]])).logits[0, len(prompt) - 1 :]
             assert made[name] == logits.argmax(-1).tolist(), name
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_it_will_weigh_is_known_before_it_is_loaded(case: tuple[Path, Any], fmt: str, exact: bool) -> None:
+    """By names and shapes in the files' headers alone, to the byte: every layer's packed form, and every block of the cache."""
+    folder, _ = case
+    try:
+        engine = Engine(folder, dtype=fmt, exact=exact, cache_bytes=100_000)
+    except UnsupportedModel as error:
+        assert exact and "exact mode" in str(error)
+        return
+    expected = measure(folder, _manifest(folder), Packing(fmt, few_rows=not exact), 100_000)
+    assert (expected.weights, expected.cache) == (engine.weight_bytes, engine.cache_bytes)
+
+
+def _manifest(folder: Path) -> Manifest:
+    entries = tuple(FileEntry(path.name, path.stat().st_size, "0" * 64) for path in sorted(folder.iterdir()))
+    return Manifest("tiny", "any", 256, "F32", "unknown", "test", entries)
 
 
 def test_every_architecture_is_tested() -> None:

@@ -19,6 +19,7 @@ from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError, U
 from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
+from node.runtime.stepper import Stepper  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0)
@@ -161,6 +162,39 @@ def test_an_unpaid_one_makes_room_at_once(tiny: Path) -> None:
     with pytest.raises(CacheFull):
         engine.submit(job("never", SHARED[:60], 6, paid=False))
     assert engine.abort("free") and engine.stats.waiting == 0
+    engine.check_integrity()
+
+
+def test_when_none_has_memory_to_go_on_the_engine_waits_instead_of_spinning(tiny: Path) -> None:
+    """All are unpaid. One whose reader is behind has the memory that the others need; when it is read on, or left, they go on."""
+    jobs = [job(n, SHARED[20 * n : 20 * n + 20], 25, paid=False, speculate=False) for n in range(3)]
+    alone = {one.id: run(Engine(tiny), one)[one.id] for one in jobs}
+    engine = Engine(tiny, cache_bytes=4 * Engine(tiny, cache_bytes=0).block_bytes, prefix_cache=False)
+    stepper = Stepper(engine, 14)
+    made: dict[Any, list[int]] = {0: [], 1: [], 2: []}
+
+    def until_blocked() -> None:
+        for _ in range(300):
+            if stepper.blocked:
+                return
+            for output, _ in stepper.step():
+                made[output.id].append(output.token_id)
+        raise AssertionError("it spins")
+
+    stepper.submit(jobs[0])
+    until_blocked()
+    assert len(made[0]) == 14 and engine.stats.kv_blocks_used == 3
+    stepper.submit(jobs[1])
+    stepper.submit(jobs[2])
+    until_blocked()
+    assert not engine.idle and len(stepper.held) == 1 and engine.stats.waiting == 2
+    stepper.consumed(99, 3)  # nobody's: nothing comes of it
+    until_blocked()
+    for _ in range(50):
+        for n in made:
+            stepper.consumed(n, len(made[n]))
+        until_blocked()
+    assert made == alone and engine.idle
     engine.check_integrity()
 
 
@@ -343,9 +377,33 @@ def test_decode_steps_of_fixed_shape_choose_the_same_tokens(make_model: Callable
         jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
         plain, fixed = Engine(folder), Engine(folder)
         fixed._cache.data.fill_(float("nan"))  # memory that was another's may hold anything
-        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, capture=False)
+        fixed._graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, budget=1 << 30, capture=False)
         assert run(fixed, *jobs) == run(plain, *jobs)
         assert {8} <= {key[0] for key in fixed._graphs._graphs} and max(key[1] for key in fixed._graphs._graphs) == 8
+
+
+def test_graphs_stay_within_their_memory(tiny: Path) -> None:
+    """Their pool is one that counts what is asked of it here; on a GPU it is the allocator's own count, which was not tried."""
+    jobs = [job(n, (SHARED * 2)[n : n + 9 + 17 * n], 30, sampling=replace(SAMPLED, seed=n)) for n in range(5)]
+    plain = run(Engine(tiny), *jobs)
+    took: list[int] = []
+
+    def reserved() -> int:
+        """Twice what was expected of a graph, each time that one was made."""
+        took.append(2 * graphs.expected(8, 8))
+        return sum(took[1::2])
+
+    fixed = Engine(tiny)
+    graphs = DecodeGraphs(fixed._model, fixed._cache, spare=fixed._pool.total, budget=0, capture=False)
+    budget = 3 * graphs.expected(8, 8)
+    for limit, most in ((0, 0), (budget, 2), (1 << 40, 100)):
+        took.clear()
+        graphs = fixed._graphs = DecodeGraphs(
+            fixed._model, fixed._cache, spare=fixed._pool.total, budget=limit, capture=False, reserved=reserved
+        )
+        assert run(fixed, *jobs) == plain
+        assert len(graphs._graphs) <= most and bool(graphs._graphs) is bool(limit)
+        assert graphs.nbytes == 2 * graphs.expected(8, 8) * len(graphs._graphs)
 
 
 # --------------------------------------------------------------------------------------------------------------- exact

@@ -7,19 +7,19 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 
 import msgspec
 import pytest
 import trio
 
 from node.errors import ModelError
-from node.runtime import host as runtime_host
-from node.runtime import wire
+from node.runtime import supervisor, wire
 from node.runtime.child import Line
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
-from node.runtime.host import BURST, EngineHost, Limits
+from node.runtime.host import EngineHost
 from node.runtime.launch import Child
+from node.runtime.streams import BURST, Stream
+from node.runtime.supervisor import Limits
 from node.testing.planted import notices
 from protocol.sampling import SamplingParams
 
@@ -69,7 +69,7 @@ class _Nobody:
 
 
 def say(*outputs: wire.Output, room: int = 1000, submits: int = 1) -> bytes:
-    return wire.for_node(wire.Stepped(outputs, room, submits))
+    return wire.TO_NODE.frame(wire.Stepped(outputs, room, submits))
 
 
 def at(asked: wire.Submit, token: int = 5, ahead: int = 0, **changes: object) -> wire.Output:
@@ -119,16 +119,15 @@ def test_a_token_that_is_none_of_the_streams_ends_the_engine(lie: Callable[[wire
 def test_a_host_that_believed_its_engine_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """M6, planted: no token is checked."""
 
-    def believe(self: EngineHost, stream: Any, output: wire.Output) -> StepOutput:
-        stream.received.append(output.token_id)
-        del self._streams[stream.number]
-        return StepOutput(stream.sequence.id, output.token_id, output.position, FinishReason.LENGTH)
+    def believe(self: Stream, output: wire.Output, vocab_size: int) -> StepOutput:
+        self.received.append(output.token_id)
+        return StepOutput(self.sequence.id, output.token_id, output.position, FinishReason.LENGTH)
 
     def lie(sock: socket.socket, asked: wire.Submit) -> None:
         sock.sendall(say(at(asked, token=97, finish="length")))
 
     assert "none of the stream's" in death(lie)
-    monkeypatch.setattr(EngineHost, "_checked", believe)
+    monkeypatch.setattr(Stream, "accept", believe)
     assert notices(lambda: death(lie) and None)
 
 
@@ -153,11 +152,11 @@ def test_counting_submits_that_were_not_made_ends_the_engine() -> None:
 
 def test_an_engine_that_talks_and_does_not_listen_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves unread lies in our memory, and its chatter is no answer."""
-    monkeypatch.setattr(runtime_host, "UNREAD", 1 << 20)
+    monkeypatch.setattr(supervisor, "UNREAD", 1 / 16)
 
     def chatter(sock: socket.socket, asked: wire.Submit) -> None:
         while True:
-            sock.sendall(wire.for_node(wire.Pong(0)))
+            sock.sendall(wire.TO_NODE.frame(wire.Pong(0)))
             time.sleep(0.02)
 
     async def main() -> None:
@@ -181,7 +180,7 @@ def test_an_engine_that_talks_and_does_not_listen_ends(monkeypatch: pytest.Monke
 
 
 def test_starting_twice_ends_the_engine() -> None:
-    assert "started twice" in death(lambda sock, asked: sock.sendall(wire.for_node(READY)))
+    assert "started twice" in death(lambda sock, asked: sock.sendall(wire.TO_NODE.frame(READY)))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_starting_twice_ends_the_engine() -> None:
     ],
 )
 def test_noise_ends_the_engine(noise: bytes) -> None:
-    assert "no engine says" in death(lambda sock, asked: sock.sendall(noise))
+    assert "rubbish" in death(lambda sock, asked: sock.sendall(noise))
 
 
 def test_tokens_for_strangers_change_nothing() -> None:
@@ -220,7 +219,7 @@ def test_tokens_for_strangers_change_nothing() -> None:
 
 
 def test_what_it_says_of_itself_reaches_no_terminal() -> None:
-    said = death(lambda sock, asked: sock.sendall(wire.for_node(wire.Failed("\x1b[2Jyou are\nhacked", False))))
+    said = death(lambda sock, asked: sock.sendall(wire.TO_NODE.frame(wire.Failed("\x1b[2Jyou are\nhacked", False))))
     assert "\x1b" not in said and "\n" not in said
 
 

@@ -27,8 +27,9 @@ pytest.importorskip("torch")
 from node.errors import ModelError
 from node.runtime import wire
 from node.runtime.engine.sequence import Sequence
-from node.runtime.host import EngineHost, Limits
+from node.runtime.host import EngineHost
 from node.runtime.launch import BubblewrapLauncher, Child, Launcher, ProcessLauncher, launcher
+from node.runtime.supervisor import Limits
 from node.runtime.walls import words
 from protocol.sampling import SamplingParams
 

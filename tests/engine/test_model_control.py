@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from node.cli.main import Shared
 from node.cli.model_control import model_handlers, watched
 from node.cli.status import _model
 from node.models.store import ModelStore
-from node.runtime.backend import open_backend
+from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.fleet import EngineSettings
 from node.runtime.launch import ThreadLauncher
 from node.worker import control
 from node.worker.control import ControlFailed, NotRunning
+from protocol.messages import ChatMessage, Params
 
 
 def test_a_running_worker_changes_its_models_on_request(make_chat_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -28,7 +30,7 @@ def test_a_running_worker_changes_its_models_on_request(make_chat_model: Callabl
         store.add_folder(make_chat_model(num_hidden_layers=layers), f"tiny-{layers}")
     shared = Shared(flags={"data_dir": str(tmp_path)})
 
-    async def ask(action: str, **arguments: str) -> dict[str, Any]:
+    async def ask(action: str, **arguments: Any) -> dict[str, Any]:
         return await watched(shared, action, "changing", arguments)
 
     async def main() -> None:
@@ -56,7 +58,31 @@ def test_a_running_worker_changes_its_models_on_request(make_chat_model: Callabl
             assert swapped["beside"] is True
             assert [info.name for info in backend.models.values()] == ["tiny-2"]
 
+            traced = await ask("trace", model="tiny-2", seconds=1)
+            path = Path(traced["path"])
+            assert path.parent == tmp_path / "traces" and path.parent.stat().st_mode & 0o777 == 0o700
+            assert "steps traced to" in _model((await control.ask(tmp_path / "control.sock", "status"))["models"][0])
+            with pytest.raises(ControlFailed, match="traced already"):
+                await ask("trace", model="tiny-2", seconds=5)
+            await job(backend)
+            while (await control.ask(tmp_path / "control.sock", "status"))["models"][0]["trace"]:
+                await trio.sleep(0.05)  # it ends by itself
+            events = json.loads(path.read_text())
+            assert {"step 1", "forward"} <= {event["name"] for event in events}
+            await job(backend)
+            assert json.loads(path.read_text()) == events
+            await ask("trace", model="tiny-2", seconds=3600)
+            await job(backend)
+            ended = await ask("trace", model="tiny-2")
+            assert ended["path"] == str(path) and ended["steps"] >= 3
+            assert len([event for event in json.loads(path.read_text()) if event["name"].startswith("step ")]) >= 3
+            assert (await ask("trace", model="tiny-2"))["text"] == "tiny-2  was not traced"
+
             for action, arguments, complaint in (
+                ("trace", {"model": "tiny-2", "seconds": 3601}, "1 to 3600 seconds"),
+                ("trace", {"model": "tiny-2", "seconds": 0}, "1 to 3600 seconds"),
+                ("trace", {"model": "tiny-2", "seconds": "9"}, "1 to 3600 seconds"),
+                ("trace", {"model": "tiny-1", "seconds": 9}, "no model of this worker"),
                 ("load", {"model": "no-such"}, "no model 'no-such' in the store"),
                 ("unload", {"model": "tiny-1"}, "no model of this worker"),
                 ("swap", {"old": "tiny-2", "model": "tiny-2"}, "the same model"),
@@ -66,6 +92,13 @@ def test_a_running_worker_changes_its_models_on_request(make_chat_model: Callabl
             nursery.cancel_scope.cancel()
 
     with_timeout(main)
+
+
+async def job(backend: TorchBackend) -> None:
+    (model,) = backend.models
+    prompt = backend.prepare(model, [ChatMessage("user", "hello")])
+    async for _ in backend.generate(prompt, Params(max_tokens=6)):
+        pass
 
 
 async def listening(path: Path) -> None:

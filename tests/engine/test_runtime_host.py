@@ -98,11 +98,13 @@ class CountingEngine:
         pass
 
     room = 1 << 20
+    starved = False
 
     def could_fit(self, tokens: int) -> bool:
         return tokens <= 2048
 
     vocab_size, context_length, eos_ids = 4096, 2048, frozenset[int]()
+    weight_bytes, cache_bytes, draft_bytes = 3000, 1 << 20, (0, 0)
 
     def numerics_probe(self) -> bytes:
         return bytes(32)

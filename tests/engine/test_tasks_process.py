@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from node.errors import InputInvalid, ModelError  # noqa: E402
 from node.models.manifest import Manifest  # noqa: E402
 from node.models.store import ModelStore  # noqa: E402
 from node.ports import Step  # noqa: E402
+from node.runtime import supervisor  # noqa: E402
 from node.runtime.engine.rows import Row  # noqa: E402
 from node.runtime.launch import launcher  # noqa: E402
-from node.runtime.tasks import host as runtime_host  # noqa: E402
 from node.runtime.tasks import wire  # noqa: E402
 from node.runtime.tasks.backend import TaskModels, open_tasks  # noqa: E402
 from node.runtime.tasks.child import serve  # noqa: E402
-from node.runtime.tasks.host import Limits, TaskHost  # noqa: E402
+from node.runtime.tasks.host import LIMITS, TaskHost  # noqa: E402
 from node.runtime.tasks.loading import TaskSettings  # noqa: E402
 from node.runtime.tasks.prepare import Rows  # noqa: E402
 from node.runtime.tasks.runner import Memory  # noqa: E402
@@ -83,7 +84,7 @@ class Plain:
 async def opened(folder: Path, launch: Any, **limits: float) -> AsyncIterator[tuple[TaskModels, ModelId]]:
     manifest = Manifest.parse((folder / "manifest.json").read_bytes())
     async with open_tasks(
-        ModelStore(folder.parent), [manifest], TaskSettings(), launch=launch, limits=Limits(**limits)
+        ModelStore(folder.parent), [manifest], TaskSettings(), launch=launch, limits=replace(LIMITS, **limits)
     ) as backend:
         yield backend, manifest.id
 
@@ -181,7 +182,7 @@ def test_every_task_runs_behind_the_walls_of_an_engine(
             async with open_tasks(store, [manifest], TaskSettings(), isolation=way) as backend:
                 steps = await job(backend)
                 found.append((backend.models, b"".join(s.data for s in steps), "".join(s.text for s in steps)))
-                one = backend._loaded[manifest.id].host
+                one = backend.residents[manifest.id].host
                 assert (one is None) == (way == "thread")
         assert found[0] == found[1]
 
@@ -220,9 +221,7 @@ class Scripted:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
 
         async def act() -> None:
-            from protocol.frames import FrameReader
-
-            reader, lines = FrameReader(wire.TO_CHILD), iter(life or [])
+            reader, lines = wire.TO_CHILD.reader(), iter(life or [])
             async for data in stream:
                 for _ in reader.feed(bytes(data)):
                     try:
@@ -248,10 +247,10 @@ class Scripted:
 
 
 def host(script: Scripted, **limits: float) -> TaskHost:
-    return TaskHost(script, wire.Load("/nowhere", "cpu", "float32", 1), Limits(**limits))
+    return TaskHost(script, wire.Load("/nowhere", "cpu", "float32", 1), replace(LIMITS, **limits))
 
 
-ready = wire.for_node(READY)
+ready = wire.TO_NODE.frame(READY)
 
 
 @pytest.mark.parametrize(
@@ -260,13 +259,14 @@ ready = wire.for_node(READY)
         (b"\x00\x00\x00\x05hello", "rubbish"),
         (b"\xff\xff\xff\xff", "rubbish"),
         (ready, "ready twice"),
-        (wire.for_node(wire.Failed("out of memory")), "out of memory"),
+        (wire.TO_NODE.frame(wire.Failed("out of memory")), "out of memory"),
         (b"end", "line ended"),
-        (2 * wire.for_node(wire.Stepped(0, (), "a", None, b"")), "not asked"),
+        (2 * wire.TO_NODE.frame(wire.Stepped(0, (), "a", None, b"")), "not asked"),
+        (wire.TO_NODE.frame(wire.Pull(0)), "not asked"),  # again and again: it would never answer, and never hang
     ],
 )
 def test_a_process_that_is_not_honest_ends_and_its_job_too(said: bytes, why: str) -> None:
-    script = Scripted([ready, b"", said], [ready])
+    script = Scripted([ready, b"", said, said], [ready])
 
     async def main() -> None:
         one = host(script)
@@ -297,7 +297,7 @@ class Deaf:
                 await trio.sleep(0.2)  # one who spoke at once would not be taken
                 while True:
                     for number in range(8):
-                        await stream.send_all(wire.for_node(wire.Refused(number, "model", "later")))
+                        await stream.send_all(wire.TO_NODE.frame(wire.Refused(number, "model", "later")))
                     await trio.sleep(0.02)
 
         class Nobody:
@@ -316,7 +316,7 @@ def test_a_process_that_talks_and_does_not_listen_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it leaves unread lies in our memory, and its chatter is no answer."""
-    monkeypatch.setattr(runtime_host, "UNREAD", 1 << 20)
+    monkeypatch.setattr(supervisor, "UNREAD", 1 / 32)
     rows = Rows(tuple(Row((30_000,) * 500) for _ in range(400)))
 
     async def main() -> None:
@@ -348,13 +348,13 @@ def test_messages_out_of_bounds_are_rubbish(bad: dict[str, Any]) -> None:
     import msgspec
 
     good = {"number": 0, "token_ids": (1,), "text": "a", "finish": FinishReason.STOP, "data": b""}
-    assert wire.read_by_node(msgspec.msgpack.encode(["Stepped", *good.values()])) == wire.Stepped(**good)
+    assert wire.TO_NODE.read(msgspec.msgpack.encode(["Stepped", *good.values()])) == wire.Stepped(**good)
     with pytest.raises(msgspec.DecodeError):
-        wire.read_by_node(msgspec.msgpack.encode(["Stepped", *{**good, **bad}.values()]))
+        wire.TO_NODE.read(msgspec.msgpack.encode(["Stepped", *{**good, **bad}.values()]))
 
 
 def test_a_process_that_hangs_is_killed_but_one_that_waits_for_media_is_not() -> None:
-    pull = wire.for_node(wire.Pull(0))
+    pull = wire.TO_NODE.frame(wire.Pull(0))
     script = Scripted([ready, b"", pull], [ready])
 
     async def main() -> None:
@@ -378,7 +378,7 @@ def test_a_process_that_hangs_is_killed_but_one_that_waits_for_media_is_not() ->
 
 
 def test_one_that_is_not_what_it_was_or_never_ready_is_refused() -> None:
-    other = wire.for_node(wire.Ready((Task.OCR,), 8, 0, "1" * 32, (1, 2, 3)))
+    other = wire.TO_NODE.frame(wire.Ready((Task.OCR,), 8, 0, "1" * 32, (1, 2, 3)))
     script = Scripted([ready, b"end"], [other], [other], [ready])
 
     async def main() -> None:
@@ -444,6 +444,6 @@ def test_the_child_ends_with_its_line_and_with_rubbish() -> None:
             with trio.fail_after(5):
                 await serve(theirs, never, never)
 
-    rubbish: Iterator[bytes] = iter((b"", b"\x00\x00\x00\x03abc", b"\xff" * 8, wire.for_child(wire.Next(1))))
+    rubbish: Iterator[bytes] = iter((b"", b"\x00\x00\x00\x03abc", b"\xff" * 8, wire.TO_CHILD.frame(wire.Next(1))))
     for said in rubbish:
         trio.run(main, said)

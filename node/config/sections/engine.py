@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from node.settings import matching, one_of, setting
+from node.settings import each, matching, one_of, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,36 @@ class EngineConfig:
     )
     memory_budget: int = setting(
         0,
-        "Memory of all loaded models together, weights and `engine.kv_bytes` of each. 0: what the device has; of the "
-        "processor, what this process may use of the machine's.",
+        "Memory of all loaded models together, those of other tasks than chat too: weights as they are held, `engine.kv_bytes` "
+        "or what jobs need, and the process of each. 0: what the device has; of the processor, what this process may use of the "
+        "machine's.",
         unit="bytes",
         low=0,
         high=1 << 50,
+    )
+    draft_models: tuple[str, ...] = setting(
+        (),
+        "Smaller models that guess for larger ones, which check every guess: faster for few streams, and the same answers. Both "
+        "must be stored, with one vocabulary. Back end `torch` only.",
+        check=each(
+            matching(r"[A-Za-z0-9._-]{1,128}=[A-Za-z0-9._-]{1,128}", "MODEL=DRAFT, names or ids of stored models")
+        ),
+        values="MODEL=DRAFT",
+    )
+    draft_kv_bytes: int = setting(
+        64 << 20,
+        "Memory for the keys and values of a draft model. Where it does not reach, there is no guess.",
+        unit="bytes",
+        low=1 << 20,
+        high=1 << 44,
+    )
+    graph_bytes: int = setting(
+        512 << 20,
+        "Memory that CUDA graphs of a model may take on a GPU; it counts against the budget. What does not fit runs without. 0: "
+        "no graphs.",
+        unit="bytes",
+        low=0,
+        high=1 << 44,
     )
     pinned: tuple[str, ...] = setting((), "Names or ids of models that are never put out of memory for another.")
     lazy: bool = setting(
@@ -70,7 +95,8 @@ class EngineConfig:
     )
     hang_ms: int = setting(
         30_000,
-        "An engine that ends no step in this time is killed and started again.",
+        "An engine that ends no step in this time is killed and started again, and so is one that answers but comes forward with "
+        "nothing in twice this time. Long prompts are computed in many steps: only a step must end in it.",
         unit="ms",
         low=100,
         high=3_600_000,

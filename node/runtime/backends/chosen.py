@@ -31,6 +31,8 @@ def open_chosen(
     block's beginning raises `ModelError`."""
     if config.engine.exact and config.engine.backend != "ray":
         raise ConfigError("engine.exact is a mode of our own engine", hint="engine.backend torch or ray")
+    if config.engine.draft_models:
+        raise ConfigError("engine.draft_models is for our own engine in this machine", hint="engine.backend torch")
     match config.engine.backend:
         case "openai":
             return _openai(config, store, models, say)

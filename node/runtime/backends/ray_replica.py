@@ -129,7 +129,7 @@ class Replica:
 def _run(ready: queue.SimpleQueue[Any], models_dir: Path, models: tuple[str, ...], engine: dict[str, Any]) -> None:
     """The trio thread."""
     from node.runtime.backend import EngineSettings, open_backend
-    from node.runtime.host import Limits
+    from node.runtime.supervisor import Limits
 
     async def serve() -> None:
         store = ModelStore(models_dir)

@@ -52,7 +52,14 @@ class DraftModel:
             device,
             self._model.kernels,
         )
+        self.cache_bytes = self._pool.total * size
+        """Bytes of its keys and values."""
         self._known: dict[Hashable, _Known] = {}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights as they are held."""
+        return self._model.nbytes
 
     def propose(self, ones: Sequence[Running]) -> None:
         """Give each of these answers a draft; none where guesses do not pay, or the room is too small."""

@@ -83,11 +83,12 @@ class Engine:
         lookup: bool = True,
         draft_dir: Path | str | None = None,
         draft_cache_bytes: int = 1 << 28,
+        graph_bytes: int = 512 << 20,
     ) -> None:
         """`dtype`: of the linear layers, one of `linear.FORMATS`. `threads`: of torch, for the whole process. `cache_bytes`:
         KV cache of all sequences together. `prefill_chunk`: prompt tokens that one step computes for one sequence;
         `token_budget`: for all of them. `lookup`: guess by prompt lookup. `draft_dir`: a smaller model of the same
-        vocabulary that guesses where lookup does not."""
+        vocabulary that guesses where lookup does not. `graph_bytes`: for CUDA graphs, on a GPU; 0: none."""
         if threads < 1 or prefill_chunk < 1 or token_budget < 1 or cache_bytes < 0:
             raise EngineError("threads, prefill_chunk and token_budget must be at least 1, cache_bytes at least 0")
         torch.set_num_threads(threads)
@@ -117,8 +118,8 @@ class Engine:
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
             raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
         self._graphs: DecodeGraphs | None = None
-        if self._device.type == "cuda" and not exact:
-            self._graphs = DecodeGraphs(self._model, self._cache, spare=self._pool.total)
+        if self._device.type == "cuda" and not exact and graph_bytes:
+            self._graphs = DecodeGraphs(self._model, self._cache, spare=self._pool.total, budget=graph_bytes)
         self._scheduler = Scheduler(self._pool, token_budget=token_budget, prefill_chunk=prefill_chunk)
         self._home = sampler.home(self._device)
         self._scratch = Scratch(self.vocab_size, self._home) if self._home.type == "cpu" else None
@@ -134,6 +135,8 @@ class Engine:
                 cache_bytes=draft_cache_bytes,
                 chunk=prefill_chunk,
             )
+        self.starved = False
+        """The last step found no memory for anybody who was not held. So will the next, until one comes, leaves or is read on."""
         self._arrivals = 0
         self._token_seconds = self._answer_seconds = 0.0
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
@@ -152,6 +155,16 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of the weights as they are held, packed copies included."""
         return self._model.nbytes
+
+    @property
+    def draft_bytes(self) -> tuple[int, int]:
+        """Bytes of the draft model's weights and of its KV cache; (0, 0) where there is none."""
+        return (self._draft.weight_bytes, self._draft.cache_bytes) if self._draft is not None else (0, 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache as it was made."""
+        return (self._pool.total + 1) * self.block_bytes
 
     @property
     def cache_used(self) -> int:
@@ -236,6 +249,7 @@ class Engine:
         begun = time.perf_counter()
         self._guess(hold)
         work = self._scheduler.plan(hold)
+        self.starved = not work
         if not work:
             return []
         planned, effort = time.perf_counter(), self._clock()

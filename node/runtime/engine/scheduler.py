@@ -137,7 +137,15 @@ class Scheduler:
         return waiting is not None
 
     def plan(self, hold: Container[Hashable]) -> list[Work]:
-        """The next step's work: single tokens first, longest sequence first. Not empty while somebody can go on."""
+        """The next step's work: single tokens first, longest sequence first. Not empty while somebody can go on: when it is, the
+        next plan is empty, too, until a sequence comes, leaves, or is no longer held."""
+        while True:
+            before = self.preemptions
+            work = self._plan(hold)
+            if work or self.preemptions == before:  # else somebody has given up memory, which another one may now have
+                return work
+
+    def _plan(self, hold: Container[Hashable]) -> list[Work]:
         preempted = self.preemptions
         ready = [one for one in self.running.values() if one.sequence.id not in hold]
         answering = [one for one in ready if one.computed == len(one.tokens) - 1]

@@ -22,6 +22,8 @@ class Kind(StrEnum):
 
 
 AUTO: Final = "auto"
+SEEN: Final = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+"""Of our environment, what a process that computes needs: which devices are its own, and where their drivers are."""
 _TORCH_NAMES: Final = MappingProxyType({Kind.ROCM: "cuda"})
 """torch calls AMD's devices cuda."""
 

@@ -1,37 +1,70 @@
-"""Look for devices: torch says which there are, the vendors' libraries add what torch does not know."""
+"""Look for devices: torch says which there are, the vendors' libraries add what torch does not know.
+
+torch is asked in a child, since a node that computes nothing itself needs none of it: 140 MB of memory, and the handle of a GPU.
+"""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
 from dataclasses import replace
-from types import MappingProxyType
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
+import node
+from node.errors import DeviceNotFound
+from node.hardening import environment
 from node.runtime.hal import amd, nvidia, processor
-from node.runtime.hal.devices import AUTO, Choice, Device, Found, Kind, choose
+from node.runtime.hal.by_torch import look
+from node.runtime.hal.devices import AUTO, SEEN, Choice, Device, Found, Kind, choose
 from node.runtime.hal.readings import Reading, Unavailable
+from protocol.tame import one_line
+
+CHILD_SECONDS: Final = 120.0
+"""A cold disk and a busy machine take their time over torch."""
+ANSWER_LIMIT: Final = 1 << 20
 
 
 def find(torch: Any = None) -> Found:
-    """Every device that torch can compute on, best kind first. Loads torch; `torch`: instead of it."""
-    module = importlib.import_module("torch") if torch is None else torch
-    devices: list[Device] = []
-    absent: dict[Kind, str] = {}
-    for kind, look in _PROBES.items():
-        try:
-            found = look(module)
-        except (
-            RuntimeError,
-            AssertionError,
-            OSError,
-        ) as error:  # a driver that is too old, a device that fell off the bus
-            found = f"torch cannot use it: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
-        if isinstance(found, str):
-            absent[kind] = found
-        else:
-            devices += found
-    return Found(tuple(devices), absent)
+    """Every device that torch can compute on, best kind first. torch is loaded in a process that ends with its answer, once in
+    the life of ours; what the processor has free is looked up each time. `torch`: asked here, instead.
+
+    Raises `DeviceNotFound` when torch cannot be loaded."""
+    if torch is not None:
+        return look(torch)
+    seen = _seen()
+    total, free = processor.memory()
+    devices = (
+        replace(one, memory_total=total, memory_free=free) if one.kind is Kind.CPU else one for one in seen.devices
+    )
+    return Found(tuple(devices), seen.absent)
+
+
+@cache
+def _seen() -> Found:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "node.runtime.hal.probe_child"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=CHILD_SECONDS,
+            check=False,
+            cwd="/",
+            env=environment(
+                SEEN, PYTHONPATH=str(Path(node.__file__).resolve().parents[1]), OMP_WAIT_POLICY="PASSIVE", HOME="/tmp"
+            ),
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DeviceNotFound(f"torch could not be asked for devices: {error}"[:300]) from None
+    lines = done.stdout[-ANSWER_LIMIT:].splitlines()
+    try:
+        return msgspec.json.decode(lines[-1] if lines else b"", type=Found)
+    except msgspec.DecodeError:
+        said = one_line(done.stderr.decode(errors="replace"))[-300:] or f"its process ended with {done.returncode}"
+        raise DeviceNotFound(f"torch could not be asked for devices: {said}", hint="gristmill doctor") from None
 
 
 def chosen(wanted: str = AUTO, torch: Any = None) -> Choice:
@@ -65,127 +98,3 @@ def with_vendor(device: Device, reading: Reading | Unavailable) -> Device:
         pcie_width=reading.pcie_width,
         power_limit_watts=reading.power_limit_watts,
     )
-
-
-# ------------------------------------------------------------------------------------------------------ by kind
-
-
-def _cuda(torch: Any) -> list[Device] | str:
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no NVIDIA device, or no driver that this torch can use"
-    return [_cuda_device(torch, index) for index in range(torch.cuda.device_count())]
-
-
-def _cuda_device(torch: Any, index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = int(properties.major), int(properties.minor)
-    flags = [
-        name
-        for name, since in (("fp16", (7, 0)), ("int8", (7, 5)), ("bf16", (8, 0)), ("fp8", (8, 9)))
-        if (major, minor) >= since
-    ]
-    uuid = str(getattr(properties, "uuid", ""))
-    return Device(
-        kind=Kind.CUDA,
-        index=index,
-        name=str(properties.name),
-        uuid=uuid if not uuid or uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}",
-        memory_total=int(total),
-        memory_free=int(free),
-        runtime=f"CUDA {torch.version.cuda}",
-        capability=f"{major}.{minor}",
-        flags=tuple(flags),
-        bus=_bus(properties),
-    )
-
-
-def _rocm(torch: Any) -> list[Device] | str:
-    if torch.version.hip is None:
-        return "this torch is built without ROCm"
-    if not torch.cuda.is_available():
-        return "no AMD device, or no driver that this torch can use"
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        architecture = str(getattr(properties, "gcnArchName", ""))
-        found.append(
-            Device(
-                kind=Kind.ROCM,
-                index=index,
-                name=str(properties.name),
-                uuid=str(getattr(properties, "uuid", "")),
-                memory_total=int(total),
-                memory_free=int(free),
-                runtime=f"ROCm {torch.version.hip}",
-                capability=architecture.partition(":")[0],
-                flags=tuple(architecture.split(":")[1:]),
-                bus=_bus(properties),
-            )
-        )
-    return found
-
-
-def _xpu(torch: Any) -> list[Device] | str:
-    if not hasattr(torch, "xpu") or not torch.xpu.is_available():
-        return "this torch is built without it, or no Intel device is there"
-    found = []
-    for index in range(torch.xpu.device_count()):
-        properties = torch.xpu.get_device_properties(index)
-        free, total = torch.xpu.mem_get_info(index)
-        flags = [name for name in ("has_fp16", "has_fp64", "has_atomic64") if getattr(properties, name, False)]
-        found.append(
-            Device(
-                kind=Kind.XPU,
-                index=index,
-                name=str(properties.name),
-                uuid=str(getattr(properties, "uuid", "")),
-                memory_total=int(total),
-                memory_free=int(free),
-                driver=str(getattr(properties, "driver_version", "")),
-                runtime=str(getattr(properties, "platform_name", "")),
-                capability=str(getattr(properties, "architecture", "")),
-                flags=tuple(flag.removeprefix("has_") for flag in flags),
-            )
-        )
-    return found
-
-
-def _mps(torch: Any) -> list[Device] | str:
-    if not torch.backends.mps.is_available():
-        return "no Apple device, or a torch without Metal"
-    total = int(torch.mps.recommended_max_memory())
-    base = processor.processor()
-    return [
-        Device(
-            kind=Kind.MPS,
-            index=0,
-            name=base.name,
-            uuid=base.uuid.replace("CPU-", "MPS-"),
-            memory_total=total,
-            memory_free=max(0, min(total - int(torch.mps.driver_allocated_memory()), base.memory_free)),
-            runtime="Metal",
-        )
-    ]
-
-
-def _cpu(torch: Any) -> list[Device] | str:
-    return [processor.processor(str(torch.backends.cpu.get_cpu_capability()))]
-
-
-_PROBES: Final[Mapping[Kind, Callable[[Any], list[Device] | str]]] = MappingProxyType(
-    {Kind.CUDA: _cuda, Kind.ROCM: _rocm, Kind.XPU: _xpu, Kind.MPS: _mps, Kind.CPU: _cpu}
-)
-"""In the order of preference."""
-
-
-def _bus(properties: Any) -> str:
-    """PCI address as the system writes it; empty where torch does not tell."""
-    parts = [getattr(properties, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
-    if None in parts:
-        return ""
-    domain, bus, slot = parts
-    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"

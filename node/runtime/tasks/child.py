@@ -13,17 +13,15 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import trio
 
+from node.codec import Unreadable
 from node.errors import InputInvalid, ModelError
 from node.groups import plain_errors
 from node.ports import Step
 from node.runtime.tasks import wire
 from node.runtime.tasks.loading import TaskSettings, load_runner
 from node.runtime.tasks.runner import Runner
-from protocol.errors import GristmillError
-from protocol.frames import FrameReader
 
 _READ: Final = 1 << 18
 
@@ -31,7 +29,7 @@ _READ: Final = 1 << 18
 class _Line:
     def __init__(self, sock: socket.socket) -> None:
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        self._reader = FrameReader(wire.TO_CHILD)
+        self._reader = wire.TO_CHILD.reader()
         self._lock = trio.StrictFIFOLock()
 
     async def receive(self) -> list[wire.ToChild]:
@@ -39,15 +37,15 @@ class _Line:
         while True:
             try:
                 data = await self._stream.receive_some(_READ)
-                messages = [wire.read_by_child(payload) for payload in self._reader.feed(bytes(data))]
-            except (trio.BrokenResourceError, msgspec.DecodeError, GristmillError):
+                messages = self._reader.feed(bytes(data))
+            except (trio.BrokenResourceError, Unreadable):
                 return []
             if messages or not data:
                 return messages
 
     async def send(self, message: wire.ToNode) -> None:
         async with self._lock:
-            await self._stream.send_all(wire.for_node(message))
+            await self._stream.send_all(wire.TO_NODE.frame(message))
 
 
 class _Job:

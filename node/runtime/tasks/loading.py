@@ -25,6 +25,10 @@ class TaskSettings:
     threads: int = 1
     """Of each model while it computes."""
     max_jobs: int = 4
+    pinned: tuple[str, ...] = ()
+    """Names or ids of models that are never put out of memory for another."""
+    lazy: bool = False
+    """Models that were put out of memory are sold on, and loaded when a job wants them."""
 
 
 def load_runner(folder: Path, settings: TaskSettings) -> tuple[Runner, str]:

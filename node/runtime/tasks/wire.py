@@ -1,4 +1,4 @@
-"""The line between a node and the process that runs one task model: typed, bounded; msgpack arrays in length-prefixed frames.
+"""The line between a node and the process that runs one task model: every message, typed and bounded (`node.codec`).
 
 The process computes only when asked: a step is answered to `Next`, and it asks for media by `Pull`, so that nothing is computed
 or taken in that nobody has paid for. The node does not trust it: what it says is decoded strictly here.
@@ -10,15 +10,10 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from node.codec import Codec
 from node.runtime.tasks.prepare import Rows
-from protocol.frames import encode_frame
 from protocol.messages import FinishReason, Params
 from protocol.tasks import WIDTH_LIMIT, Task
-
-TO_CHILD: Final = 32 << 20
-"""Bytes of one message: 1,024 pairs of texts as token ids fit, and a piece of media."""
-TO_NODE: Final = 4 << 20
-"""As many rows as are answered together, of the widest."""
 
 _Meta = msgspec.Meta
 Number = Annotated[int, _Meta(ge=0, le=2**63 - 1)]
@@ -120,26 +115,7 @@ class Failed(_Message):
 
 ToChild = Load | Start | Next | Piece | MediaEnd | Cancel
 ToNode = Ready | Pull | Stepped | Refused | Failed
-_to_child = msgspec.msgpack.Decoder(ToChild)
-_to_node = msgspec.msgpack.Decoder(ToNode)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def for_child(message: ToChild) -> bytes:
-    return encode_frame(_encoder.encode(message), TO_CHILD)
-
-
-def for_node(message: ToNode) -> bytes:
-    return encode_frame(_encoder.encode(message), TO_NODE)
-
-
-def read_by_child(payload: bytes) -> ToChild:
-    """Raises `msgspec.DecodeError`."""
-    message: ToChild = _to_child.decode(payload)
-    return message
-
-
-def read_by_node(payload: bytes) -> ToNode:
-    """Raises `msgspec.DecodeError`."""
-    message: ToNode = _to_node.decode(payload)
-    return message
+TO_CHILD: Final = Codec[ToChild](ToChild, 32 << 20)
+"""1,024 pairs of texts as token ids fit, and a piece of media."""
+TO_NODE: Final = Codec[ToNode](ToNode, 4 << 20)
+"""As many rows as are answered together, of the widest."""
