@@ -131,7 +131,7 @@ def batch_settings(config: Config, chains: Chains) -> BatchSettings:
         named |= {chain.jobs.committee for chain in chains if chain.jobs is not None}
     return BatchSettings(
         quotes=QuoteRules(resolvers=frozenset(named | {ZERO_ADDRESS}), max_jobs=given.batch_jobs),
-        run=RunSettings(streams=given.batch_streams),
+        run=RunSettings(streams=given.batch_streams, share=given.batch_share / 100),
     )
 
 

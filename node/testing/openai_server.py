@@ -71,6 +71,8 @@ class _Reply:
     """What is left of the answer."""
     prompt_tokens: int
     most: int
+    told_back: Sequence[int] = ()
+    """The prompt, which vLLM tells in the first event where it tells ids."""
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -82,6 +84,8 @@ class _Reply:
         choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
         if self.script.tells_ids:
             choice["token_ids"] = list(ids)
+            choice["prompt_token_ids"] = list(self.told_back) or None
+            self.told_back = ()
         return {"id": "cmpl-1", "object": "text_completion", "model": NAME, "choices": [choice]}
 
     async def tokens(self, count: int) -> None:
@@ -223,6 +227,7 @@ WOUNDS: Final[Mapping[str, Wound]] = MappingProxyType(
         "no json": _after(1, b"data: {'choices': 1}\n\n"),
         "deep json": _after(1, b'data: {"choices": ' + b"[" * 5000 + b"]" * 5000 + b"}\n\n"),
         "wrong types": _after(1, b'data: {"choices": [{"index": 0, "text": 7}]}\n\n'),
+        "prompt of another": _chunks(lambda one: [one.chunk("", []) | {"prompt_token_ids": [1 << 19] * 60_000}]),
         "two choices": _chunks(lambda one: [{"choices": [{"index": 0, "text": "a"}, {"index": 1, "text": "b"}]}]),
         "another choice": _chunks(lambda one: [{"choices": [{"index": 3, "text": "a"}]}]),
         "silent": _after(0, hold=True),
@@ -300,7 +305,7 @@ async def _complete(server: ScriptedServer, stream: trio.SocketStream, asked: Ma
     ids = prompt if isinstance(prompt, list) else server.tokenizer.encode(prompt)
     done = next(n for n in range(len(script.answer), -1, -1) if not n or list(script.answer[:n]) == ids[-n:])
     reply = _Reply(
-        stream, script, server.tokenizer, script.answer[done:], len(ids) + script.adds_tokens, asked["max_tokens"]
+        stream, script, server.tokenizer, script.answer[done:], len(ids) + script.adds_tokens, asked["max_tokens"], ids
     )
     if script.wound and asked["max_tokens"] > 1 and script.wounded > 0:
         script.wounded -= 1

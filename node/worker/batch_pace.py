@@ -1,4 +1,4 @@
-"""Is a batch job in time? Pure: seconds and counts in, a decision out.
+"""Is a batch job in time, and may it go on beside live streams? Pure: seconds and counts in, a decision out.
 
 Batch jobs give way to live streams as long as they can afford to (`pressed`). A job that cannot be done is given up early enough
 to say so before its deadline, which costs a quarter of silence (`hopeless`).
@@ -21,10 +21,10 @@ BEYOND: Final = 3.0
 class Pace:
     left: int
     """Items that are not finished."""
-    finished: int
-    """Items that were finished since this process took the job up."""
+    finished: float
+    """Items that were finished since this process took the job up, without what was computed of them in the streams' time."""
     busy_s: float
-    """Seconds in which at least one of its items was computed, since then."""
+    """Seconds in which at least one of its items was computed, since then; pauses and the streams' time left out."""
     guess_s: float
     """Seconds per item, from the self-test, for as long as too few are finished; 0 when that is unknown."""
 
@@ -47,3 +47,32 @@ def hopeless(pace: Pace, time_left_s: float) -> bool:
     if time_left_s <= 0:
         return True
     return pace.finished >= ENOUGH_ITEMS and pace.needed_s > time_left_s * BEYOND
+
+
+class Share:
+    """The part of the time in which batch items may go on while live streams run: one item at once, in turns of one step.
+
+    A turn that took t seconds is followed by a rest of t (1 - part) / part, so however long a step is, all turns together
+    take `part` of the time, 0 to 1.
+    """
+
+    def __init__(self, part: float) -> None:
+        self._part = part
+        self._taken, self._since = False, 0.0
+        self._rest_until = -1e18
+
+    def take(self, now: float) -> bool:
+        """Begin a turn, if there is one to be had."""
+        if not self._part or self._taken or now < self._rest_until:
+            return False
+        self._taken, self._since = True, now
+        return True
+
+    def give(self, now: float) -> None:
+        """End the turn that was taken."""
+        self._taken = False
+        self._rest_until = now + (now - self._since) * (1 - self._part) / self._part
+
+    def rest(self, now: float) -> float:
+        """Seconds until a turn may begin."""
+        return max(self._rest_until - now, 0.0)

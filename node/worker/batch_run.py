@@ -6,6 +6,9 @@ Rules
 - The result is durable before the journal has its hash and claim, and that before anything is signed. There is one, ever (B2).
 - Live streams come first: a batch item never takes a place that a stream could have, steps back when one comes, and pauses while
   any runs, unless its own deadline presses.
+- A small part of the time is the batch jobs' all the same (`share`), so that streams without end do not make them wait for their
+  deadlines: one item at once, one more than there are places where streams have them all. Memory stays the streams'.
+- What an item has said when it steps back is not computed again: it goes on from there, as a stream would elsewhere.
 - A job that cannot be done is given up while that still can be said (`batch_pace.hopeless`).
 """
 
@@ -13,8 +16,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -26,7 +29,7 @@ from node.ports import Backend, Prompt
 from node.store.batch import BatchBook
 from node.store.errors import ResultConflict, ResultsFull
 from node.store.results import KEEP_MS, Results
-from node.worker.batch_pace import Pace, hopeless, pressed
+from node.worker.batch_pace import Pace, Share, hopeless, pressed
 from node.worker.batch_quotes import HeldQuote, parts_of, spec_key
 from node.worker.tenants import Tenants
 from protocol.batch import BatchGivenUp, BatchResultKept, BatchState
@@ -54,6 +57,8 @@ TRIES: Final = 3
 class RunSettings:
     streams: int = 2
     """Items at once, over all jobs."""
+    share: float = 0.1
+    """Part of the time, 0 to 1, in which an item goes on although live streams run."""
     margin_s: int = 120
     """Before the deadline by which the result must be there."""
     piece_items: int = 16
@@ -64,6 +69,17 @@ class RunSettings:
     """How often a paused item looks whether it may go on."""
     quiet_s: float = 0.5
     """How long nothing begins after memory was freed for a live stream."""
+
+
+@dataclass(slots=True)
+class _Begun:
+    """What there is of an item that is not finished. In memory only."""
+
+    ids: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    steps: int = 0
+    lent: int = 0
+    """Steps of them in the share of streams' time."""
 
 
 @dataclass(slots=True)
@@ -82,19 +98,28 @@ class _Job:
     items: dict[int, ResultItem] = field(default_factory=dict)
     waiting: deque[int] = field(default_factory=deque)
     running: dict[int, trio.CancelScope] = field(default_factory=dict)
+    begun: dict[int, _Begun] = field(default_factory=dict)
     unsaved: list[int] = field(default_factory=list)
     unsaved_since: float = 0.0
     pieces: int = 0
     kept: bool = False
     """Its specification is kept until its end: what is not opened is kept for a day."""
     failures: int = 0
-    finished: int = 0
+    finished: float = 0.0
+    busy: int = 0
+    """Items that compute at full speed."""
     busy_s: float = 0.0
     busy_since: float = 0.0
 
     @property
     def total(self) -> int:
         return len(self.spec.inputs)
+
+    def computes(self, more: int) -> None:
+        """One more item computes at full speed, or one less."""
+        now = trio.current_time()
+        self.busy_s += now - self.busy_since if self.busy else 0.0
+        self.busy, self.busy_since = self.busy + more, now
 
 
 def piece_key(job_id: JobId, number: int) -> Hash32:
@@ -144,6 +169,7 @@ class BatchRunner:
         """Jobs that cannot even begin, and why."""
         self._quiet_until = -1e9
         """No item begins before: memory that was freed for a stream is not to be taken back at once."""
+        self._share = Share(settings.share)
         self._wake = trio.Event()
 
     # ------------------------------------------------------------------------------------------------------- for others
@@ -256,17 +282,16 @@ class BatchRunner:
 
     @property
     def _allowed(self) -> int:
-        """Items that may run now. One place stays free for the next stream, where there is more than one."""
+        """Items that may run now. One place stays free for the next stream, where there is more than one; the item that goes on
+        in the share of streams' time needs none."""
         if trio.current_time() < self._quiet_until:
             return 0
         free = self._places - self._streams_live() - (1 if self._places > 1 else 0)
-        return max(0, min(self._settings.streams, free))
+        return max(1 if self._settings.share else 0, min(self._settings.streams, free))
 
     def _start(self, job: _Job, nursery: trio.Nursery) -> None:
         index = job.waiting.popleft()
         scope = job.running[index] = trio.CancelScope()
-        if len(job.running) == 1:
-            job.busy_since = trio.current_time()
         nursery.start_soon(self._item, job, index, scope)
 
     async def _item(self, job: _Job, index: int, scope: trio.CancelScope) -> None:
@@ -277,15 +302,15 @@ class BatchRunner:
         except (ModelError, PromptInvalid) as error:
             log.error("input %d of batch job %s failed: %s", index, job.job_id, error)
             job.failures += 1
+            job.begun.pop(index, None)  # from its beginning: what it had said may be what it failed of
         finally:
             job.running.pop(index, None)
-            if not job.running:
-                job.busy_s += trio.current_time() - job.busy_since
-        if item is None:  # stepped back, or failed: once more, from its beginning
+        if item is None:
             job.waiting.appendleft(index)
         else:
             job.items[index] = item
-            job.finished += 1
+            begun = job.begun.pop(index)
+            job.finished += 1 - begun.lent / max(begun.steps, 1)
             if not job.unsaved:
                 job.unsaved_since = trio.current_time()
             job.unsaved.append(index)
@@ -294,24 +319,43 @@ class BatchRunner:
     async def _compute(self, job: _Job, index: int) -> ResultItem | None:
         """None when there is no memory for it now."""
         prompt = await trio.to_thread.run_sync(self._prepare, job, index)
-        if not self._backend.fits(prompt, job.spec.params.max_tokens):
-            await trio.sleep(self._settings.pause_s)
-            return None
-        ids: list[int] = []
-        text: list[str] = []
-        async with aclosing(self._backend.generate(prompt, job.spec.params)) as steps:
-            async for step in steps:
-                ids.extend(step.token_ids)
-                text.append(step.text)
+        begun = job.begun.setdefault(index, _Begun())
+        async with aclosing(self._backend.generate(prompt, job.spec.params, tuple(begun.ids))) as steps:
+            fits = False
+            while True:
+                async with self._turn(job) as lent:
+                    fits = fits or self._backend.fits(prompt, job.spec.params.max_tokens)
+                    step = await anext(steps, None) if fits else None
+                if not fits:
+                    await trio.sleep(self._settings.pause_s)
+                    return None
+                if step is None:
+                    raise ModelError("the runtime ended without a reason of the model's")
+                begun.ids.extend(step.token_ids)
+                begun.text.append(step.text)
+                begun.steps, begun.lent = begun.steps + 1, begun.lent + lent
                 if step.finish_reason is not None:
-                    return ResultItem(tuple(ids), "".join(text), step.finish_reason)
-                await self._turn(job)
-        raise ModelError("the runtime ended without a reason of the model's")
+                    return ResultItem(tuple(begun.ids), "".join(begun.text), step.finish_reason)
 
-    async def _turn(self, job: _Job) -> None:
-        """While live streams run, this item waits, unless its deadline presses: the engine goes on without it."""
+    @asynccontextmanager
+    async def _turn(self, job: _Job) -> AsyncIterator[bool]:
+        """Around each step. While live streams run, this item waits, unless its deadline presses: the engine goes on without it.
+        True: it is a step in the share of the streams' time."""
+        lent, pause = False, self._settings.pause_s
         while self._streams_live() and not pressed(self._pace(job), self._time_left(job)):
-            await trio.sleep(self._settings.pause_s)
+            now = trio.current_time()
+            if lent := self._share.take(now):
+                break
+            await trio.sleep(min(pause, self._share.rest(now) or pause))
+        if not lent:
+            job.computes(+1)
+        try:
+            yield lent
+        finally:
+            if lent:
+                self._share.give(trio.current_time())
+            else:
+                job.computes(-1)
 
     def _prepare(self, job: _Job, index: int) -> Prompt:
         prompt = self._backend.prepare(ModelId(job.spec.model_id), job.spec.prompt(index))
@@ -407,5 +451,5 @@ class BatchRunner:
         return job.deadline - self._settings.margin_s - self._chain_now(job.domain)
 
     def _pace(self, job: _Job) -> Pace:
-        busy = job.busy_s + (trio.current_time() - job.busy_since if job.running else 0.0)
+        busy = job.busy_s + (trio.current_time() - job.busy_since if job.busy else 0.0)
         return Pace(job.total - len(job.items), job.finished, busy, job.guess_s)

@@ -3,7 +3,10 @@ silence. Each ends in an audit, with the money where docs/spec/batch.md says."""
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +41,7 @@ from node.testing.market import PENALTY, Market, key, run_market
 from node.worker import batch_run
 from node.worker.allowance import Limits
 from node.worker.batch import BatchRules
+from node.worker.batch_pace import Share
 from node.worker.batch_quotes import HELD_EACH, spec_key
 from node.worker.batch_run import RunSettings, piece_key
 from node.worker.desk import Speed
@@ -1409,6 +1413,108 @@ def test_live_streams_come_first() -> None:
             await stream.text()
         await job.result(20)
         await until(lambda: job.state.ended and not worker.server.busy)
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("places", [1, 4])
+@pytest.mark.parametrize("percent", [0, 10, 50])
+def test_beside_chats_without_end_batch_jobs_have_their_share(places: int, percent: int) -> None:
+    """All places are taken the whole time and no deadline presses. Counted in tokens of one chat, whatever the machine does."""
+
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=4000, seconds_per_token=0.004, slots=places))
+        made, generate = Counter[str](), backend.generate
+
+        async def counted(prompt: Any, params: Any, resume: Any = ()) -> Any:
+            async with aclosing(generate(prompt, params, resume)) as steps:
+                async for step in steps:
+                    made["chat" if params.max_tokens == 4000 else "batch"] += 1
+                    yield step
+
+        backend.generate = counted  # type: ignore[method-assign]
+        usual = settings(market, share=percent / 100)
+        worker = await market.worker(backend, replace(usual, serve=replace(usual.serve, max_streams=places)))
+        client = await a_client(market)
+
+        async def chat() -> None:
+            async with client.chat("fake", [{"role": "user", "content": "hello"}], max_tokens=4000) as stream:
+                await stream.text()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(places):
+                nursery.start_soon(chat)
+            await until(lambda: worker.server.live == places)
+            await client.post_job("fake", LINES[:2], max_tokens=3999)
+            await until(lambda: worker.batch and worker.batch.runner._jobs)
+            assert worker.batch is not None
+            if percent:
+                await until(lambda: made["batch"])
+            before = made.copy()
+            await until(lambda: made["chat"] - before["chat"] >= 300 * places)
+            assert worker.server.live == places and worker.server.free_slots == 0
+            part = (made["batch"] - before["batch"]) / 300
+            assert 0.4 * percent / 100 <= part <= 1.3 * percent / 100 + 0.02
+            assert worker.batch.runner.active == (1 if percent else 0)
+            nursery.cancel_scope.cancel()
+
+    run_market(test)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.1, 0.5, 1.0])
+def test_turns_take_their_part_of_the_time_however_long_a_step_is(part: float) -> None:
+    share, rng = Share(part), random.Random(3)
+    now = used = 0.0
+    for _ in range(500):
+        now += share.rest(now)
+        assert share.take(now) and not share.take(now), "one at once"
+        step = rng.uniform(0.001, 2)
+        now, used = now + step, used + step
+        share.give(now)
+        assert part == 1 or not share.take(now)
+    assert used / (now + share.rest(now)) == pytest.approx(part)
+    assert not Share(0).take(1e9)
+
+
+def test_slow_going_beside_streams_does_not_end_a_job() -> None:
+    """What is computed in the streams' time says nothing of how fast the job goes when it must: it would look hopeless."""
+
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=4, seconds_per_token=0.01))
+        worker, client = await pair(market, backend, share=0.05)
+        assert worker.batch is not None
+        runner = worker.batch.runner
+        runner._streams_live = lambda: 1
+        job = await client.post_job("fake", LINES, max_tokens=8)
+        await until(lambda: runner._jobs)
+        (one,) = runner._jobs.values()
+        await until(lambda: len(one.items) >= 5)
+        pace = runner._pace(one)
+        assert pace.finished == pace.busy_s == 0 and not theirs(worker, job).failure
+        runner._streams_live = lambda: 0
+        await until(lambda: len(one.items) == 10)
+        await job.result(20)
+        assert 0 < one.finished <= 5 and 0 < one.busy_s < 2
+        await until(lambda: job.state.ended)
+        await clean(market, worker, client)
+
+    run_market(test)
+
+
+def test_an_item_that_steps_back_goes_on_where_it_was() -> None:
+    async def test(market: Market) -> None:
+        backend = FakeBackend(FakeSettings(tokens=60, seconds_per_token=0.01))
+        worker, client = await pair(market, backend)
+        job = await client.post_job("fake", LINES[:1], max_tokens=60)
+        for least in (10, 25):
+            await until(lambda least=least: backend.produced >= least)
+            assert worker.batch is not None and worker.batch.runner._drop_one()
+        result = await job.result(20)
+        assert backend.aborted == 2 and backend.produced == 60
+        whole = await client.post_job("fake", LINES[:1], max_tokens=60, id="again")
+        assert result == await whole.result(20) and len(result[0].token_ids) == 60
+        await until(lambda: job.state.ended and whole.state.ended)
         await clean(market, worker, client)
 
     run_market(test)

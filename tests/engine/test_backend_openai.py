@@ -135,6 +135,35 @@ def test_an_answer_arrives_token_for_token(stored: Stored, kind: str) -> None:
     assert ("its token ids" in said[-1]) is SERVERS[kind].get("tells_ids", True)
 
 
+@pytest.mark.parametrize("tokens", [30_000, 130_000])
+def test_a_long_prompt_that_is_told_back_breaks_no_stream(stored: Stored, tokens: int) -> None:
+    """vLLM tells the ids of the prompt in the first event: up to a megabyte, where an event has 256 KiB."""
+
+    async def test(backend: OpenAIBackend, server: ScriptedServer) -> None:
+        short = ask(backend)
+        largest = stored.tokenizer.vocab_size - 1  # as many digits as an id of it can have
+        prompt = replace(short, token_ids=(largest,) * (tokens - len(short.token_ids)) + short.token_ids)
+        ids: list[int] = []
+        async with aclosing(backend.generate(prompt, Params(max_tokens=500))) as steps:
+            async for step in steps:
+                ids += step.token_ids
+        assert ids == list(stored.answer) and len(server.script.requests[-1]["prompt"]) == tokens
+
+    serve(stored, test)
+
+
+def test_what_may_be_told_back_is_bounded_by_what_was_asked(stored: Stored) -> None:
+    """An event as long as a long prompt's, after a short one; and to a server that tells no ids, nothing is granted."""
+
+    async def test(backend: OpenAIBackend, server: ScriptedServer) -> None:
+        server.script.wound = "prompt of another"
+        with pytest.raises(ModelError, match="an event is longer than"):
+            await run(backend)
+
+    serve(stored, test)
+    serve(stored, test, Script(tells_ids=False, owned_by="sglang"))
+
+
 @pytest.mark.parametrize("kind", SERVERS)
 def test_a_stream_goes_on_from_every_token(stored: Stored, kind: str) -> None:
     async def test(backend: OpenAIBackend, server: ScriptedServer) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from node.runtime.engine import lookup  # noqa: E402
+from node.runtime.engine import draft, lookup  # noqa: E402
 from node.runtime.engine.blocks import BlockPool, chain, root  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
 from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError, UnsupportedModel  # noqa: E402
@@ -53,7 +53,7 @@ def test_rows_of_very_different_length_share_a_step(tiny: Path) -> None:
 
 def test_a_small_budget_serves_everyone_in_turn(tiny: Path) -> None:
     engine = Engine(tiny, token_budget=3, prefill_chunk=4, lookup=False)
-    jobs = [job(n, SHARED[n : n + 9], 20) for n in range(7)]
+    jobs = [job(n, SHARED[n : n + 9], 40) for n in range(7)]
     alone = {one.id: run(Engine(tiny), one)[one.id] for one in jobs}
     for one in jobs:
         engine.submit(one)
@@ -61,8 +61,8 @@ def test_a_small_budget_serves_everyone_in_turn(tiny: Path) -> None:
     hold: set[int] = {0, 1, 2}
     seen: list[set[Any]] = []
     while not engine.idle:
-        if all(made[n] for n in range(6)):
-            hold = set()  # six answers now, and three tokens for them in a step
+        if all(made[n] for n in range(7)):
+            hold = set()  # seven answers now, and three tokens for them in a step
         outputs = engine.step(hold if made[2] else ())
         assert engine.stats.step_tokens <= 3
         for output in outputs:
@@ -70,7 +70,57 @@ def test_a_small_budget_serves_everyone_in_turn(tiny: Path) -> None:
         if not hold:
             seen.append({output.id for output in outputs})
     assert made == alone
-    assert seen[0] | seen[1] == set(range(6)) and not seen[0] & seen[1], "those who waited come first"
+    assert len(seen[0] | seen[1]) == 6 and seen[0] | seen[1] | seen[2] == set(range(7)), "those who waited come first"
+
+
+@pytest.mark.parametrize(("budget", "within"), [(64, 1), (12, 1), (3, 3), (1, 8)])
+@pytest.mark.parametrize("answers", [1, 64, 150])
+def test_a_prompt_begins_however_many_answer(tiny: Path, budget: int, within: int, answers: int) -> None:
+    """Answers alone would take the whole budget of every step. The prompt's share also bounds when it ends."""
+    engine = Engine(tiny, prefix_cache=False, lookup=False)
+    for n in range(answers):
+        engine.submit(job(n, SHARED[n % 60 : n % 60 + 2], 150))
+    while len(engine.step()) < answers:
+        pass
+    engine._scheduler._budget = budget
+    prompt = SHARED[:33]
+    engine.submit(job("late", prompt, 2))
+    late, begun, steps = engine._scheduler.running["late"], 0, 0
+    while late.computed < len(prompt):
+        made = engine.step()
+        steps += 1
+        assert engine.stats.step_tokens <= budget
+        begun = begun or (steps if late.computed else 0)
+        assert budget == 1 or answers == 1 or made, "and the answers go on"
+    assert 1 <= begun <= within
+    assert steps <= -(-8 * len(prompt) // budget) + 1
+
+
+def test_a_prompt_that_is_cut_short_gains_no_claim_on_later_steps(tiny: Path) -> None:
+    """Beside answers it is not computed as fast as its share would allow; the answers go on in each step all the same."""
+    engine = Engine(tiny, prefix_cache=False, lookup=False, token_budget=128)
+    for n in range(100):
+        engine.submit(job(n, SHARED[n % 60 : n % 60 + 2], 60))
+    while len(engine.step()) < 100:
+        pass
+    engine._scheduler.pace.learn = lambda *_: None  # type: ignore[method-assign]
+    engine._scheduler.pace.beside = 4
+    engine.submit(job("late", (SHARED * 2)[:120], 2))
+    for _ in range(30):
+        assert len(engine.step()) >= 100 and engine.stats.step_tokens == 104
+
+
+def test_a_share_is_kept_for_one_who_can_use_it(tiny: Path) -> None:
+    """One without memory waits in vain: then the answers have the whole budget."""
+    engine = Engine(tiny, token_budget=16, prefix_cache=False, cache_bytes=48 * 16 * 384)
+    for n in range(24):
+        engine.submit(job(n, SHARED[n : n + 2], 30))
+    engine.submit(job("free", SHARED[:60], 30, paid=False))
+    while engine._scheduler.running[23].computed < 2:
+        engine.step()
+    assert engine.stats.waiting == 1 and len(engine.step()) == 16
+    assert engine.abort(0) and engine.abort(1)
+    assert len(engine.step()) == 14 and engine.stats.waiting == 0
 
 
 # ------------------------------------------------------------------------------------------------------ shared prefixes
@@ -300,11 +350,11 @@ def test_a_draft_model_changes_no_token(tiny: Path, make_model: Callable[..., Pa
     jobs = [job(n, SHARED[n : n + 25], 60, sampling=replace(sampling, seed=n)) for n in range(3)]
     plain = Engine(tiny, lookup=False)
     wanted = {one.id: run(plain, one)[one.id] for one in jobs}
-    for draft, lookup_too in ((tiny, False), (tiny, True), (stranger, False)):
-        engine = Engine(tiny, lookup=lookup_too, draft_dir=draft, prefill_chunk=16)
+    for guesser, lookup_too in ((tiny, False), (tiny, True), (stranger, False)):
+        engine = Engine(tiny, lookup=lookup_too, draft_dir=guesser, prefill_chunk=16)
         assert run(engine, *jobs) == wanted
         assert engine.stats.guessed_tokens > 0
-        if draft == tiny and sampling.greedy:
+        if guesser == tiny and sampling.greedy:
             assert engine.stats.accepted_tokens == engine.stats.guessed_tokens > 100
         for one in jobs:
             engine.submit(one)
@@ -352,6 +402,51 @@ def test_lookup_repeats_what_followed_last_time() -> None:
     assert Lookup().propose([7, 7, 7, 7], 4) == [7, 7, 7, 7], "a run goes on"
     assert Lookup().propose([5, 6, 1, 2, 3, 9, 1, 2, 3], 6) == [9, 1, 2, 3, 9, 1]
     assert Lookup().propose([1, 2], 4) == [] and Lookup().propose([1, 2, 3, 4], 4) == []
+
+
+class Watched(list[int]):
+    """Counts what is read of it."""
+
+    read = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        self.read += len(found) if isinstance(at, slice) else 1
+        return found
+
+
+def test_a_long_prompt_is_looked_through_over_many_steps() -> None:
+    """The first guess of a long prompt costs no more than `AT_ONCE` places; what was read so far is guessed from already."""
+    rng = random.Random(1)
+    tokens = Watched(rng.randrange(50_000) for _ in range(60_000))
+    tokens[-3:] = tokens[100:103]
+    guess, steps = Lookup(), 0
+    assert guess.propose(tokens, 4) == list(tokens[103:107])
+    while guess._indexed < len(tokens):
+        tokens.append(7)
+        tokens.read = 0
+        guess.propose(tokens, 4)
+        steps += 1
+        assert tokens.read <= lookup.GRAM * (lookup.AT_ONCE + 2) + 4
+    assert steps <= 60_000 // lookup.AT_ONCE + 1
+    tokens.append(7)
+    tokens.read = 0
+    guess.propose(tokens, 4)
+    assert tokens.read <= 4 * lookup.GRAM + 4, "from then on what is new"
+
+
+def test_a_draft_model_looks_at_what_is_new() -> None:
+    known, tokens = draft._Known(), Watched(range(50_000))
+    known.tokens = list(range(49_000))
+    known.settle(tokens)
+    assert len(known.tokens) == 49_000
+    tokens.read = 0
+    known.tokens += [49_000, 49_001, 5, 6]
+    known.settle(tokens)
+    assert known.tokens == list(range(49_002)) and tokens.read <= 4
+    known = draft._Known(tokens=list(range(49_002)))
+    known.settle(Watched(range(49_002)))
+    assert len(known.tokens) == 49_001, "the last token of a sequence is always computed"
 
 
 def test_wrong_guesses_stop_guessing_for_a_while() -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from node.runtime.engine import dense, filters, philox, sampler  # noqa: E402
 from node.runtime.engine.history import History  # noqa: E402
 from node.runtime.engine.sampler import Draw, Scratch, pick_rows  # noqa: E402
@@ -152,14 +154,64 @@ def test_a_history_that_is_extended_equals_one_made_anew(case: Case, tokens: lis
     logits, params, prompt, _, _ = case
     tokens = [token % len(logits) for token in tokens]
     grown = History(params, prompt, tokens[:at], CPU)
+    one, other, guessed = (torch.tensor(logits, dtype=torch.float64) for _ in range(3))
     ahead = grown.ahead(tokens[at:])
+    ahead.adjust_(guessed)
     for token in tokens[at:]:
         grown.extend(token)
-    one, other, guessed = (torch.tensor(logits, dtype=torch.float64) for _ in range(3))
     grown.adjust_(one)
-    ahead.adjust_(guessed)
     History(params, prompt, tokens, CPU).adjust_(other)
     assert one.tolist() == other.tolist() == guessed.tolist() == reference.adjust(logits, params, prompt, tokens)
+
+
+class _Elements(TorchDispatchMode):
+    """Counts the elements that operators make."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.made += found.numel()
+        return found
+
+
+class _Slots(dict[int, int]):
+    """Counts what is read of it."""
+
+    read = 0
+
+    def __iter__(self) -> Any:
+        for key in super().__iter__():
+            self.read += 1
+            yield key
+
+    def get(self, *args: Any) -> Any:
+        self.read += 1
+        return super().get(*args)
+
+
+@pytest.mark.parametrize("size", [100, 60_000])
+def test_looking_ahead_costs_as_much_as_is_guessed(size: int) -> None:
+    """However long the prompt: what is beyond the row itself, which rules 1 to 4 look at anyway, follows from the guesses."""
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, logit_bias=((3, 2.0),))
+    history = History(params, range(size), [5, 6], CPU)
+    history._slots = _Slots(history._slots)
+    with _Elements() as elements:
+        ahead = [history.ahead([7] * n) for n in range(1, 9)]
+    assert elements.made == history._slots.read == 0
+    with _Elements() as elements:
+        for one in ahead:
+            history._state_after(one._more)
+    assert 0 < elements.made < 300 and history._slots.read == 8
+
+
+def test_looking_ahead_holds_until_the_history_goes_on() -> None:
+    history = History(SamplingParams(repetition_penalty=1.3), [1, 2], [], CPU)
+    ahead = history.ahead([3])
+    history.extend(4)
+    with pytest.raises(ValueError, match="gone on"):
+        ahead.adjust_(torch.zeros(8, dtype=torch.float64))
 
 
 def test_the_token_that_reaches_top_p_exactly_is_the_last() -> None:

@@ -130,6 +130,14 @@ class WorkerConfig:
         low=1,
         high=4096,
     )
+    batch_share: int = setting(
+        10,
+        "The part of the time in which one input of a batch job goes on although live streams run. 0: batch jobs wait for quiet "
+        "times, or for their deadlines.",
+        unit="percent",
+        low=0,
+        high=100,
+    )
     batch_jobs: int = setting(16, "Batch jobs that are open at once.", unit="jobs", low=1, high=1024)
     batch_resolvers: tuple[str, ...] = setting(
         (),

@@ -34,7 +34,7 @@ from node.runtime.backends.http_stream import HttpFailure, ServerAddress, reques
 from node.runtime.backends.openai_meeting import Acquaintance, ServerSettings
 from node.runtime.backends.openai_wire import END, Piece, ServerBusy, ServerFault, metrics, parse_piece, require_ok
 from node.runtime.backends.retokenise import Agreement, NotOurTokens, Retokeniser
-from node.runtime.backends.sse import BadEvents, EventReader
+from node.runtime.backends.sse import MAX_EVENT, BadEvents, EventReader
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
 from protocol.messages import ChatMessage, FinishReason, Params, ResponseFormat
@@ -46,6 +46,8 @@ MAX_METRICS: Final = 4 << 20
 _BYTES_PER_TOKEN: Final = 64 << 10
 """Most bytes of a stream for each token that may come, events and comments together, over a start of `_BYTES_TO_START`."""
 _BYTES_TO_START: Final = 1 << 20
+_BYTES_PER_ID: Final = 16
+"""Most bytes of each token id of a prompt that a server tells back: one that tells ids does so in its first event."""
 _USAGE_S: Final = 1.0
 """How long the end of a stream is waited for after its last token; nothing but a check depends on it."""
 
@@ -134,11 +136,11 @@ class OpenAIBackend:
         if dialect.salt and salt:
             body[dialect.salt] = salt.hex()
         encoded = msgspec.json.encode(body)
-        limit = _BYTES_TO_START + left * _BYTES_PER_TOKEN
+        echo = _BYTES_PER_ID * len(ids) if dialect.tells_ids else 0
         for attempt in range(self._settings.retries + 1):
             begun = False
             try:
-                async with aclosing(self._attempt(encoded, limit)) as pieces:
+                async with aclosing(self._attempt(encoded, left, echo)) as pieces:
                     async for piece in pieces:
                         begun = begun or bool(piece.text or piece.token_ids or piece.finish_reason)
                         yield piece
@@ -149,8 +151,9 @@ class OpenAIBackend:
                 log.info("%s: %s; asking again", self._address.name, error)
             await trio.sleep(0.2 * 2**attempt)
 
-    async def _attempt(self, body: bytes, limit: int) -> AsyncGenerator[Piece, None]:
-        settings = self._settings
+    async def _attempt(self, body: bytes, left: int, echo: int) -> AsyncGenerator[Piece, None]:
+        """`left`: tokens that may come; `echo`: bytes in which the prompt may be told back."""
+        settings, limit = self._settings, _BYTES_TO_START + left * _BYTES_PER_TOKEN + echo
         started = trio.current_time()
         times = {"connect_s": settings.connect_s, "answer_s": settings.first_token_s}
         accept = [("Accept", "text/event-stream")]
@@ -161,7 +164,7 @@ class OpenAIBackend:
                 raise ServerFault(
                     f"it answered with {answer.content_type[:40] or 'nothing'} where a stream was asked for"
                 )
-            reader, size, ended = EventReader(), 0, False
+            reader, size, ended = EventReader(MAX_EVENT + echo), 0, False
             deadline = started + settings.first_token_s
             while True:
                 data = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 MAX_EVENT: Final = 256 << 10
-"""Most bytes of one event, and of one line."""
+"""Most bytes of one event, and of one line, where nobody has said otherwise."""
 
 
 class BadEvents(ValueError):

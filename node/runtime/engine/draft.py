@@ -27,7 +27,16 @@ class _Known:
     table: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """Guessed ones among them: where they differ from what came, they are computed again."""
+    settled: int = 0
+    """So many of them are known to be the sequence's own."""
     trust: Trust = field(default_factory=Trust)
+
+    def settle(self, tokens: list[int]) -> None:
+        """Forget what differs from the sequence, and its last token: that is always computed. Looks at what is new only."""
+        most = min(len(self.tokens), len(tokens) - 1)
+        while self.settled < most and self.tokens[self.settled] == tokens[self.settled]:
+            self.settled += 1
+        del self.tokens[self.settled :]
 
 
 class DraftModel:
@@ -66,13 +75,13 @@ class DraftModel:
         open_: list[tuple[Running, _Known, int]] = []
         for one in ones:
             known = self._known.setdefault(one.sequence.id, _Known())
-            known.tokens = known.tokens[: _common(known.tokens, one.tokens)]
+            known.settle(one.tokens)
             wanted = known.trust.length(one.room - len(one.tokens))
             if wanted and self._catch_up(one, known) and self._grow(known, len(one.tokens) + wanted):
                 open_.append((one, known, wanted))
         while open_:
             spans = [Span(known.table, len(known.tokens), 1) for _, known, _ in open_]
-            inputs = [(one.tokens + one.draft)[len(known.tokens)] for one, known, _ in open_]
+            inputs = [_token(one, len(known.tokens)) for one, known, _ in open_]
             order = sorted(range(len(open_)), key=lambda n: -spans[n].start)
             plan = Plan([spans[n] for n in order], self._device)
             fed = torch.tensor([inputs[n] for n in order], device=self._device)
@@ -96,7 +105,8 @@ class DraftModel:
 
     def _catch_up(self, one: Running, known: _Known) -> bool:
         """Compute what is missing before the last token, one chunk at most; True when nothing is missing any more."""
-        missing = one.tokens[len(known.tokens) : len(one.tokens) - 1][: self._chunk]
+        begin = len(known.tokens)
+        missing = one.tokens[begin : min(begin + self._chunk, len(one.tokens) - 1)]
         if not self._grow(known, len(known.tokens) + len(missing)):
             return False
         if missing:
@@ -118,9 +128,6 @@ class DraftModel:
         self._pool.check_integrity([self._known[name].table for name in running if name in self._known])
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with, the last of `other` left out: it is always computed."""
-    length = min(len(one), len(other) - 1)
-    if one[:length] == other[:length]:
-        return length
-    return next(n for n in range(length) if one[n] != other[n])
+def _token(one: Running, at: int) -> int:
+    """Of the sequence with its draft."""
+    return one.tokens[at] if at < len(one.tokens) else one.draft[at - len(one.tokens)]

@@ -31,7 +31,7 @@ from node.runtime.engine.history import History
 from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import PagedCache, Plan, Span
 from node.runtime.engine.sampler import Draw, Picked, Scratch
-from node.runtime.engine.scheduler import STRETCH, Running, Scheduler, Work
+from node.runtime.engine.scheduler import Running, Scheduler, Work
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 
 TILE = 16
@@ -138,7 +138,6 @@ class Engine:
         self.starved = False
         """The last step found no memory for anybody who was not held. So will the next, until one comes, leaves or is read on."""
         self._arrivals = 0
-        self._token_seconds = self._answer_seconds = 0.0
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
 
     @property
@@ -326,16 +325,7 @@ class Engine:
         stats.steps += 1
         stats.step_tokens = sum(item.span.count for item in work)
         stats.prompt_tokens += prompts
-        # What a prompt's token costs beside running answers decides how many of them a step may hold.
-        if not prompts:
-            self._answer_seconds = _blend(self._answer_seconds, effort)
-        elif prompts >= BLOCK_TOKENS:
-            alone = self._answer_seconds if stats.step_tokens > prompts else 0.0
-            self._token_seconds = _blend(self._token_seconds, max(effort - alone, effort / 8) / prompts)
-        if self._token_seconds and self._answer_seconds:
-            tokens = STRETCH * self._answer_seconds / self._token_seconds
-            whole = max(int(tokens) // BLOCK_TOKENS, 1) * BLOCK_TOKENS
-            self._scheduler.beside = min(whole, self._chunk)
+        self._scheduler.pace.learn(prompts, stats.step_tokens - prompts, effort)
 
     def prefill_logits(self, token_ids: list[int] | tuple[int, ...], start: int = 0) -> Tensor:
         """Logits at every position from `start` on: float32 [len(token_ids) - start, vocab], for audits and tests.
@@ -408,10 +398,6 @@ class Engine:
         self._scheduler.check_integrity()
         if self._draft is not None:
             self._draft.check_integrity([one.sequence.id for one in self._scheduler.everyone()])
-
-
-def _blend(old: float, new: float) -> float:
-    return new if old == 0.0 else old + (new - old) / 8
 
 
 def _draws(item: Work) -> Iterator[Draw]:

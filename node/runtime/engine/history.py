@@ -1,12 +1,14 @@
 """What rules 1 to 4 need of a sequence's tokens, kept up token by token instead of counted anew at every step.
 
+Looking ahead, for guesses that may be wrong, costs as much as the guesses are long, however long the prompt is.
+
 It follows from sampling parameters, prompt and generated tokens alone: made anew from them it is the same, which is why a
 stream that goes on elsewhere draws the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class History:
         self._watches = self._counts or self._repetition != 1
         """Whether tokens matter at all; bias alone asks nothing of them."""
         self._slots: dict[int, int] = {}
-        self._used = 0
+        self._used = self._extended = 0
         if self._watches or sampling.logit_bias:
             self._fill(sampling, prompt, generated, device)
 
@@ -73,29 +75,58 @@ class History:
             self._slots[token] = slot
             self._used += 1
         self._state[1:, slot] += 1
+        self._extended += 1
 
-    def ahead(self, tokens: Sequence[int]) -> History:
-        """As it would be after these tokens; this one stays as it is."""
-        if not tokens or not self._watches:
-            return self
-        copy = object.__new__(History)
-        copy.__dict__.update(self.__dict__)
-        copy._slots, copy._ids, copy._state = dict(self._slots), self._ids.clone(), self._state.clone()
-        for token in tokens:
-            copy.extend(token)
-        return copy
+    def _state_after(self, more: Mapping[int, int]) -> Tensor:
+        """Float64 [3, len(more)]: of each of these tokens, once it has come so many times more."""
+        slots = [self._slots.get(token, -1) for token in more]
+        known = torch.tensor([slot >= 0 for slot in slots], device=self._state.device)
+        state = torch.where(known, self._state[:, [max(slot, 0) for slot in slots]], 0.0)
+        state[1:] += torch.tensor(list(more.values()), dtype=torch.float64, device=state.device)
+        return state
+
+    def ahead(self, tokens: Sequence[int]) -> History | Ahead:
+        """As it would be after these tokens, at the cost of these tokens alone. Holds until this one is extended."""
+        return Ahead(self, tokens) if tokens and self._watches else self
 
     def adjust_(self, row: Tensor) -> None:
         """Rules 1 to 4 on float64 logits [vocab], in place."""
-        if not self._used:
-            return
-        ids = self._ids[: self._used]
-        bias, count, seen = self._state[:, : self._used]
-        values = row[ids].add_(bias)
+        if self._used:
+            ids = self._ids[: self._used]
+            row[ids] = self._adjusted(row[ids], self._state[:, : self._used])
+
+    def _adjusted(self, values: Tensor, state: Tensor) -> Tensor:
+        bias, count, seen = state
+        values = values.add(bias)
         if self._repetition != 1:
             penalised = torch.where(values > 0, values / self._repetition, values * self._repetition)
             values = torch.where(seen > 0, penalised, values)
         if self._counts:
             values = values - self._frequency * count
             values = torch.where(count > 0, values - self._presence, values)
-        row[ids] = values
+        return values
+
+
+class Ahead:
+    """A history with some tokens after it that may never come. Made by `History.ahead`."""
+
+    adjusts = True
+
+    def __init__(self, base: History, tokens: Sequence[int]) -> None:
+        self._base, self._extended = base, base._extended
+        self._more: dict[int, int] = {}
+        for token in tokens:
+            self._more[token] = self._more.get(token, 0) + 1
+
+    def adjust_(self, row: Tensor) -> None:
+        """As `History.adjust_`. Raises `ValueError` when its base has gone on meanwhile."""
+        if self._base._extended != self._extended:
+            raise ValueError("the history has gone on since it was looked ahead from")
+        ids = torch.tensor(list(self._more), dtype=torch.int64, device=row.device)
+        values = row[ids]
+        self._base.adjust_(row)
+        row[ids] = self._base._adjusted(values, self._base._state_after(self._more))
+
+
+Past = History | Ahead
+"""What the sampler asks: whether logits change, and to change them."""

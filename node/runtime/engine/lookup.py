@@ -13,6 +13,8 @@ GRAM = 3
 """Tokens that must agree for a guess."""
 LONGEST = 8
 """Tokens guessed at most."""
+AT_ONCE = 2048
+"""Tokens whose places are noted in one step: a long prompt is read over some steps, and guessed from as far as it is read."""
 _START, _TRUST, _DECAY = 0.5, 0.25, 0.25
 _PAUSE = 32
 
@@ -50,9 +52,10 @@ class Lookup:
 
     def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
         """At most `limit` tokens that may follow; none when there is no likeness or guesses do not pay."""
-        for end in range(max(self._indexed, GRAM), len(tokens)):  # the last place is not its own precedent
+        begin = max(self._indexed, GRAM)
+        self._indexed = min(len(tokens), begin + AT_ONCE)
+        for end in range(begin, self._indexed):  # the last place is not its own precedent
             self._places[tuple(tokens[end - GRAM : end])] = end
-        self._indexed = len(tokens)
         length = self._trust.length(limit)
         place = self._places.get(tuple(tokens[-GRAM:])) if length and len(tokens) >= GRAM else None
         if place is None:

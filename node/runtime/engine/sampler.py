@@ -24,7 +24,7 @@ from torch import Tensor
 
 from node.runtime.engine import dense
 from node.runtime.engine.filters import FEW, GROUP, survivors
-from node.runtime.engine.history import History
+from node.runtime.engine.history import History, Past
 from node.runtime.engine.philox import LANES, MASK, Complements, gumbel_of
 from node.runtime.engine.sequence import Sampling
 
@@ -50,7 +50,7 @@ class Draw:
     """Rule 0, from a `Constraint`: bool [n], true where a token is allowed; ids from n on are not."""
     logprobs: int = 0
     """0: none; n: the chosen token's, and the n largest."""
-    history: History | None = None
+    history: Past | None = None
     """Of prompt + generated, kept up by the caller; None makes it anew, in time proportional to the tokens."""
 
 
@@ -112,7 +112,7 @@ def pick_rows(logits: Tensor, draws: Sequence[Draw], scratch: Scratch | None = N
     best, largest = _first_largest(logits)
     tops, firsts = largest.tolist(), best.tolist()
     tokens = [-1] * len(draws)
-    open_rows: list[tuple[int, History]] = []
+    open_rows: list[tuple[int, Past]] = []
     for row, draw in enumerate(draws):
         if not -math.inf < tops[row] < math.inf:  # the largest is NaN when any is
             continue
@@ -149,7 +149,7 @@ def _allows(mask: Tensor | None, token: int) -> bool:
 
 
 def _choose_many(
-    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, History]], _: Scratch | None
+    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], _: Scratch | None
 ) -> list[tuple[int, int]]:
     """(row, token) on a GPU; -1 where the constraint leaves nothing."""
     numbers = [row for row, _ in rows]
@@ -162,7 +162,7 @@ def _choose_many(
 
 
 def _choose(
-    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, History]], scratch: Scratch | None
+    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], scratch: Scratch | None
 ) -> list[tuple[int, int]]:
     """(row, token) on a CPU, row by row, so that what a row needs stays in the cache."""
     scratch = scratch or Scratch.of(logits)
@@ -177,7 +177,7 @@ def _choose(
     return found + _draw_few(few, draws)
 
 
-def _choose_one(logits: Tensor, draw: Draw, history: History, scratch: Scratch) -> int | tuple[Tensor, Tensor]:
+def _choose_one(logits: Tensor, draw: Draw, history: Past, scratch: Scratch) -> int | tuple[Tensor, Tensor]:
     """The token; or, for `_draw_few`, ids and scores of those to draw from."""
     sampling, scores = draw.sampling, scratch.scores
     scores[: scratch.vocab] = logits
@@ -198,7 +198,7 @@ def _choose_one(logits: Tensor, draw: Draw, history: History, scratch: Scratch) 
     return ids, scores[ids]
 
 
-def _adjust(row: Tensor, mask: Tensor | None, history: History) -> None:
+def _adjust(row: Tensor, mask: Tensor | None, history: Past) -> None:
     """Rules 0 to 4 on float64 [vocab], in place."""
     if mask is not None:
         allowed = mask[: len(row)].to(row.device, non_blocking=True)

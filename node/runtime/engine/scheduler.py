@@ -3,6 +3,8 @@
 Rules:
 - One budget of tokens for a step, whatever they are: first every running answer gets its one token, then what is left
   goes to prompts, oldest first. A prompt is cut, so that the streams beside it are not held up for long.
+- However many answers there are, prompts that could go on get one part in `PROMPT_SHARE` of the budget: the answers that
+  give way for it come first in the next step.
 - A paid sequence takes its whole room at once and is never set back. Unpaid ones grow block by block; when there is no
   room, the youngest of them gives its own up and starts anew, which costs time and changes no token.
 - A sequence is its tokens. Whatever part of them is not computed yet is computed next: a prompt, a prompt with an answer
@@ -23,13 +25,14 @@ from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for, chai
 from node.runtime.engine.errors import CacheFull, IntegrityError
 from node.runtime.engine.history import History
 from node.runtime.engine.lookup import Lookup
+from node.runtime.engine.pace import Pace
 from node.runtime.engine.paged import Span
 from node.runtime.engine.sequence import Sequence
 
-STRETCH = 0.8
-"""A prompt beside running streams may make their step longer by this share of it."""
 WAIT_WEIGHT = 8
 """One who waits for a first token counts as much as so many who wait for their next one."""
+PROMPT_SHARE = 8
+"""One part in so many of the budget is the prompts', where answers alone would take all of it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -99,10 +102,12 @@ class Scheduler:
         self.waiting: deque[Running] = deque()
         """Unpaid ones without memory, oldest first."""
         self.preemptions = 0
-        self.beside = prefill_chunk
-        """Prompt tokens that a step may compute beside as many running answers; the engine adjusts it to what it measures."""
+        self.pace = Pace(prefill_chunk)
+        """The engine tells it what steps take."""
         self._budget = max(token_budget, 1)
         self._chunk = prefill_chunk
+        self._due = 0
+        """What prompts are owed, in parts of a token: of a small budget their share is no whole one in each step."""
 
     def find(self, sequence_id: Hashable) -> Running | None:
         return self.running.get(sequence_id) or next((r for r in self.waiting if r.sequence.id == sequence_id), None)
@@ -149,7 +154,10 @@ class Scheduler:
         preempted = self.preemptions
         ready = [one for one in self.running.values() if one.sequence.id not in hold]
         answering = [one for one in ready if one.computed == len(one.tokens) - 1]
-        budget = self._budget
+        prompts = len(ready) - len(answering) + len(self.waiting)
+        beside = self._beside(prompts, min(len(answering), self._budget))
+        reserved = min(self._share(len(ready) - len(answering)), beside)
+        budget = self._budget - reserved
         work = []
         for one in answering:
             if budget == 0:
@@ -166,9 +174,7 @@ class Scheduler:
             for item in work:
                 self.running[item.running.sequence.id] = self.running.pop(item.running.sequence.id)
         work = [item for item in work if item.running.sequence.id in self.running]  # growing may have set others back
-        prompts = len(ready) - len(answering) + len(self.waiting)
-        if work:  # many who wait for their first token may hold up few who wait for their next one
-            budget = min(budget, int(self.beside * max(1.0, WAIT_WEIGHT * prompts / len(work))))
+        budget = min(budget + reserved, beside) if work else budget + reserved
         for one in ready:
             if budget and one.computed < len(one.tokens) - 1 and one.sequence.id in self.running:
                 budget -= self._prompt(one, budget, work)
@@ -177,6 +183,18 @@ class Scheduler:
             if newest.sequence.id not in hold:
                 budget -= self._prompt(newest, budget, work)
         return sorted(work, key=lambda item: (item.span.count > 1, -item.span.start))
+
+    def _beside(self, prompts: int, answers: int) -> int:
+        """Prompt tokens beside so many answers: many who wait for their first token may hold up few who wait for their next."""
+        return int(self.pace.beside * max(1.0, WAIT_WEIGHT * prompts / max(answers, 1)))
+
+    def _share(self, prompts: int) -> int:
+        """Tokens of the next step that are the prompts'; `prompts` of them have memory already."""
+        if not prompts and not (self.waiting and self._fits(self.waiting[0])):
+            self._due = 0
+            return 0
+        share, self._due = divmod(self._due + self._budget, PROMPT_SHARE)
+        return share
 
     def advance(self, item: Work, tokens: list[int]) -> None:
         """The step has computed `item`, and `tokens` follow; of its draft, what is not among them is void."""
@@ -218,12 +236,14 @@ class Scheduler:
     def _admit(self) -> bool:
         """Give the oldest waiting sequence room for its tokens so far."""
         one = self.waiting[0]
-        wanted = blocks_for(len(one.tokens))
-        if self.pool.cost(one.known_names(), wanted) > self.pool.available:
+        if not self._fits(one):
             return False
         self.waiting.popleft()
-        self._take(one, wanted)
+        self._take(one, blocks_for(len(one.tokens)))
         return True
+
+    def _fits(self, one: Running) -> bool:
+        return self.pool.cost(one.known_names(), blocks_for(len(one.tokens))) <= self.pool.available
 
     def _grow(self, one: Running, tokens: int) -> bool:
         """Room for so many tokens, at the cost of younger unpaid sequences; False when it had to give up its own."""
