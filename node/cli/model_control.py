@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from node.cli.main import Shared
+from node.cli.models import TRACE_S
 from node.errors import ModelError, NodeError
 from node.groups import plain_errors
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 CHANGE_S: Final = 3600.0
 """A load may take long, and streams that run are waited for."""
-TRACE_S: Final = 3600
-"""The longest trace of steps that can be asked for."""
 _LOOK_S: Final = 0.5
 Handler = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 
@@ -78,7 +77,7 @@ def model_handlers(shared: Shared, models: TorchBackend | None) -> dict[str, Han
         folder = shared.config.data_dir / "traces"
         folder.mkdir(mode=0o700, exist_ok=True)
         path = folder / f"{name}-{one.manifest.id.hex()[:8]}.json"
-        ours().fleet.trace(one, path, seconds)
+        ours().fleet.keeper.trace(one, path, seconds)
         return {"path": str(path), "seconds": seconds, "text": f"{path}  for {seconds} s"}
 
     return {"models.load": load, "models.unload": unload, "models.swap": swap, "models.trace": trace}
