@@ -29,6 +29,8 @@ ROUNDS: Final = 4
 UNREAD: Final = 4
 """As many messages of the greatest size may a process leave unread. One that talks and does not listen would fill our memory and
 never hang."""
+_BOUND_S: Final = 1.0
+"""How often that is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +140,11 @@ class Supervisor(Generic[Out, In]):
                     with plain_errors():
                         async with trio.open_nursery() as nursery:
                             nursery.start_soon(link.write)
+                            nursery.start_soon(self._bound, link)
                             await self._meet(link)
                             if self.lives == 1:
                                 task_status.started()
-                            nursery.start_soon(self._watch, link)
+                            nursery.start_soon(self._watch)
                             await self._listen(link)
                 except ProcessLost as lost:
                     child.kill()
@@ -170,10 +173,14 @@ class Supervisor(Generic[Out, In]):
                 self.heard += 1
                 self._owner.take(message)
 
-    async def _watch(self, link: Link[Out, In]) -> NoReturn:
+    async def _watch(self) -> NoReturn:
         while True:
             self._owner.look()
             await trio.sleep(self._limits.hang_s / ROUNDS)
+
+    async def _bound(self, link: Link[Out, In]) -> NoReturn:
+        while True:
+            await trio.sleep(_BOUND_S)
             if link.unread > UNREAD * self._to_process.limit:
                 raise ProcessLost(f"it leaves {link.unread} bytes unread")
 
