@@ -78,7 +78,7 @@ def model_handlers(shared: Shared, models: TorchBackend | None) -> dict[str, Han
         folder = shared.config.data_dir / "traces"
         folder.mkdir(mode=0o700, exist_ok=True)
         path = folder / f"{name}-{one.manifest.id.hex()[:8]}.json"
-        ours().fleet.trace(one, path, seconds)
+        ours().fleet.keeper.trace(one, path, seconds)
         return {"path": str(path), "seconds": seconds, "text": f"{path}  for {seconds} s"}
 
     return {"models.load": load, "models.unload": unload, "models.swap": swap, "models.trace": trace}

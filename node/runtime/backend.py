@@ -23,7 +23,8 @@ from node.models.tokenizer import Tokenizer
 from node.ports import ModelInfo, Prompt, Speed, Step
 from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
-from node.runtime.fleet import EngineSettings, Fleet, Watch
+from node.runtime.engine_settings import EngineSettings
+from node.runtime.fleet import Fleet, Watch
 from node.runtime.launch import Launcher, launcher
 from node.runtime.memory import MemoryBudget
 from node.runtime.resident import Resident
@@ -57,7 +58,7 @@ class TorchBackend:
     @property
     def speeds(self) -> Mapping[ModelId, Speed]:
         """By the last self-test of each model; changes as they do."""
-        return self.fleet.speeds
+        return self.fleet.keeper.speeds
 
     def samples(self) -> Iterator[Sample]:
         """What all engines count, for `node.telemetry`."""

@@ -8,25 +8,22 @@ Rules
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import trio
 
 from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
-from node.models.tokenizer import Tokenizer
-from node.ports import SAMPLING_PARAMS, ModelInfo, Speed, offered_logprobs
-from node.runtime import tracing, wire
+from node.ports import ModelInfo
 from node.runtime.drafts import draft_of
+from node.runtime.engine_settings import EngineSettings
 from node.runtime.footprint import Footprint, measure
-from node.runtime.host import EngineHost
+from node.runtime.keeper import Keeper
 from node.runtime.launch import Launcher
 from node.runtime.life import Event, Phase
 from node.runtime.memory import MemoryBudget, NoRoom, finish
@@ -34,47 +31,12 @@ from node.runtime.packing import Packing
 from node.runtime.proof import prove
 from node.runtime.resident import Resident
 from node.runtime.selftest import SelfTest
-from node.runtime.supervisor import Limits
-from node.telemetry.engine import EngineMetrics
 from protocol.ids import ModelId
 
-log = logging.getLogger(__name__)
 Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 """Sees a model being hashed."""
 _LOOK_S: Final = 0.05
 """How often a job that waits for room looks again."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    device: str = "cpu"
-    """`auto`, or a kind of `node.runtime.hal` with or without an index."""
-    dtype: str = "float32"
-    threads: int = 1
-    cache_bytes: int = 1 << 30
-    """Per model."""
-    exact: bool = False
-    """Tokens depend on nothing else that runs, bit for bit."""
-    max_streams: int = 4
-    isolation: str = "auto"
-    memory_budget: int = 0
-    """Bytes of all models in memory together; 0: no end."""
-    drafts: tuple[str, ...] = ()
-    """`MODEL=DRAFT`, names or ids: a smaller model that guesses for a larger one."""
-    draft_cache_bytes: int = 1 << 28
-    """Per draft model."""
-    graph_bytes: int = 512 << 20
-    """Per model, kept for CUDA graphs on a GPU."""
-    pinned: tuple[str, ...] = ()
-    """Names or ids of models."""
-    lazy: bool = False
-    """Models that were put out of memory are sold on, and loaded when a job wants them."""
-    window: int = 16
-    limits: Limits = field(default_factory=Limits)
-    hidden: tuple[str, ...] = ()
-    """Paths that no engine should be able to read."""
-    trace: Path | None = None
-    """Where each model's steps are traced: its name is put before the file's suffix unless it is the only one."""
 
 
 class Fleet:
@@ -86,21 +48,20 @@ class Fleet:
         settings: EngineSettings,
         launch: Launcher,
         nursery: trio.Nursery,
-        test: Callable[[Resident], Any],
+        test: Callable[[Resident], Awaitable[SelfTest]],
         watch: Watch = lambda _: nullcontext(lambda _: None),
         memory: MemoryBudget | None = None,
     ) -> None:
-        """`test` is an async function that runs the self-test job on a model and returns `SelfTest`. `memory`: shared with other
+        """`test` runs the self-test job on a model. `memory`: shared with other
         models of the worker; by default these have `settings.memory_budget` for themselves."""
         self._store = store
         self._settings = settings
         self._launch = launch
         self._nursery = nursery
-        self._test = test
         self._watch = watch
         self._memory = memory or MemoryBudget(settings.memory_budget)
         self.residents: dict[ModelId, Resident] = {}
-        self.speeds: dict[ModelId, Speed] = {}
+        self.keeper = Keeper(settings, launch, nursery, test, self._memory.touch)
 
     # ------------------------------------------------------------------------------------------------------- questions
 
@@ -202,7 +163,7 @@ class Fleet:
         one = self.residents.pop(model)
         self._memory.leave(one)
         one.close()
-        self.speeds.pop(model, None)
+        self.keeper.speeds.pop(model, None)
 
     async def _bring_in(self, one: Resident, *, evict: bool = True, keep: Resident | None = None) -> None:
         """Load and test. Whatever is raised, the model holds no memory then, or will hold none once its streams have ended."""
@@ -218,7 +179,7 @@ class Fleet:
                     await prove(self._store, one.draft, progress)
             one.footprint = self._footprint(one)
             await self._memory.make_room(one, evict=evict, keep=keep)
-            await self._start(one)
+            await self.keeper.start(one, alone=len(self.residents) == 1)
         except BaseException as error:
             one.host = one.hashing = None
             one.trouble = error.message if isinstance(error, ModelError) else "the load was broken off"
@@ -243,15 +204,10 @@ class Fleet:
             found = found.beside(measure(one.draft.folder, one.draft.manifest, packing, cache, spare=0))
         found = replace(
             found,
-            graphs=self._graph_bytes(),
+            graphs=settings.graphs,
             process=0 if self._launch.mode == "thread" else found.process,
         )
         return found if one.weighed is None else found.weighed(*one.weighed)
-
-    def _graph_bytes(self) -> int:
-        return (
-            self._settings.graph_bytes if self._settings.device.startswith("cuda") and not self._settings.exact else 0
-        )
 
     async def _weigh(self, one: Resident, evict: bool, keep: Resident | None) -> None:
         """Hold the estimate against what its engine says, which is not trusted to put others out by a lie. Raises `ModelError`
@@ -272,142 +228,11 @@ class Fleet:
             one.trouble = error.message
             raise
 
-    async def _start(self, one: Resident) -> None:
-        settings, draft = self._settings, one.draft
-        if one.tokenizer is None:
-            one.tokenizer = Tokenizer(one.folder)
-        one.tokenizer.warm()
-        load = wire.Load(
-            folder=str(one.folder),
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            cache_bytes=settings.cache_bytes,
-            window=settings.window,
-            # What a GPU's driver maps is not memory of the process, and was not measured under a limit.
-            memory_limit=one.footprint.process_limit if settings.device == "cpu" else 0,
-            exact=settings.exact,
-            hidden=settings.hidden,
-            draft_folder="" if draft is None else str(draft.folder),
-            draft_cache_bytes=0 if draft is None else settings.draft_cache_bytes,
-            graph_bytes=self._graph_bytes(),
-        )
-        seen = _Seen()
-        if one.metrics is None:
-            one.metrics = EngineMetrics(one.manifest.name, one.manifest.context_length)
-            if settings.trace is not None:
-                tracing.from_start(one, settings.trace, alone=len(self.residents) == 1)
-        one.host = EngineHost(
-            self._launch if draft is None else self._launch.seeing(str(draft.folder)),
-            load,
-            limits=settings.limits,
-            heard=lambda: self._heard(one, seen),
-            metrics=one.metrics,
-            observers=[one.tracing],
-        )
-        one.scope = trio.CancelScope()
-        await self._nursery.start(self._keep, one)
-
-    async def _keep(self, one: Resident, task_status: trio.TaskStatus[None]) -> None:
-        """Run the engine until its scope is cancelled. A fault of ours ends the model, not the worker."""
-        host = one.engine()
-        try:
-            with one.scope:
-                await host.run(task_status)
-        except ModelError:
-            raise
-        except Exception as error:
-            log.exception("the host of %s failed", one.manifest.name)
-            one.trouble = f"a fault of ours: {type(error).__name__}: {error}"[:300]
-            one.news(Event.DIED)
-            one.news(Event.FLUNKED)
-        one.notify()
-
     async def _put_out(self, one: Resident) -> None:
         """Let its streams end, then its engine."""
         if one.phase is Phase.COLD:
             return
         if one.phase is not Phase.DRAINING:
             one.on(Event.UNLOAD)
-        await self._end_engine(one)
+        await self.keeper.end(one)
         one.on(Event.EMPTY)
-
-    async def _end_engine(self, one: Resident) -> None:
-        while one.users:
-            await one.changed.wait()
-        one.scope.cancel()
-        while one.host is not None and not one.host.stopped:
-            await one.changed.wait()
-        one.host = None
-
-    def trace(self, one: Resident, path: Path, seconds: float) -> None:
-        """Trace a model's steps for so long, at most. Raises `ModelError`."""
-        self._nursery.start_soon(tracing.end_after, one, tracing.begin(one, path), seconds)
-
-    # ---------------------------------------------------------------------------------------------- what engines do
-
-    def _heard(self, one: Resident, seen: _Seen) -> None:
-        """The host's news as events of the model's life."""
-        host = one.host
-        if host is None:
-            return
-        if seen.ready and not host.ready:
-            seen.ready = False
-            one.news(Event.DIED)
-        if host.failure != seen.failure:
-            seen.failure = one.trouble = host.failure
-            if host.failure:
-                one.news(Event.FLUNKED)
-        if host.ready and not seen.ready:
-            seen.ready = True
-            self._met(one, host)
-            one.news(Event.LOADED)
-            if one.phase is Phase.TESTING and not one.examining:
-                one.examining = True
-                self._nursery.start_soon(self._examine, one)
-        one.notify()
-
-    def _met(self, one: Resident, host: EngineHost) -> None:
-        facts = host.facts
-        if facts is not None:
-            from node.runtime.grammar import Grammars
-
-            one.capacity, one.load_s = facts.capacity, host.load_s
-            one.grammars = one.grammars or Grammars(one.folder, facts.eos_ids)
-            one.info = ModelInfo(
-                id=one.manifest.id,
-                name=one.manifest.name,
-                context_length=facts.context_length,
-                dtype=self._settings.dtype,
-                numerics_class=facts.numerics_class,
-                params=(*SAMPLING_PARAMS, "response_format", *offered_logprobs(facts.vocab_size)),
-            )
-
-    async def _examine(self, one: Resident) -> None:
-        """The self-test, and what follows from it."""
-        try:
-            tested: SelfTest = await self._test(one)
-        finally:
-            one.examining = False
-            one.notify()
-        one.test = tested
-        self.touch(one)
-        if tested.passed:
-            lazy = one.load_s * 1000 if self._settings.lazy and not one.pinned else 0.0
-            speed = tested.speed
-            self.speeds[one.manifest.id] = Speed(speed.tokens_per_second, round(speed.ttft_ms + lazy, 2))
-            if one.phase is Phase.TESTING:
-                one.on(Event.PASSED)
-        elif one.phase in (Phase.LOADING, Phase.TESTING):
-            one.trouble = f"the self-test did not pass: {tested.reason}"
-            log.error("%s is not sold: %s", one.manifest.name, one.trouble)
-            one.on(Event.FLUNKED)
-            await self._end_engine(one)
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What was told of a host already."""
-
-    ready: bool = False
-    failure: str = ""

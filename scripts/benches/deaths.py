@@ -43,7 +43,7 @@ async def _run(runs: int) -> dict[str, Any]:
     from node.models.packages import add_known
     from node.models.store import ModelStore
     from node.runtime.backend import open_backend
-    from node.runtime.fleet import EngineSettings
+    from node.runtime.engine_settings import EngineSettings
 
     with tempfile.TemporaryDirectory() as scratch:
         store = ModelStore(Path(os.environ.get("GRISTMILL_TEST_MODELS") or scratch))

@@ -25,7 +25,8 @@ from node.runtime import backend as backend_module
 from node.runtime import wire
 from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.child import LoadedEngine, Tell, load_torch
-from node.runtime.fleet import EngineSettings, Fleet
+from node.runtime.engine_settings import EngineSettings
+from node.runtime.fleet import Fleet
 from node.runtime.footprint import measure
 from node.runtime.hal import processor
 from node.runtime.launch import Child, ProcessLauncher, ThreadLauncher

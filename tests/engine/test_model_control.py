@@ -17,7 +17,7 @@ from node.cli.model_control import model_handlers, watched
 from node.cli.status import _model
 from node.models.store import ModelStore
 from node.runtime.backend import TorchBackend, open_backend
-from node.runtime.fleet import EngineSettings
+from node.runtime.engine_settings import EngineSettings
 from node.runtime.launch import ThreadLauncher
 from node.worker import control
 from node.worker.control import ControlFailed, NotRunning

@@ -19,7 +19,7 @@ from node.models.manifest import FileEntry, Manifest
 from node.models.safetensors_file import read_header
 from node.models.store import ModelStore, Progress
 from node.runtime.backend import open_backend
-from node.runtime.fleet import EngineSettings
+from node.runtime.engine_settings import EngineSettings
 from protocol.ids import ModelId
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from node.models.store import ModelStore
 from node.ports import Step
 from node.runtime.backend import open_backend
-from node.runtime.fleet import EngineSettings
+from node.runtime.engine_settings import EngineSettings
 from node.runtime.launch import ThreadLauncher
 from protocol.messages import ChatMessage, FinishReason, Params
 

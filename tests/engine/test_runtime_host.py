@@ -24,7 +24,8 @@ from node.runtime.backend import TorchBackend
 from node.runtime.child import Tell
 from node.runtime.engine.errors import InvalidSequence
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
-from node.runtime.fleet import EngineSettings, Fleet
+from node.runtime.engine_settings import EngineSettings
+from node.runtime.fleet import Fleet
 from node.runtime.host import EngineHost
 from node.runtime.launch import ThreadLauncher
 from node.runtime.life import Phase
