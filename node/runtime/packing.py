@@ -14,6 +14,8 @@ from typing import Final
 _COMPUTED: Final = {"float32": 4, "bfloat16": 2, "float16": 4, "int8": 4, "int4": 2}
 """Bytes of a number that a CPU computes with, by format (`linear.compute_dtype`)."""
 _ELSEWHERE: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
+_MAKING: Final = {"float32": 4, "bfloat16": 8, "float16": 8, "int8": 16, "int4": 16}
+"""Bytes of a number while its layer is packed, besides what is packed: copies in float32, rounded ones."""
 _GROUP: Final = 32
 
 
@@ -31,6 +33,11 @@ class Packing:
     def item(self) -> int:
         """Bytes of one number of embeddings, keys and values."""
         return (_COMPUTED if self.cpu else _ELSEWHERE)[self.fmt]
+
+    @property
+    def making(self) -> int:
+        """Bytes that each number of a layer takes for a moment, while the layer is packed."""
+        return _MAKING[self.fmt]
 
     def linear(self, out: int, inputs: int, *, bias: bool, head: bool = False) -> int:
         """Bytes of a layer with a weight [out, inputs]."""
