@@ -1,5 +1,5 @@
 """Random loads, swaps, jobs, hang-ups and kills of several models in real processes under a small budget: nothing passes it, in
-the books or in the machine, and nobody dies for want of memory.
+the books or in the machine (M9), and nobody dies for want of memory.
 
 `--long` for a full count. What is resident is what a process cannot give back (`RssAnon`): mapped files can be read again.
 """
