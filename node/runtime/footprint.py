@@ -23,8 +23,9 @@ from node.runtime.packing import Packing
 
 HEADROOM: Final = 2 << 30
 """Bytes beside weights and cache that a process may have at most: torch itself, a step's activations, templates of kernels."""
-PROCESS: Final = 224 << 20
-"""Bytes of an interpreter with torch, as they are resident (measured: 143 MiB with torch, 190 after the first step)."""
+PROCESS: Final = 272 << 20
+"""Bytes of an interpreter with torch and compiled kernels, as they are resident (measured: 143 MiB with torch, about 250 after
+prompts of 500 tokens, SmolLM2)."""
 _STEP_TOKENS: Final = 512
 """Of the engine's largest step."""
 _STEP_ROWS: Final = 64
@@ -45,12 +46,12 @@ class Footprint:
     process: int = 0
     """What a process needs besides; 0 where there is none of its own."""
     packing: int = 0
-    """For a moment, while the largest layer is packed."""
+    """Beside the weights, for a moment while they are packed: before there are keys and values."""
 
     @property
     def total(self) -> int:
-        """What counts against the budget."""
-        return self.weights + self.cache + self.graphs + self.process
+        """What counts against the budget: the most that is there at any time, a later start of a process that died included."""
+        return self.weights + max(self.cache, self.packing) + self.graphs + self.process
 
     @property
     def process_limit(self) -> int:
@@ -92,16 +93,18 @@ def measure(folder: Path, manifest: Manifest, packing: Packing, cache_bytes: int
         layers.append(_Linear(*embedding, bias=False, head=True))
     else:
         layers.append(_Linear(*head, bias=_shape(shapes, "lm_head.bias") is not None, head=True))
-    weights = math.prod(embedding) * packing.item + sum(
-        packing.linear(one.out, one.inputs, bias=one.bias, head=one.head) for one in layers
-    )
+    sizes = [packing.linear(one.out, one.inputs, bias=one.bias, head=one.head) for one in layers]
+    embedded = math.prod(embedding) * packing.item
+    weights = embedded + sum(sizes)
     widest = max(one.out for one in layers if not one.head)
     step = 4 * (4 * _STEP_TOKENS * widest + 4 * _STEP_ROWS * embedding[0])
     return Footprint(
         weights,
         _cache(config, packing.item, cache_bytes, spare),
         process=PROCESS + step,
-        packing=16 * max(one.out * one.inputs for one in layers),  # as float32, twice, rounded, and as it was read
+        packing=_packing(packing, layers, embedded + sizes[-1] - weights)
+        if packing.cpu
+        else plain_bytes(shapes, packing.item),
     )
 
 
@@ -179,6 +182,12 @@ def _linears(shapes: _Shapes) -> Iterable[_Linear]:
     for key in biases & products.keys():
         products[key].bias = True
     return products.values()
+
+
+def _packing(packing: Packing, layers: list[_Linear], before: int) -> int:
+    """The head is packed first, when there is little beside it: `before` is what, less all weights."""
+    *others, head = (packing.making * one.out * one.inputs for one in layers)
+    return max(head + before, *others)
 
 
 def _shape(shapes: _Shapes, *endings: str) -> tuple[int, ...] | None:

@@ -1,5 +1,5 @@
-"""How many bytes the engine's linear layers take once they are packed, by the rules of `node.runtime.engine.linear` and
-`quantize`, without torch and without a weight.
+"""How many bytes the engine's linear layers take once they are packed, by the rules of `node.runtime.engine.linear`,
+`quantize` and `kernels.layers`, without torch and without a weight.
 
 The same formulas as there, so the two change together; a test holds every architecture and format against what an engine
 says of itself. They assume that every kernel works that the format can have. Where one does not, the engine's own figure
@@ -9,12 +9,18 @@ differs, and that one counts from then on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Final
 
 _COMPUTED: Final = {"float32": 4, "bfloat16": 2, "float16": 4, "int8": 4, "int4": 2}
 """Bytes of a number that a CPU computes with, by format (`linear.compute_dtype`)."""
 _ELSEWHERE: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
+_MAKING: Final = {"float32": 4, "bfloat16": 8, "float16": 8, "int8": 16, "int4": 16}
+"""Bytes of a number while its layer is packed, besides what is packed: copies in float32, rounded ones."""
 _GROUP: Final = 32
+_BLOCK: Final = 64
+"""Outputs that the compiled kernels read together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,50 +31,62 @@ class Packing:
     """One of `linear.FORMATS`."""
     cpu: bool = True
     few_rows: bool = True
-    """A bfloat16 layer on a CPU has a second copy for few rows (not in exact mode)."""
+    """Layers on a CPU have a second copy for few rows (not in exact mode)."""
 
     @property
     def item(self) -> int:
         """Bytes of one number of embeddings, keys and values."""
         return (_COMPUTED if self.cpu else _ELSEWHERE)[self.fmt]
 
+    @property
+    def making(self) -> int:
+        """Bytes that each number of a layer takes for a moment, while the layer is packed."""
+        return _MAKING[self.fmt]
+
     def linear(self, out: int, inputs: int, *, bias: bool, head: bool = False) -> int:
         """Bytes of a layer with a weight [out, inputs]."""
-        added = out * self.item if bias else 0
-        if self.fmt == "int4" and not head:
-            packed = self._int4(out, inputs)
-            if packed:
-                return packed + added
+        if self.fmt == "int4" and not head and self._int4_fits(out, inputs):
+            numbers = out * inputs // 2 + 4 * out * inputs // _GROUP
+            padded = _up(out, _BLOCK)
+            few = padded * inputs // 2 + 4 * padded * inputs // _GROUP + 4 * out
+            return numbers + self._added(out, bias) + (few if self._few else 0)
         if self.fmt in ("int8", "int4"):
-            return self._int8(out, inputs, fine=head or inputs > out) + added
+            return self._int8(out, inputs, bias, fine=head or inputs > out)
         if not self.cpu:
-            return out * inputs * self.item + added
+            return out * inputs * self.item + self._added(out, bias)
         if self.fmt == "float16":
-            return _float16(out, inputs, bias)
-        packed = self.item * _blocked(out, inputs, self.item) + added
-        return packed + (_float16(out, inputs, bias) if self.fmt == "bfloat16" and self.few_rows else 0)
+            return 2 * fbgemm_padded(out, inputs, 16) + (4 * out if bias else 0)
+        many = self.item * _blocked(out, inputs, self.item) + self._added(out, bias)
+        return many + (2 * _up(out, _BLOCK) * inputs + 8 * out if self.fmt == "bfloat16" and self._few else 0)
 
-    def _int8(self, out: int, inputs: int, *, fine: bool) -> int:
+    @property
+    def _few(self) -> bool:
+        return self.cpu and self.few_rows and _compiled()
+
+    def _added(self, out: int, bias: bool) -> int:
+        return out * self.item if bias else 0
+
+    def _int8(self, out: int, inputs: int, bias: bool, *, fine: bool) -> int:
         if not self.cpu:
-            return out * inputs + 4 * out
-        # numbers; a scale, a zero point and a sum that the library keeps; our own sums; sizes of columns
-        return fbgemm_padded(out, inputs, 48) + 12 * out + 4 * out + (4 * inputs if fine else 0)
+            return out * inputs + 4 * out + self._added(out, bias)
+        # numbers; a scale, a zero point and a sum that the library keeps; our own sums; a bias, or zeros; sizes of columns
+        many = fbgemm_padded(out, inputs, 48) + 20 * out + (4 * inputs if fine else 0)
+        return many + (_up(out, _BLOCK) * inputs + 8 * out if self._few else 0)
 
-    def _int4(self, out: int, inputs: int) -> int:
-        """0 where the kernel has no such shape."""
+    def _int4_fits(self, out: int, inputs: int) -> bool:
         rows, columns = (16, _GROUP) if self.cpu else (8, 128)
-        if out % rows or inputs % columns:
-            return 0
-        return out * inputs // 2 + 4 * out * inputs // _GROUP
+        return out % rows == 0 and inputs % columns == 0
+
+
+@cache
+def _compiled() -> bool:
+    """Whether the engine has its compiled kernels (`kernels.importable`), for which the copies for few rows are."""
+    return find_spec("numba") is not None
 
 
 def fbgemm_padded(out: int, inputs: int, columns: int) -> int:
     """`linear.fbgemm_padded`."""
     return _up(inputs, 512) * _up(out, columns)
-
-
-def _float16(out: int, inputs: int, bias: bool) -> int:
-    return 2 * fbgemm_padded(out, inputs, 16) + (4 * out if bias else 0)
 
 
 def _blocked(out: int, inputs: int, item: int) -> int:

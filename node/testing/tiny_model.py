@@ -63,7 +63,33 @@ def write_tokenizer(folder: Path) -> int:
     return made.get_vocab_size()
 
 
-def add_tiny(store: ModelStore, folder: Path, **changes: Any) -> Manifest:
+def add_tiny_encoder(store: ModelStore, folder: Path, name: str = "tiny-vectors", **changes: Any) -> Manifest:
+    """A sentence encoder of the same kind: it makes vectors that mean nothing. `changes` are to its config."""
+    import torch
+    from safetensors.torch import save_file
+
+    from node.runtime.engine.models.bert import BertConfig
+
+    config = {
+        "model_type": "bert",
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "vocab_size": write_tokenizer(folder),
+        **changes,
+    }
+    draw = torch.Generator().manual_seed(9)
+    shapes = BertConfig.parse(config).shapes()
+    save_file(
+        {n: 0.2 * torch.randn(shape, generator=draw) for n, shape in shapes.items()}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return store.add_folder(folder, name, license_id="Apache-2.0", source="made by a test, random weights")
+
+
+def add_tiny(store: ModelStore, folder: Path, name: str = NAME, **changes: Any) -> Manifest:
     """Write it into an empty folder and add it to a store. `changes` are to its config."""
     import torch
     from safetensors.torch import save_file
@@ -94,4 +120,4 @@ def add_tiny(store: ModelStore, folder: Path, **changes: Any) -> Manifest:
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    return store.add_folder(folder, NAME, license_id="Apache-2.0", source="made by a test, random weights")
+    return store.add_folder(folder, name, license_id="Apache-2.0", source="made by a test, random weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,5 +42,12 @@ def test_connecting_loads_no_torch_and_no_worker() -> None:
 
 
 def test_importing_a_worker_loads_no_torch() -> None:
-    """A start is quick, and what computes is behind a wall. Looking for the device still loads it: `hal.probe`."""
+    """A start is quick, and what computes is behind a wall."""
     assert "torch" not in loaded("import node.app, node.runtime.backend, node.runtime.fleet, node.runtime.grammar")
+
+
+def test_looking_for_devices_loads_no_torch() -> None:
+    """A child does, and ends. Needs torch there: without it the child has nothing to say."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    assert "torch" not in loaded("from node.runtime.hal.probe import chosen; assert chosen('cpu').device.memory_total")

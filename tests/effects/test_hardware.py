@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from node.errors import DeviceNotFound
-from node.runtime.hal import amd, nvidia, processor
+from node.runtime.hal import amd, nvidia, probe, processor
 from node.runtime.hal.devices import Kind
 from node.runtime.hal.probe import chosen, find, with_vendor
 from node.runtime.hal.readings import Process, Reading, Unavailable
@@ -158,3 +158,37 @@ def test_the_processor_is_read_and_others_load_on_it_is_seen() -> None:
     assert others > 0, "another process computed, and it was not us"
     assert reading.memory_used is not None and reading.memory_used < (reading.memory_total or 0)
     assert "superuser" in reading.missing["power_watts"]
+
+
+# --------------------------------------------------------------------------------------------------------- the child
+
+
+def test_devices_are_seen_by_a_child_once_and_its_failure_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child's torch is a simulated one here: what it says, or how it fails, is what a node hears."""
+    probe._seen.cache_clear()
+    started: list[list[str]] = []
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        started.append(command)
+        options["env"]["PYTHONPATH"] = f"{tmp_path}:{options['env']['PYTHONPATH']}"
+        return real(command, **options)
+
+    monkeypatch.setattr(probe.subprocess, "run", run)
+    try:
+        (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is missing')")
+        with pytest.raises(DeviceNotFound, match="libcudart"):
+            find()
+        (tmp_path / "torch.py").write_text(
+            "import sys\nfrom node.testing.hardware import SimulatedGpu, simulated_torch\n"
+            "print('a library that prints')\nsys.modules['torch'] = simulated_torch(nvidia=[SimulatedGpu()])\n"
+        )
+        assert [one.kind for one in find().devices] == [Kind.CUDA, Kind.CPU]
+        assert find().devices[0].uuid == CARD.uuid
+        assert len(started) == 2, "a failure is asked again, an answer is not"
+        monkeypatch.setattr(processor, "memory", lambda: (123, 45))
+        assert (find().devices[1].memory_total, find().devices[1].memory_free) == (123, 45), "as it is now"
+    finally:
+        probe._seen.cache_clear()
