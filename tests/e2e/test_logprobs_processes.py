@@ -20,6 +20,8 @@ pytest.importorskip("torch")
 
 import torch
 
+from node.client import sync_client
+from node.config import load
 from node.models.store import ModelStore
 from node.models.tokenizer import Tokenizer
 from node.runtime.backend import EngineSettings, load_engine
@@ -145,6 +147,19 @@ def test_a_client_without_the_model_has_the_ids(world: World) -> None:
     assert all(one["bytes"] is None and len(one["top_logprobs"]) == 1 for one in content)
     assert all(one["top_logprobs"][0]["logprob"] == one["logprob"] for one in content), "greedy"
     assert last["choices"][0]["finish_reason"] == "length" and last["receipt"]["output_tokens"] == 4
+
+
+def test_several_answers_from_code_without_trio(world: World) -> None:
+    pairs = [pair.split("=", 1) for pair in world.settings if "=" in pair]
+    config = load({"data_dir": world.client, **dict(pairs)})
+    with sync_client(config, workers=[world.address]) as client:
+        asked = client.answers(NAME, [{"role": "user", "content": QUESTION}], 2, max_tokens=5, logprobs=2)
+        told: dict[int, int] = {}
+        with asked as answers:
+            for answer, chunk in answers:
+                told[answer.index] = told.get(answer.index, 0) + len(chunk.logprobs)
+        assert told == {0: 5, 1: 5} and answers.errors == []
+        assert answers.cost == sum(answer.stream.receipt.cost for answer in answers.answers)
 
 
 def test_a_limit_is_for_all_answers_together(world: World) -> None:
