@@ -142,7 +142,7 @@ def test_a_limit_on_the_cost_is_for_all_of_them_together() -> None:
     async def test(market: Market) -> None:
         await market.worker(words())
         client = await market.client()
-        (one,) = client.select("fake", ChatRequest((ChatMessage(**HELLO[0]),)), Params(), Policy())  # type: ignore[arg-type]
+        (one,) = client.choosing.select("fake", ChatRequest((ChatMessage(**HELLO[0]),)), Params(), Policy())  # type: ignore[arg-type]
         assert sorted(await read(client.answers("fake", HELLO, 3, policy=Policy(max_cost=3 * one.cost)))) == [0, 1, 2]
         with pytest.raises(NoWorker) as caught:
             async with client.answers("fake", HELLO, 3, policy=Policy(max_cost=3 * one.cost - 1)):
