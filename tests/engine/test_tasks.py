@@ -215,6 +215,30 @@ def test_speech_flows_out_while_more_comes_in(stored: Callable[[str], Path], spe
     trio.run(main)
 
 
+@pytest.mark.parametrize("kind", ["square", "nyquist", "noise", "offset", "bursts"])
+def test_hostile_sound_ends_in_numbers_and_in_time(stored: Callable[[str], Path], kind: str) -> None:
+    """Samples at the ends of their range, where a model may compute what is no number, or go on for ever."""
+    folder, n = stored("whisper-tiny.en"), np.arange(6 * 16_000)
+    sound = {
+        "square": np.where(n // 40 % 2, 32767, -32768),
+        "nyquist": np.where(n % 2, 32767, -32768),
+        "noise": np.random.default_rng(2).integers(-32768, 32768, len(n)),
+        "offset": np.full(len(n), -32768),
+        "bursts": np.where(n % 20_000 < 3000, np.random.default_rng(3).integers(-32768, 32768, len(n)), 0),
+    }[kind].astype("<i2")
+
+    async def main() -> None:
+        async with opened(folder) as (backend, model):
+            data = sound.tobytes()
+            steps = await answer(backend, backend.prepare(model, transcribe(data)), data, max_tokens=200)
+            tokens = sum(len(step.token_ids) for step in steps)
+            assert steps[-1].finish_reason is (FinishReason.LENGTH if tokens == 200 else FinishReason.STOP)
+            assert all(0 <= token < 51_864 for step in steps for token in step.token_ids)
+            assert all(len(step.text) <= 256 for step in steps)
+
+    trio.run(main)
+
+
 def test_a_cancelled_job_stops_and_the_lane_is_free(stored: Callable[[str], Path], speech: bytes) -> None:
     folder = stored("whisper-tiny.en")
 

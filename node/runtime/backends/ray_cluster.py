@@ -59,11 +59,14 @@ class Placed:
 
     def ping(self, timeout_s: float) -> int:
         """Its process id. Raises as `describe`."""
-        return int(_get(self._handle.ping.remote(), timeout_s))
+        found = _get(self._handle.ping.remote(), timeout_s)
+        if not isinstance(found, int):
+            raise ReplicaGone("it answers with what is no process id")
+        return found
 
     def check_format(self, *call: Any, timeout_s: float) -> str:
         """`Replica.check_format`. Raises as `describe`."""
-        return str(_get(self._handle.check_format.remote(*call), timeout_s))
+        return str(_get(self._handle.check_format.remote(*call), timeout_s))[:1000]
 
     def stream(self, *call: Any) -> Iterator[Batch]:
         """`Replica.generate`. Raises `ReplicaGone`."""
@@ -73,7 +76,7 @@ class Placed:
         try:
             for reference in made.remote(*call):
                 yield ray.get(reference)
-        except ray.exceptions.RayError as error:
+        except Exception as error:  # Ray's, or what fails when its answer is made an object again
             raise ReplicaGone(first_line(error)) from None
 
     def stop(self, number: int) -> None:
@@ -148,7 +151,7 @@ def _get(reference: Any, timeout_s: float) -> Any:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         raise NoAnswer(f"no answer within {timeout_s:g} s") from None
-    except ray.exceptions.RayError as error:
+    except Exception as error:  # Ray's, or what fails when its answer is made an object again
         raise ReplicaGone(first_line(error)) from None
 
 
