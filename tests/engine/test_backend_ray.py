@@ -67,6 +67,17 @@ def test_the_queue_starts_replicas_a_hung_one_is_replaced_and_idle_ones_leave(tm
     assert seen["replicas"] == [1, 2, 1]
 
 
+@pytest.mark.slow
+def test_a_full_store_stops_no_stream_and_strangers_get_nothing(tmp_path: Path) -> None:
+    """Half a gigabyte of objects where there is room for a quarter of it. The ports are on loopback and ask for the token."""
+    seen = world(tmp_path, "fills")
+    assert seen["under way"] >= 4 and seen["memory"] <= 128 << 20
+    assert seen["put"] == 64 or "full" in seen, "the store was tried"
+    assert (seen["same tokens"], seen["same text"], seen["tokens"]) == (8, 8, 8 * 400)
+    assert seen["listening"] and all(address.startswith("127.") for address in seen["listening"]), seen["listening"]
+    assert not seen["stranger"].startswith("in"), seen["stranger"]
+
+
 # ------------------------------------------------------------------------------------------------------ autoscaling
 
 

@@ -18,6 +18,9 @@ from node.runtime.backends.ray_replica import Batch, Replica
 log = logging.getLogger(__name__)
 LOOPBACK: Final = "127.0.0.2"
 """Where a cluster of our own listens: what is written 127.0.0.1 Ray replaces by the address of the machine's network card."""
+OBJECTS: Final = 128 << 20
+"""Bytes that a cluster of our own sets aside for objects, where Ray would take a third of the machine: ours are a batch of tokens
+each, and travel without it."""
 AHEAD: Final = 4
 """Batches that a replica may be ahead of who reads them."""
 
@@ -103,7 +106,7 @@ def connect(address: str) -> None:
     if address:
         ray.init(address=address, **options)
     else:
-        ray.init(include_dashboard=False, _node_ip_address=LOOPBACK, **options)
+        ray.init(include_dashboard=False, _node_ip_address=LOOPBACK, object_store_memory=OBJECTS, **options)
 
 
 def disconnect() -> None:
