@@ -76,6 +76,7 @@ def _kernel(scheme: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None]
         numbers, scales = quantize_rows(weight if sizes is None else weight.float() / sizes)
         return KernelInt8(numbers, scales, bias, dtype, sizes)
 
+    make.__name__ = "KernelInt4" if scheme == "int4" else "KernelInt8"  # for the log
     return make
 
 

@@ -7,6 +7,7 @@ for any number of rows and hold the weight once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from node.runtime.engine.kernels import int8, products
 from node.runtime.engine.kernels.compiled import STORED
 from node.runtime.engine.kernels.products import WIDTH
 
-UNPACK_ROWS = 17
+UNPACK_ROWS: Final = 17
 """From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch."""
 
 

@@ -7,7 +7,8 @@ is then one number for all sixteen lanes, and an output's sum stays in its lane:
 - int8: four inputs side by side for each output ([out / 64, in / 4, 64, 4]), rows as `int8` makes bytes of them. Sums are
   integers, so a row's result has the same bits in any company.
 - int4, for few rows: two inputs a byte, the first in the lower half; groups of 32 inputs, each with a scale and a zero in
-  bfloat16 ([out / 64, in / 32, 2, 64]): weight = (number - 8) * scale + zero. Rows are float32, sums too. For many rows `unpack_int4`.
+  bfloat16 ([out / 64, in / 32, 2, 64]): weight = (number - 8) * scale + zero. Rows are float32,
+  sums too. For many rows `unpack_int4`.
 
 `bias` is float32 [out]. Results are rounded to `dtype` once.
 """
