@@ -1,7 +1,6 @@
 """Linear layers on the kernels of `products`.
 
-`FewBFloat16` is for few rows: another layer stands beside it for many (`linear.two_copies`). `KernelInt8` and `KernelInt4` are
-for any number of rows and hold the weight once.
+Each is for any number of rows and holds the weight once.
 """
 
 from __future__ import annotations
@@ -31,8 +30,14 @@ def _blocks(weight: Tensor) -> Tensor:
     return padded.view(-1, WIDTH, weight.shape[1]).transpose(1, 2).contiguous()
 
 
+def _interleaved(weight: Tensor, count: int) -> Tensor:
+    """[out, in] to [out / 64, in / count, 64, count], zeros behind the last output and the last input."""
+    padded = F.pad(weight, (0, -weight.shape[1] % count, 0, -weight.shape[0] % WIDTH))
+    return padded.view(-1, WIDTH, padded.shape[1] // count, count).transpose(1, 2).contiguous()
+
+
 def _in_groups(multiply: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
-    """The kernels take one row, or whole groups of `size`."""
+    """The kernel takes one row, or whole groups of `size`."""
     rows = x.shape[0]
     if rows == 1 or rows % size == 0:
         return multiply(x.contiguous())
@@ -49,24 +54,24 @@ class _Layer:
         return torch.empty(rows, self.out_features, dtype=self._dtype)
 
 
-class FewBFloat16(_Layer):
-    """A weight in bfloat16 as it is; float32 or bfloat16 in and out."""
+class KernelBFloat16(_Layer):
+    """A weight in bfloat16; rows of bfloat16."""
 
     tolerance = 1e-2
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight.shape, bias, weight.dtype)
-        self._held = _blocks(weight.bfloat16())
-        self._run = products.product_bfloat16(STORED[self._dtype], _shared())
+        super().__init__(weight.shape, bias, torch.bfloat16)
+        self._held = _interleaved(weight.bfloat16(), 2)
+        self._run = products.product_bfloat16(_shared())
         self.nbytes = self._held.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _in_groups(self._multiply, x, 4)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        x, out = x.float(), self._empty(x.shape[0])
+        rows, inputs = x.shape
+        missing, odd = -rows % 4, inputs % 2
+        x = F.pad(x, (0, odd, 0, missing)) if missing or odd else x.contiguous()
+        out = self._empty(rows)
         addresses = (x.data_ptr(), self._held.data_ptr(), self._bias.data_ptr(), out.data_ptr())
-        self._run(x.shape[0], self.in_features, self.out_features, *addresses)
+        self._run(rows, inputs + odd, self.out_features, *addresses)
         return out
 
 
@@ -79,8 +84,7 @@ class KernelInt8(_Layer):
         """numbers: int8 [out, in]; scales: float32 [out]; sizes: float32 [in] for the fine scheme."""
         super().__init__(numbers.shape, bias, dtype)
         self._stride = -(-self.in_features // 4) * 4
-        padded = F.pad(numbers, (0, self._stride - self.in_features, 0, -self.out_features % WIDTH))
-        self._held = padded.view(-1, WIDTH, self._stride // 4, 4).transpose(1, 2).contiguous()
+        self._held = _interleaved(numbers, 4)
         self._sums, self._scales = numbers.sum(1, dtype=torch.int32), scales.contiguous()
         self._sizes, self._each = sizes, 1 if sizes is None else 2
         stored = STORED[dtype]
