@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numba import carray
@@ -17,6 +17,9 @@ from numba.extending import register_jitable
 
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, kernel
 from node.runtime.engine.kernels.simd import narrow, pointer, wide
+
+TINY: Final = np.float32(1e-30)
+"""Ranges below it count as none: their inverse would be infinite, or close."""
 
 
 @register_jitable
@@ -52,7 +55,7 @@ def plain_rounded(dtype: Any) -> Callable[..., None]:
         for r in range(rows):
             row, into = x[r], out[r]
             least, span = _least_and_span(row)
-            steps = np.float32(255) / span if span != 0 else np.float32(0)
+            steps = np.float32(0) if span < TINY else np.float32(255) / span
             size = span / np.float32(255)
             for i in range(width):
                 into[i] = np.rint((wide(row[i]) - least) * steps) * size + least
@@ -72,7 +75,7 @@ def plain_spread(dtype: Any) -> Callable[..., None]:
         for r in range(rows):
             row, into = x[r], out[r]
             least, span = _least_and_span(row)
-            factor = np.float32(1) / span if span != 0 else np.float32(0)
+            factor = np.float32(0) if span < TINY else np.float32(1) / span
             for i in range(width):
                 into[i] = (wide(row[i]) - least) * factor
             marks[r, 0], marks[r, 1] = least, span
@@ -111,7 +114,7 @@ def fine_rounded(dtype: Any) -> Callable[..., None]:
         for r in range(rows):
             row, into = x[r], out[r]
             step = _step(row, sizes)
-            factor = np.float32(1) / step if step != 0 else np.float32(0)
+            factor = np.float32(0) if step < TINY else np.float32(1) / step
             for i in range(width):
                 scaled = wide(row[i]) * sizes[i] * factor
                 coarse = np.rint(scaled)
@@ -133,7 +136,7 @@ def fine_spread(dtype: Any) -> Callable[..., None]:
         for r in range(rows):
             row, first, second = x[r], out[0, r], out[1, r]
             step = _step(row, sizes)
-            factor = np.float32(1) / step if step != 0 else np.float32(0)
+            factor = np.float32(0) if step < TINY else np.float32(1) / step
             for i in range(width):
                 scaled = wide(row[i]) * sizes[i] * factor
                 coarse = np.rint(scaled)

@@ -7,6 +7,7 @@ A layer for few rows holds the weight a second time, in the layout of `products`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.kernels import int8, products
-from node.runtime.engine.kernels.compiled import STORED
+from node.runtime.engine.kernels.compiled import STORED, demand, shared
 from node.runtime.engine.kernels.products import WIDTH
 
 
@@ -28,6 +29,7 @@ class _FewRows:
 
     def _multiply(self, run: Callable[..., None], x: Tensor, held: Tensor, scales: Tensor) -> Tensor:
         rows = x.shape[0]
+        demand(x.dtype is torch.float32 and x.is_contiguous() and x.shape == (rows, self.in_features), "product", x)
         out = torch.empty(rows, self.out_features, dtype=self._dtype)
         addresses = (held.data_ptr(), scales.data_ptr(), self._bias.data_ptr(), out.data_ptr())
         run(rows, self.in_features, self.out_features, x.data_ptr(), *addresses)
@@ -42,7 +44,7 @@ class FewBFloat16(_FewRows):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape, bias, weight.dtype)
         self._held, self._ones = _blocks(weight.bfloat16()), torch.ones(self.out_features)
-        self._run = products.product(STORED[torch.bfloat16], STORED[self._dtype], torch.get_num_threads() > 1)
+        self._run = products.product(STORED[torch.bfloat16], STORED[self._dtype], shared())
         self.nbytes = self._held.nbytes + self._ones.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class FewInt8(_FewRows):
         super().__init__(numbers.shape, bias, dtype)
         self._held, self._scales = _blocks(numbers), scales.contiguous()
         self._round = Activations(sizes)
-        self._run = products.product(np.int8, STORED[dtype], torch.get_num_threads() > 1)
+        self._run = products.product(np.int8, STORED[dtype], shared())
         self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class FewInt4(_FewRows):
         self._held = (pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
         spread = F.pad(scales.transpose(1, 2), (0, -self.out_features % WIDTH))  # [in / 32, 2, out]
         self._scales = spread.view(scales.shape[0], 2, -1, WIDTH).permute(2, 0, 1, 3).contiguous()
-        self._run = products.product_int4(STORED[dtype], torch.get_num_threads() > 1)
+        self._run = products.product_int4(STORED[dtype], shared())
         self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,11 +91,11 @@ class Activations:
 
     def __init__(self, sizes: Tensor | None = None) -> None:
         """sizes: float32 [width]."""
-        self._sizes = sizes
+        self._sizes = None if sizes is None else sizes.float().contiguous()
 
     def rounded(self, x: Tensor) -> Tensor:
         """x with the precision that the products see, times the sizes: float32."""
-        x, stored = x.contiguous(), STORED[x.dtype]
+        x, stored = self._checked(x)
         out = torch.empty(x.shape)
         if self._sizes is None:
             int8.plain_rounded(stored)(*x.shape, x.data_ptr(), out.data_ptr())
@@ -103,7 +105,7 @@ class Activations:
 
     def spread(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied, float32 [rows, width] (fine: twice the rows), and the marks that `gather` wants."""
-        x, stored = x.contiguous(), STORED[x.dtype]
+        x, stored = self._checked(x)
         rows, width = x.shape
         marks = torch.empty(rows, 2)
         if self._sizes is None:
@@ -115,9 +117,20 @@ class Activations:
             int8.fine_spread(stored)(rows, width, x.data_ptr(), sizes, out.data_ptr(), marks.data_ptr())
         return out, marks
 
+    def _checked(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The rows beside each other, and what a number of theirs is to a kernel."""
+        demand(x.dtype in STORED and x.dim() == 2 and x.shape[1] > 0, "rounding", x)
+        if self._sizes is not None:
+            demand(self._sizes.shape == x.shape[1:], "rounding", x, self._sizes)
+        return x.contiguous(), STORED[x.dtype]
+
     def gather(self, products: Tensor, marks: Tensor, sums: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """The layer's result [rows, out] in `dtype` from the products; sums, bias: float32 [out]."""
         rows, width, stored = marks.shape[0], products.shape[1], STORED[dtype]
+        fits = products.shape[0] == rows * (1 if self._sizes is None else 2) and marks.shape == (rows, 2)
+        demand(fits and bias.shape == sums.shape == (width,), "gather", products, marks, sums, bias)
+        for one in (products, marks, sums, bias):
+            demand(one.dtype is torch.float32 and one.is_contiguous(), "gather", one)
         out = torch.empty(rows, width, dtype=dtype)
         if self._sizes is None:
             addresses = (products.data_ptr(), marks.data_ptr(), sums.data_ptr(), bias.data_ptr(), out.data_ptr())
