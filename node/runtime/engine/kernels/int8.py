@@ -20,6 +20,8 @@ from node.runtime.engine.kernels.simd import narrow, pointer, wide
 
 TINY: Final = np.float32(1e-30)
 """Ranges below it count as none: their inverse would be infinite, or close."""
+INVERSE_STEP: Final = np.float32(1) / np.float32(1 / 255)
+"""As FBGEMM has it from the step that it is told."""
 
 
 @register_jitable
@@ -31,6 +33,16 @@ def _least_and_span(row):  # type: ignore[no-untyped-def]
         least, largest = min(least, x), max(largest, x)
         odd += x * np.float32(0)
     return least + odd, largest - least + odd
+
+
+@register_jitable
+def _spread(row, into):  # type: ignore[no-untyped-def]
+    """From 0 to 1 by least and span, which are returned."""
+    least, span = _least_and_span(row)
+    factor = np.float32(0) if span < TINY else np.float32(1) / span
+    for i in range(len(row)):
+        into[i] = (wide(row[i]) - least) * factor
+    return least, span
 
 
 @register_jitable
@@ -54,11 +66,12 @@ def plain_rounded(dtype: Any) -> Callable[..., None]:
         out = carray(pointer(out_at), (rows, width), np.float32)
         for r in range(rows):
             row, into = x[r], out[r]
-            least, span = _least_and_span(row)
-            steps = np.float32(0) if span < TINY else np.float32(255) / span
+            least, span = _spread(row, into)
             size = span / np.float32(255)
-            for i in range(width):
-                into[i] = np.rint((wide(row[i]) - least) * steps) * size + least
+            for i in range(
+                width
+            ):  # in a loop of its own: what is rounded are the very numbers that torch's product gets
+                into[i] = np.rint(into[i] * INVERSE_STEP) * size + least
 
     return run
 
@@ -73,12 +86,7 @@ def plain_spread(dtype: Any) -> Callable[..., None]:
         out = carray(pointer(out_at), (rows, width), np.float32)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
         for r in range(rows):
-            row, into = x[r], out[r]
-            least, span = _least_and_span(row)
-            factor = np.float32(0) if span < TINY else np.float32(1) / span
-            for i in range(width):
-                into[i] = (wide(row[i]) - least) * factor
-            marks[r, 0], marks[r, 1] = least, span
+            marks[r, 0], marks[r, 1] = _spread(x[r], out[r])
 
     return run
 
