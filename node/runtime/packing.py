@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Final
 
+from node.runtime.hal import processor
+
 _COMPUTED: Final = {"float32": 4, "bfloat16": 2, "float16": 4, "int8": 4, "int4": 2}
 """Bytes of a number that a CPU computes with, by format (`linear.compute_dtype`)."""
 _ELSEWHERE: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
@@ -31,7 +33,7 @@ class Packing:
     """One of `linear.FORMATS`."""
     cpu: bool = True
     few_rows: bool = True
-    """A bfloat16 layer on a CPU has a second copy for few rows (not in exact mode)."""
+    """A bfloat16 layer on a CPU may have a second copy for few rows (not in exact mode)."""
 
     @property
     def item(self) -> int:
@@ -57,8 +59,9 @@ class Packing:
         if self.fmt == "float16":
             return 2 * fbgemm_padded(out, inputs, 16) + (4 * out if bias else 0)
         many = self.item * _blocked(out, inputs, self.item) + self._added(out, bias)
-        few = self.fmt == "bfloat16" and self.few_rows and _compiled()
-        return many + (2 * _up(out, _BLOCK) * inputs + 4 * out if few else 0)
+        if self.fmt != "bfloat16" or not _compiled() or not (self.few_rows or _alone()):
+            return many
+        return 2 * _up(out, _BLOCK) * _up(inputs, 2) + 4 * out + (0 if _alone() else many)
 
     def _added(self, out: int, bias: bool) -> int:
         return out * self.item if bias else 0
@@ -79,6 +82,13 @@ class Packing:
 def _compiled() -> bool:
     """Whether the engine has its compiled kernels (`kernels.importable`), for which the copies for few rows are."""
     return find_spec("numba") is not None
+
+
+@cache
+def _alone() -> bool:
+    """`linear.compiled_alone`."""
+    has = processor.flags()
+    return "avx512_bf16" in has and "amx_bf16" not in has
 
 
 def fbgemm_padded(out: int, inputs: int, columns: int) -> int:

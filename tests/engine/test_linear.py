@@ -69,7 +69,7 @@ def test_close_to_float64(fmt: str, shape: tuple[int, int], biased: bool) -> Non
 def test_few_rows_copy_holds_the_same_weights() -> None:
     weight, bias = normal(960, 576).bfloat16(), normal(960).bfloat16()
     layer, plain = make_linear(weight, "bfloat16", bias, few_rows=True), make_linear(weight, "bfloat16", bias)
-    assert layer.nbytes > 2 * plain.nbytes
+    assert layer.nbytes > 2 * plain.nbytes or linear.compiled_alone()
     for rows in (1, linear.FEW_ROWS, linear.FEW_ROWS + 1):
         assert error(layer, weight, bias, normal(rows, 576).bfloat16()) < 2**-8
 

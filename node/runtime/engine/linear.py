@@ -8,7 +8,8 @@ Rules:
 - `nbytes` is what the packed weight occupies, padding included. The weight given is never changed and may be dropped.
 - Nothing is chosen by timing: the same machine, shape and number of rows take the same path in every run.
 
-Measured on AVX-512 with BF16 and VNNI, without AMX, one thread, for all products of a step of SmolLM2-135M, milliseconds at 4, 16 and 256 rows: bfloat16 by the compiled kernel 10.6, 26.0, 319, by oneDNN 19.1, 34.0, 357; int8 by the compiled kernel 5.4,
+Measured on AVX-512 with BF16 and VNNI, without AMX, one thread, for all products of a step of SmolLM2-135M, milliseconds at 4,
+16 and 256 rows: bfloat16 by the compiled kernel 10.6, 26.0, 319, by oneDNN 19.1, 34.0, 357; int8 by the compiled kernel 5.4,
 12.9, 164, by FBGEMM 9.6, 18.6, 241. oneDNN's packed kernels cost less at four rows than at one or two (they keep few
 accumulators busy), so one and two rows are repeated to four.
 """

@@ -13,15 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.kernels import int8, products
-from node.runtime.engine.kernels.compiled import STORED
+from node.runtime.engine.kernels.compiled import STORED, demand, shared
 from node.runtime.engine.kernels.products import WIDTH
 
 UNPACK_ROWS: Final = 17
 """From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch."""
-
-
-def _shared() -> bool:
-    return torch.get_num_threads() > 1
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -62,11 +58,12 @@ class KernelBFloat16(_Layer):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape, bias, torch.bfloat16)
         self._held = _interleaved(weight.bfloat16(), 2)
-        self._run = products.product_bfloat16(_shared())
+        self._run = products.product_bfloat16(shared())
         self.nbytes = self._held.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, inputs = x.shape
+        demand(x.dtype is torch.bfloat16 and inputs == self.in_features, "product", x)
         missing, odd = -rows % 4, inputs % 2
         x = F.pad(x, (0, odd, 0, missing)) if missing or odd else x.contiguous()
         out = self._empty(rows)
@@ -86,15 +83,16 @@ class KernelInt8(_Layer):
         self._stride = -(-self.in_features // 4) * 4
         self._held = _interleaved(numbers, 4)
         self._sums, self._scales = numbers.sum(1, dtype=torch.int32), scales.contiguous()
-        self._sizes, self._each = sizes, 1 if sizes is None else 2
+        self._sizes, self._each = None if sizes is None else sizes.float().contiguous(), 1 if sizes is None else 2
         stored = STORED[dtype]
         self._round = int8.plain(stored) if sizes is None else int8.fine(stored)
-        self._run = products.product_int8(stored, sizes is not None, _shared())
+        self._run = products.product_int8(stored, sizes is not None, shared())
         parts = (self._held, self._sums, self._scales, self._bias, *(() if sizes is None else (sizes,)))
         self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         x, rows = x.contiguous(), x.shape[0]
+        demand(x.dtype is self._dtype and x.shape == (rows, self.in_features), "product", x)
         marks = torch.empty(rows, 2)
         bytes_ = torch.empty(-(-rows * self._each // 4) * 4, self._stride, dtype=torch.uint8)
         sizes = () if self._sizes is None else (self._sizes.data_ptr(),)
@@ -116,12 +114,13 @@ class KernelInt4(_Layer):
         self._held = (pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
         spread = F.pad(scales.transpose(1, 2), (0, -self.out_features % WIDTH))  # [in / 32, 2, out]
         self._scales = spread.view(scales.shape[0], 2, -1, WIDTH).permute(2, 0, 1, 3).contiguous()
-        self._run = products.product_int4(STORED[dtype], _shared())
-        self._unpack = products.unpack_int4(_shared())
+        self._run = products.product_int4(STORED[dtype], shared())
+        self._unpack = products.unpack_int4(shared())
         self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.bfloat16()
+        demand(x.dim() == 2 and x.shape[1] == self.in_features, "product", x)
         if x.shape[0] < UNPACK_ROWS:
             return _in_groups(self._multiply, rows, 2)
         return (torch.mm(rows, self._weight()) + self._bias).to(self._dtype)
