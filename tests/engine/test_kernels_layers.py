@@ -119,7 +119,9 @@ def test_int8_of_few_rows_is_int8_of_many(dtype: Any, shape: tuple[int, int], ki
         got, wanted = layer(x), other(x)
         assert got.dtype == wanted.dtype == dtype
         scale = (x.double().abs() @ held(kind, weight).abs().t()).amax(1, True)  # of the terms, which may cancel
-        assert float(((got.double() - wanted.double()).abs() / scale).amax()) < (2**-8 if dtype != torch.float32 else 1e-6)
+        assert float(((got.double() - wanted.double()).abs() / scale).amax()) < (
+            2**-8 if dtype != torch.float32 else 1e-6
+        )
         assert error(got, x.double() @ held(kind, weight).t() + bias.double()) < (0.5 if shape[0] == 1 else 3e-2)
 
 
