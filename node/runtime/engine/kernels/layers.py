@@ -14,15 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.kernels import int8, products
-from node.runtime.engine.kernels.compiled import STORED
+from node.runtime.engine.kernels.compiled import STORED, demand, shared
 from node.runtime.engine.kernels.products import WIDTH
 
 UNPACK_ROWS: Final = 17
 """From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch."""
-
-
-def _shared() -> bool:
-    return torch.get_num_threads() > 1
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -45,6 +41,11 @@ class _Layer:
         self._dtype = dtype
         self._bias = torch.zeros(self.out_features) if bias is None else bias.float().contiguous()
 
+    def _rows(self, x: Tensor) -> Tensor:
+        """x, its rows beside each other; `RuntimeError` when they are none of this layer."""
+        demand(x.dim() == 2 and x.shape[1] == self.in_features and x.dtype is self._dtype, type(self).__name__, x)
+        return x.contiguous()
+
     def _empty(self, rows: int) -> Tensor:
         return torch.empty(rows, self.out_features, dtype=self._dtype)
 
@@ -57,11 +58,11 @@ class FewBFloat16(_Layer):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape, bias, weight.dtype)
         self._held = _blocks(weight.bfloat16())
-        self._run = products.product_bfloat16(STORED[self._dtype], _shared())
+        self._run = products.product_bfloat16(STORED[self._dtype], shared())
         self.nbytes = self._held.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _in_groups(self._multiply, x, 4)
+        return _in_groups(self._multiply, self._rows(x), 4)
 
     def _multiply(self, x: Tensor) -> Tensor:
         x, out = x.float(), self._empty(x.shape[0])
@@ -85,12 +86,12 @@ class KernelInt8(_Layer):
         self._sizes, self._each = sizes, 1 if sizes is None else 2
         stored = STORED[dtype]
         self._round = int8.plain(stored) if sizes is None else int8.fine(stored)
-        self._run = products.product_int8(stored, sizes is not None, _shared())
+        self._run = products.product_int8(stored, sizes is not None, shared())
         parts = (self._held, self._sums, self._scales, self._bias, *(() if sizes is None else (sizes,)))
         self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, rows = x.contiguous(), x.shape[0]
+        x, rows = self._rows(x), x.shape[0]
         marks = torch.empty(rows, 2)
         bytes_ = torch.empty(-(-rows * self._each // 4) * 4, self._stride, dtype=torch.uint8)
         sizes = () if self._sizes is None else (self._sizes.data_ptr(),)
@@ -112,12 +113,12 @@ class KernelInt4(_Layer):
         self._held = (pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
         spread = F.pad(scales.transpose(1, 2), (0, -self.out_features % WIDTH))  # [in / 32, 2, out]
         self._scales = spread.view(scales.shape[0], 2, -1, WIDTH).permute(2, 0, 1, 3).contiguous()
-        self._run = products.product_int4(STORED[dtype], _shared())
-        self._unpack = products.unpack_int4(_shared())
+        self._run = products.product_int4(STORED[dtype], shared())
+        self._unpack = products.unpack_int4(shared())
         self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.bfloat16()
+        rows = self._rows(x).bfloat16()
         if x.shape[0] < UNPACK_ROWS:
             return _in_groups(self._multiply, rows, 2)
         return (torch.mm(rows, self._weight()) + self._bias).to(self._dtype)
