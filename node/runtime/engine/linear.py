@@ -107,6 +107,9 @@ def _compiled(weight: Tensor, bias: Tensor | None) -> Linear:
     return KernelBFloat16(weight, bias)
 
 
+_compiled.__name__ = "KernelBFloat16"  # for the log
+
+
 def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     return OneDnnLinear(weight, bias) if works(OneDnnLinear, "cpu", dtype) else PlainLinear(weight, bias)
 

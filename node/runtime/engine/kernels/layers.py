@@ -46,6 +46,11 @@ class _Layer:
         self._dtype = dtype
         self._bias = torch.zeros(self.out_features) if bias is None else bias.float().contiguous()
 
+    def _rows(self, x: Tensor) -> Tensor:
+        """x, its rows beside each other; `RuntimeError` when they are none of this layer."""
+        demand(x.dim() == 2 and x.shape[1] == self.in_features and x.dtype is self._dtype, type(self).__name__, x)
+        return x.contiguous()
+
     def _empty(self, rows: int) -> Tensor:
         return torch.empty(rows, self.out_features, dtype=self._dtype)
 
@@ -62,10 +67,11 @@ class KernelBFloat16(_Layer):
         self.nbytes = self._held.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = self._rows(x)
         rows, inputs = x.shape
-        demand(x.dtype is torch.bfloat16 and inputs == self.in_features, "product", x)
         missing, odd = -rows % 4, inputs % 2
-        x = F.pad(x, (0, odd, 0, missing)) if missing or odd else x.contiguous()
+        if missing or odd:
+            x = F.pad(x, (0, odd, 0, missing))
         out = self._empty(rows)
         addresses = (x.data_ptr(), self._held.data_ptr(), self._bias.data_ptr(), out.data_ptr())
         self._run(rows, inputs + odd, self.out_features, *addresses)
@@ -91,8 +97,7 @@ class KernelInt8(_Layer):
         self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, rows = x.contiguous(), x.shape[0]
-        demand(x.dtype is self._dtype and x.shape == (rows, self.in_features), "product", x)
+        x, rows = self._rows(x), x.shape[0]
         marks = torch.empty(rows, 2)
         bytes_ = torch.empty(-(-rows * self._each // 4) * 4, self._stride, dtype=torch.uint8)
         sizes = () if self._sizes is None else (self._sizes.data_ptr(),)
@@ -119,8 +124,7 @@ class KernelInt4(_Layer):
         self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.bfloat16()
-        demand(x.dim() == 2 and x.shape[1] == self.in_features, "product", x)
+        rows = self._rows(x).bfloat16()
         if x.shape[0] < UNPACK_ROWS:
             return _in_groups(self._multiply, rows, 2)
         return (torch.mm(rows, self._weight()) + self._bias).to(self._dtype)
