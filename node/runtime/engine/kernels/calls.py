@@ -1,6 +1,7 @@
 """Kernels on tensors: what is allocated, and shapes as counts, before addresses are handed over.
 
-Each kernel is compiled when it is first asked for, some tenths of a second, once in a process for each way it is asked for.
+Each kernel is compiled when it is first asked for, some tenths of a second, once in a process for each way it is asked for;
+or taken from `book`.
 """
 
 from __future__ import annotations
