@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from msgspec.structs import astuple
+
 from node.codec import Unreadable
 from node.runtime import wire
 from node.runtime.constraints import Constraints
@@ -225,7 +227,7 @@ def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:
     if load.kernels is not None:
         from node.runtime.engine.kernels.book import BOOK, ObjectCode
 
-        BOOK.give(load.kernels.stamp, [ObjectCode(*msgspec.structs.astuple(one)) for one in load.kernels.kernels])
+        BOOK.give(load.kernels.stamp, [ObjectCode(*astuple(one)) for one in load.kernels.kernels])
     compiles = load.device == "cpu" and load.kernels is None
     tell(wire.Loading("compiling kernels, reading weights" if compiles else "reading weights"))
     return Engine(

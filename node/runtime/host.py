@@ -21,8 +21,8 @@ from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Several
 from typing import Final, Protocol
 
-from msgspec.structs import replace
 import trio
+from msgspec.structs import replace
 
 from node.errors import ModelError, PromptInvalid
 from node.runtime import wire
@@ -77,7 +77,7 @@ class EngineHost:
             launch,
             self._limits,
             load.folder,
-            lambda: replace(load, kernels=kernels()),
+            lambda: self._load_with(kernels()),
             wire.TO_ENGINE,
             wire.TO_NODE,
         )
@@ -178,6 +178,10 @@ class EngineHost:
             self._end_all("the model runtime is stopping")
 
     # ----------------------------------------------------------------------------------------- for its supervisor
+
+    def _load_with(self, kernels: wire.Kernels | None) -> wire.Load:
+        """What could not be started again might be able to without them."""
+        return replace(self._load, kernels=None if self.failure else kernels)
 
     @property
     def asked(self) -> bool:

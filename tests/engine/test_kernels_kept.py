@@ -24,6 +24,7 @@ from node.models.store import ModelStore
 from node.runtime import kernel_child, kernels, wire
 from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.engine_settings import EngineSettings
+from node.runtime.host import EngineHost
 from node.runtime.kernels import FILE, CompiledKernels, compiled_kernels
 from node.runtime.launch import Child, Launcher, ProcessLauncher, ThreadLauncher, launcher
 from node.runtime.supervisor import Limits
@@ -96,6 +97,15 @@ def test_of_another_stamp_or_not_what_it_says_it_is_compiled(made: wire.Kernels)
 # ------------------------------------------------------------------------------------------------------------ the file
 
 
+class Nobody:
+    pid = None
+
+    def kill(self) -> None: ...
+
+    async def epitaph(self) -> str:
+        return "ended"
+
+
 class Compiler(ThreadLauncher):
     """Answers as the compiler's process does, without one."""
 
@@ -113,14 +123,6 @@ class Compiler(ThreadLauncher):
                 names = msgspec.msgpack.decode(await sock.recv(1 << 16), type=list[str])
                 self.asked.append(names)
                 await trio.SocketStream(sock).send_all(self.answer(names))
-
-        class Nobody:
-            pid = None
-
-            def kill(self) -> None: ...
-
-            async def epitaph(self) -> str:
-                return "ended"
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
@@ -284,3 +286,44 @@ def test_the_second_start_compiles_nothing(make_chat_model: Callable[..., Path],
                 assert await answered(backend, manifest) == wanted
 
     trio.run(main)
+
+
+def test_an_engine_that_cannot_be_started_again_is_tried_without(made: wire.Kernels) -> None:
+    """A compiled kernel that ends the process, as LLVM does where a symbol is missing, is not what keeps a model away."""
+    given = list[bool]()
+
+    class Dying(ThreadLauncher):
+        @asynccontextmanager
+        async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Child]:
+            async def act() -> None:
+                reader = wire.TO_ENGINE.reader()
+                with trio.socket.from_stdlib_socket(theirs) as sock:
+                    loads = list[wire.ToEngine]()
+                    while not loads:
+                        loads += reader.feed(await sock.recv(1 << 16))
+                    assert isinstance(loads[0], wire.Load)
+                    given.append(loads[0].kernels is not None)
+                    if len(given) == 1 or not given[-1]:
+                        ready = wire.Ready(1000, 97, "0" * 32, (96,), 1000, 1000)
+                        await trio.SocketStream(sock).send_all(wire.TO_NODE.frame(ready))
+                        await trio.sleep(0.1 if len(given) == 1 else 1000)
+
+            theirs.setblocking(False)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(act)
+                yield Nobody()
+                nursery.cancel_scope.cancel()
+
+    async def main() -> None:
+        load = wire.Load("/nowhere", "cpu", "float32", 1, 1 << 20, 8, 0)
+        host = EngineHost(Dying(), load, limits=Limits(backoff_s=0.01), kernels=lambda: made)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(host.run)
+                while len(given) < 3 or not host.ready:
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert given[-1] is False
+    assert given.count(False) == 1
