@@ -22,6 +22,7 @@ import node
 from node.books import Key, open_books
 from node.chains import Chains
 from node.config import COMMITTEE, DEFAULT, Config
+from node.config.folders import default_kernels_dir
 from node.errors import ModelError
 from node.ports import Backend, ModelInfo, TaskBackend
 from node.settings import task_price_of
@@ -218,6 +219,7 @@ def _runtimes(
         lazy=config.engine.lazy,
         limits=Limits(load_s=config.engine.load_ms / 1000, hang_s=config.engine.hang_ms / 1000),
         hidden=tuple(str(path) for path in (config.keys_dir, config.journal("worker")) if path.exists()),
+        kernels=default_kernels_dir(),
         trace=config.telemetry.engine_trace,
     )
 

@@ -23,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The fences of the journals that tests open (node/store/fence.py), also for the processes that tests start.
     config.stash[_state] = tempfile.TemporaryDirectory(prefix="gristmill-state-")
     os.environ["XDG_STATE_HOME"] = config.stash[_state].name
+    # The kernels that one node compiles for its engines, the nodes of later tests have (node/runtime/kernels.py).
+    os.environ["XDG_CACHE_HOME"] = os.path.join(config.stash[_state].name, "cache")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -19,6 +19,12 @@ def default_fence_dir() -> Path:
     return (Path(home) if home.startswith("/") else Path("~/.local/state").expanduser()) / "gristmill" / "fence"
 
 
+def default_kernels_dir() -> Path:
+    """Compiled kernels depend on the machine, on no data dir and no model."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if home.startswith("/") else Path("~/.cache").expanduser()) / "gristmill" / "kernels"
+
+
 def user_file(data_dir: Path | None, environ: Mapping[str, str]) -> Path:
     """Where the user's settings are: in the data dir when one was named, else where XDG says."""
     if data_dir is not None:

@@ -25,6 +25,7 @@ from node.runtime.engine.sequence import FinishReason as EngineFinish
 from node.runtime.engine.sequence import Sequence as EngineSequence
 from node.runtime.engine_settings import EngineSettings
 from node.runtime.fleet import Fleet, Watch
+from node.runtime.kernels import compiled_kernels
 from node.runtime.launch import Launcher, launcher
 from node.runtime.memory import MemoryBudget
 from node.runtime.resident import Resident
@@ -203,7 +204,10 @@ async def open_backend(
     launch = launch or await launcher(settings.isolation)
     with plain_errors():
         async with trio.open_nursery() as nursery:
-            backend = TorchBackend(settings, lambda test: Fleet(store, settings, launch, nursery, test, watch, memory))
+            kernels = await compiled_kernels(settings.kernels, launch)
+            backend = TorchBackend(
+                settings, lambda test: Fleet(store, settings, launch, nursery, test, watch, memory, kernels)
+            )
             try:
                 await _load_all(backend, models, say, evict=settings.lazy)
                 yield backend

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from msgspec.structs import astuple
+
 from node.codec import Unreadable
 from node.runtime import wire
 from node.runtime.constraints import Constraints
@@ -119,6 +121,7 @@ def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> 
         walls=walls,
         weight_bytes=engine.weight_bytes + draft_weights,
         cache_bytes=engine.cache_bytes + draft_cache,
+        compiled=tuple(getattr(engine, "compiled", ()))[: wire.KERNELS],
     )
 
 
@@ -221,7 +224,12 @@ def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:
     tell(wire.Loading("starting torch"))
     from node.runtime.engine.engine import Engine
 
-    tell(wire.Loading("reading weights"))
+    if load.kernels is not None:
+        from node.runtime.engine.kernels.book import BOOK, ObjectCode
+
+        BOOK.give(load.kernels.stamp, [ObjectCode(*astuple(one)) for one in load.kernels.kernels])
+    compiles = load.device == "cpu" and load.kernels is None
+    tell(wire.Loading("compiling kernels, reading weights" if compiles else "reading weights"))
     return Engine(
         Path(load.folder),
         load.device,

@@ -36,6 +36,8 @@ class EngineSettings:
     limits: Limits = field(default_factory=Limits)
     hidden: tuple[str, ...] = ()
     """Paths that no engine should be able to read."""
+    kernels: Path | None = None
+    """Folder where compiled kernels are kept; None: every engine compiles its own."""
     trace: Path | None = None
     """Where each model's steps are traced: its name is put before the file's suffix unless it is the only one."""
 

@@ -24,6 +24,7 @@ from node.runtime.drafts import draft_of
 from node.runtime.engine_settings import EngineSettings
 from node.runtime.footprint import Footprint, measure
 from node.runtime.keeper import Keeper
+from node.runtime.kernels import CompiledKernels
 from node.runtime.launch import Launcher
 from node.runtime.life import Event, Phase
 from node.runtime.memory import MemoryBudget, NoRoom, finish
@@ -51,9 +52,10 @@ class Fleet:
         test: Callable[[Resident], Awaitable[SelfTest]],
         watch: Watch = lambda _: nullcontext(lambda _: None),
         memory: MemoryBudget | None = None,
+        kernels: CompiledKernels | None = None,
     ) -> None:
-        """`test` runs the self-test job on a model. `memory`: shared with other
-        models of the worker; by default these have `settings.memory_budget` for themselves."""
+        """`test` runs the self-test job on a model. `memory`: shared with other models of the worker; by default these have
+        `settings.memory_budget` for themselves. `kernels`: see `Keeper`."""
         self._store = store
         self._settings = settings
         self._launch = launch
@@ -61,7 +63,7 @@ class Fleet:
         self._watch = watch
         self._memory = memory or MemoryBudget(settings.memory_budget)
         self.residents: dict[ModelId, Resident] = {}
-        self.keeper = Keeper(settings, launch, nursery, test, self._memory.touch)
+        self.keeper = Keeper(settings, launch, nursery, test, self._memory.touch, kernels)
 
     # ------------------------------------------------------------------------------------------------------- questions
 

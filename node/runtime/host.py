@@ -21,8 +21,8 @@ from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Several
 from typing import Final, Protocol
 
-import msgspec
 import trio
+from msgspec.structs import replace
 
 from node.errors import ModelError, PromptInvalid
 from node.runtime import wire
@@ -62,8 +62,10 @@ class EngineHost:
         heard: Callable[[], None] = lambda: None,
         metrics: EngineMetrics | None = None,
         observers: Several[StepObserver] = (),
+        kernels: Callable[[], wire.Kernels | None] = lambda: None,
     ) -> None:
-        """`heard` is called when the engine's stage, failure or readiness changed; `observers` hear of every step."""
+        """`heard` is called when the engine's stage, failure or readiness changed; `observers` hear of every step; `kernels`:
+        what each new engine is given besides `load`."""
         self.metrics = metrics or EngineMetrics("", 1)
         self.mode = launch.mode
         self._observers = (self.metrics, *observers)
@@ -71,7 +73,13 @@ class EngineHost:
         self._load = load
         self._limits = limits or Limits()
         self._process = Supervisor[wire.ToEngine, wire.ToNode](
-            self, launch, self._limits, load.folder, load, wire.TO_ENGINE, wire.TO_NODE
+            self,
+            launch,
+            self._limits,
+            load.folder,
+            lambda: self._load_with(kernels()),
+            wire.TO_ENGINE,
+            wire.TO_NODE,
         )
         self._heard = heard
         self._numbers, self._pings = itertools.count(), itertools.count()
@@ -170,6 +178,10 @@ class EngineHost:
             self._end_all("the model runtime is stopping")
 
     # ----------------------------------------------------------------------------------------- for its supervisor
+
+    def _load_with(self, kernels: wire.Kernels | None) -> wire.Load:
+        """What could not be started again might be able to without them."""
+        return replace(self._load, kernels=None if self.failure else kernels)
 
     @property
     def asked(self) -> bool:
@@ -303,4 +315,4 @@ class EngineHost:
 
 def _lasting(facts: wire.Ready) -> wire.Ready:
     """What must be the same of every engine of one model."""
-    return msgspec.structs.replace(facts, room=0, walls=None)
+    return replace(facts, room=0, walls=None, compiled=())

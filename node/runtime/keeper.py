@@ -21,6 +21,7 @@ from node.ports import SAMPLING_PARAMS, ModelInfo, Speed, offered_logprobs
 from node.runtime import tracing, wire
 from node.runtime.engine_settings import EngineSettings
 from node.runtime.host import EngineHost
+from node.runtime.kernels import CompiledKernels
 from node.runtime.launch import Launcher
 from node.runtime.life import Event, Phase
 from node.runtime.resident import Resident
@@ -41,13 +42,16 @@ class Keeper:
         nursery: trio.Nursery,
         test: Callable[[Resident], Awaitable[SelfTest]],
         touch: Callable[[Resident], None],
+        kernels: CompiledKernels | None,
     ) -> None:
-        """`test` runs the self-test job on a model; `touch` is told that a model was used."""
+        """`test` runs the self-test job on a model; `touch` is told that a model was used; without `kernels` each engine compiles
+        its own."""
         self._settings = settings
         self._launch = launch
         self._nursery = nursery
         self._test = test
         self._touch = touch
+        self._kernels = kernels
         self.speeds: dict[ModelId, Speed] = {}
         """By the last self-test of each model."""
 
@@ -84,6 +88,7 @@ class Keeper:
             heard=lambda: self._heard(one, seen),
             metrics=one.metrics,
             observers=[one.tracing],
+            kernels=lambda: self._kernels.given if self._kernels else None,
         )
         one.scope = trio.CancelScope()
         await self._nursery.start(self._keep, one)
@@ -170,11 +175,18 @@ class Keeper:
             self.speeds[one.manifest.id] = Speed(speed.tokens_per_second, round(speed.ttft_ms + lazy, 2))
             if one.phase is Phase.TESTING:
                 one.on(Event.PASSED)
+            self._learn(one)
         elif one.phase in (Phase.LOADING, Phase.TESTING):
             one.trouble = f"the self-test did not pass: {tested.reason}"
             log.error("%s is not sold: %s", one.manifest.name, one.trouble)
             one.on(Event.FLUNKED)
             await self.end(one)
+
+    def _learn(self, one: Resident) -> None:
+        """Have what its engine had to compile compiled for the next one, now that its speed has been measured."""
+        facts = one.host.facts if one.host else None
+        if self._kernels is not None and facts is not None and facts.compiled:
+            self._nursery.start_soon(self._kernels.learn, facts.compiled)
 
 
 @dataclass(slots=True)

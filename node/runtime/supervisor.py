@@ -10,6 +10,7 @@ Rules
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
@@ -76,11 +77,11 @@ class Supervisor(Generic[Out, In]):
         launch: Launcher,
         limits: Limits,
         folder: str,
-        load: Out,
+        load: Callable[[], Out],
         to_process: Codec[Out],
         to_node: Codec[In],
     ) -> None:
-        """`load`: the first message to each process, which may read `folder`."""
+        """`load` makes the first message to each process, which may read `folder`."""
         self._owner = owner
         self._launch = launch
         self._limits = limits
@@ -156,7 +157,7 @@ class Supervisor(Generic[Out, In]):
     async def _meet(self, link: Link[Out, In]) -> None:
         began = trio.current_time()
         with trio.move_on_after(self._limits.load_s):
-            link.send(self._load)
+            link.send(self._load())
             while not self._ready:
                 for message in await link.receive():
                     if self._ready:

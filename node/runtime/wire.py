@@ -34,6 +34,29 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
     pass
 
 
+KERNELS: Final = 256
+"""Compiled kernels that a process is given, or asks for, at most."""
+KernelName = Annotated[str, _Meta(pattern=r"^[a-z0-9_]{1,32}( [A-Za-z0-9]{1,8}){0,4}$")]
+Stamp = Annotated[str, _Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Kernel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Machine code from a process that saw no model (`node.runtime.kernels`)."""
+
+    name: KernelName
+    number: Count
+    tags: Annotated[tuple[Annotated[str, _Meta(max_length=1024)], ...], _Meta(max_length=8)]
+    code: Annotated[bytes, _Meta(max_length=1 << 20)]
+    module: Annotated[bytes, _Meta(max_length=1 << 20)]
+
+
+class Kernels(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Of one stamp: what they were compiled from, with and for."""
+
+    stamp: Stamp
+    kernels: Annotated[tuple[Kernel, ...], _Meta(max_length=KERNELS)]
+
+
 # ------------------------------------------------------------------------------------------------------- to the engine
 
 
@@ -57,6 +80,8 @@ class Load(_Message):
     draft_cache_bytes: Count = 0
     graph_bytes: Count = 0
     """Device memory that CUDA graphs may take; 0: there are none."""
+    kernels: Kernels | None = None
+    """What need not be compiled."""
 
 
 class Submit(_Message):
@@ -134,6 +159,8 @@ class Ready(_Message):
     """Of the weights as they are held, packed copies and a draft model included."""
     cache_bytes: Count = 0
     """Of keys and values, a draft model's included."""
+    compiled: Annotated[tuple[KernelName, ...], _Meta(max_length=KERNELS)] = ()
+    """Kernels that it had to compile, for want of any or of ones that fit."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

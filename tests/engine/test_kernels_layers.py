@@ -146,7 +146,7 @@ def test_bytes_are_multiplied_alike_without_the_instruction(
     weight[5], weight[6], x[1], x[2, ::2] = 1.0, -1.0, 3.0, 9.0
     layer = make("fine" if twice else "plain", weight, normal(130), dtype)
     with_it = layer(x)
-    monkeypatch.setattr(simd, "HAS_VNNI", False)
+    monkeypatch.setattr(simd, "HAS_BYTES", False)
     layer._run = products.product_int8.__wrapped__(stored, twice, False)
     assert same_bits(layer(x), with_it)
 

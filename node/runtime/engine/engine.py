@@ -28,6 +28,7 @@ from node.runtime.engine.draft import DraftModel
 from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
 from node.runtime.engine.graphs import DecodeGraphs
 from node.runtime.engine.history import History
+from node.runtime.engine.kernels.book import BOOK
 from node.runtime.engine.lookup import Lookup
 from node.runtime.engine.paged import PagedCache, Plan, Span
 from node.runtime.engine.sampler import Draw, Picked, Scratch
@@ -139,6 +140,11 @@ class Engine:
         """The last step found no memory for anybody who was not held. So will the next, until one comes, leaves or is read on."""
         self._arrivals = 0
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Names of the kernels that this process has compiled itself so far."""
+        return tuple(BOOK.compiled)
 
     @property
     def idle(self) -> bool:

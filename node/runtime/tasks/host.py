@@ -49,7 +49,7 @@ class TaskHost:
     def __init__(self, launch: Launcher, load: wire.Load, limits: Limits = LIMITS) -> None:
         self._limits = limits
         self._process = Supervisor[wire.ToChild, wire.ToNode](
-            self, launch, limits, load.folder, load, wire.TO_CHILD, wire.TO_NODE
+            self, launch, limits, load.folder, lambda: load, wire.TO_CHILD, wire.TO_NODE
         )
         self._jobs: dict[int, _Job] = {}
         self._numbers = itertools.count()

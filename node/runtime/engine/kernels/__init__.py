@@ -13,7 +13,7 @@ Rules:
 - NaN in, NaN out: a model that computes nonsense must be noticed.
 
 `simd` is sixteen floats at a time; `norms`, `attention`, `products`, `int8` are the kernels; `calls` is tensors to
-addresses.
+addresses; `compiled`, `objects`, `book` and `named` are how they are compiled, kept and given to another process.
 """
 
 from __future__ import annotations

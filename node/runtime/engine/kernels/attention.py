@@ -8,20 +8,18 @@ Source: Kwon et al. 2023 (PagedAttention).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import carray, prange
 
 from node.runtime.engine.blocks import BLOCK_TOKENS
-from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, kernel
+from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import LANES, exp, fma, load, mul, pointer, splat, store, tanh, total, zero
 
 
-@cache
-def write(dtype: Any) -> Callable[..., None]:
+@family
+def write(dtype: Any) -> Kernel:
     """(rows, heads, dim, row_step, kv, slots, tokens, cache): kv [rows, heads, dim] into cache [heads, tokens, dim]."""
 
     @kernel(COUNT, COUNT, COUNT, COUNT, ADDRESS, ADDRESS, COUNT, ADDRESS)
@@ -38,8 +36,8 @@ def write(dtype: Any) -> Callable[..., None]:
     return run
 
 
-@cache
-def attend(dtype: Any, dim: int, parallel: bool) -> Callable[..., None]:
+@family
+def attend(dtype: Any, dim: int, parallel: bool) -> Kernel:
     """(rows, kv_heads, sharing, row_step, q, tables, width, blocks, cache, window, scale, cap, out).
 
     q and out: [rows, kv_heads * sharing, dim], rows of q `row_step` numbers apart. tables: int64 [rows, 1 + width]: how many

@@ -3,7 +3,8 @@
 What would make a kernel read or write past a tensor is refused with `RuntimeError`, as torch's operators refuse it. What is
 *in* the tables of blocks is not looked at here but once a step, by who made them (`paged.PagedCache`).
 
-Each kernel is compiled when it is first asked for, some tenths of a second, once in a process for each way it is asked for.
+Each kernel is compiled when it is first asked for, some tenths of a second, once in a process for each way it is asked for;
+or taken from `book`.
 """
 
 from __future__ import annotations

@@ -11,15 +11,13 @@ result is NaN. Rows of bytes are `stride` long, zeros behind the last number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numba import carray
 from numba.extending import register_jitable
 
-from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, kernel
+from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import pointer, wide
 
 TINY: Final = np.float32(1e-30)
@@ -46,8 +44,8 @@ def _largest(row, sizes):  # type: ignore[no-untyped-def]
     return largest + odd
 
 
-@cache
-def plain(dtype: Any) -> Callable[..., None]:
+@family
+def plain(dtype: Any) -> Kernel:
     """(rows, width, stride, x, out, marks)."""
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS)
@@ -71,8 +69,8 @@ def plain(dtype: Any) -> Callable[..., None]:
     return run
 
 
-@cache
-def fine(dtype: Any) -> Callable[..., None]:
+@family
+def fine(dtype: Any) -> Kernel:
     """(rows, width, stride, x, sizes, out, marks); out has two rows for each."""
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS)

@@ -8,19 +8,17 @@ Su et al. 2021 (rotary positions).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import carray
 
-from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, kernel
+from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import exp, narrow, pointer, wide
 
 
-@cache
-def rms_norm(dtype: Any) -> Callable[..., None]:
+@family
+def rms_norm(dtype: Any) -> Kernel:
     """(rows, width, x, weight, out, eps): out = x / sqrt(mean(x^2) + eps) * weight; weight is float32."""
 
     @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, FLOAT)
@@ -40,8 +38,8 @@ def rms_norm(dtype: Any) -> Callable[..., None]:
     return run
 
 
-@cache
-def silu_gate(dtype: Any) -> Callable[..., None]:
+@family
+def silu_gate(dtype: Any) -> Kernel:
     """(rows, width, x, out): out = silu(gate) * up, where a row of x is gate and up, each `width` numbers."""
 
     @kernel(COUNT, COUNT, ADDRESS, ADDRESS)
@@ -57,8 +55,8 @@ def silu_gate(dtype: Any) -> Callable[..., None]:
     return run
 
 
-@cache
-def gelu_tanh_gate(dtype: Any) -> Callable[..., None]:
+@family
+def gelu_tanh_gate(dtype: Any) -> Kernel:
     """(rows, width, x, out): out = gelu(gate) * up, in the tanh form: z * sigmoid(1.5957691 (z + 0.044715 z^3))."""
 
     @kernel(COUNT, COUNT, ADDRESS, ADDRESS)
@@ -75,8 +73,8 @@ def gelu_tanh_gate(dtype: Any) -> Callable[..., None]:
     return run
 
 
-@cache
-def turn(dtype: Any) -> Callable[..., None]:
+@family
+def turn(dtype: Any) -> Kernel:
     """(rows, heads, dim, row_step, head_step, x, cos, sin): the first `dim` numbers of each head turned in place.
 
     Steps are counted in numbers. cos and sin are [rows, dim], the sines of the first half negative.

@@ -15,15 +15,13 @@ inputs in runs of `RUN`: a row's result has the same bits in any company.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numba import carray, prange
 from numba.extending import register_jitable
 
-from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, kernel
+from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import (
     LANES,
     dot_fours,
@@ -50,8 +48,8 @@ RUN: Final = 2048
 """Inputs of a block that are read for all rows before the next are: they stay in the processor's cache meanwhile."""
 
 
-@cache
-def product_bfloat16(parallel: bool) -> Callable[..., None]:
+@family
+def product_bfloat16(parallel: bool) -> Kernel:
     """(rows, inputs, outputs, x, weight, bias, out): inputs even; x has whole fours of rows, of bfloat16 like out."""
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS, parallel=parallel)
@@ -113,8 +111,8 @@ def product_bfloat16(parallel: bool) -> Callable[..., None]:
     return run
 
 
-@cache
-def product_int8(dtype: Any, twice: bool, parallel: bool) -> Callable[..., None]:
+@family
+def product_int8(dtype: Any, twice: bool, parallel: bool) -> Kernel:
     """(rows, inputs, outputs, x, marks, weight, sums, scales, bias, out).
 
     inputs: a multiple of four, as wide as rows of bytes. twice: rows of bytes are in pairs (`int8.fine`). x: whole fours of rows
@@ -194,8 +192,8 @@ def product_int8(dtype: Any, twice: bool, parallel: bool) -> Callable[..., None]
     return run
 
 
-@cache
-def product_int4(dtype: Any, parallel: bool) -> Callable[..., None]:
+@family
+def product_int4(dtype: Any, parallel: bool) -> Kernel:
     """(rows, inputs, outputs, x, weight, scales, bias, out): one row, or an even number; inputs a multiple of 32."""
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, parallel=parallel)
@@ -271,8 +269,8 @@ def _scaled(scales, group, all_, a, b, c, d, s, t, u, v):  # type: ignore[no-unt
     return s, t, u, v
 
 
-@cache
-def unpack_int4(parallel: bool) -> Callable[..., None]:
+@family
+def unpack_int4(parallel: bool) -> Kernel:
     """(inputs, outputs, weight, scales, out): the weight in bfloat16 [in, outputs], outputs a multiple of 64."""
 
     @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, parallel=parallel)
