@@ -1,7 +1,7 @@
 """Every architecture by its config: tiny random weights, written by transformers, compared with transformers.
 
 The logits of a prompt agree to float32 noise, and greedy decoding chooses the same tokens; both in a batch with others,
-with chunks and with resumption, so that no switch is right only for whole prompts.
+with chunks and with resumption, so that no switch is right only for whole prompts; and with compiled kernels and without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ transformers = pytest.importorskip("transformers")
 from node.models.manifest import FileEntry, Manifest  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
 from node.runtime.engine.errors import UnsupportedModel  # noqa: E402
+from node.runtime.engine.kernels import importable  # noqa: E402
 from node.runtime.engine.linear import FORMATS  # noqa: E402
+from node.runtime.engine.models import decoder  # noqa: E402
 from node.runtime.engine.models.configs import ARCHITECTURES, parse  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
 from node.runtime.footprint import measure  # noqa: E402
@@ -27,7 +29,7 @@ from protocol.sampling import SamplingParams  # noqa: E402
 
 SIZES = {
     "vocab_size": 101,
-    "hidden_size": 48,
+    "hidden_size": 96,  # heads of 16, as compiled kernels want them
     "intermediate_size": 80,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
@@ -47,7 +49,7 @@ LLAMA3 = {
 }
 GPT2 = {
     "vocab_size": 101,
-    "n_embd": 48,
+    "n_embd": 96,
     "n_layer": 3,
     "n_head": 6,
     "n_positions": 256,
@@ -56,9 +58,9 @@ GPT2 = {
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SIZES),
-    "llama-3": ("Llama", {**SIZES, "rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama-3": ("Llama", {**SIZES, "rope_parameters": LLAMA3}),
     "llama-linear": ("Llama", {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-    "mistral": ("Mistral", {**SIZES, "sliding_window": None, "head_dim": 16}),
+    "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "mistral-window": ("Mistral", {**SIZES, "sliding_window": 20}),
     "qwen2": ("Qwen2", SIZES),
     "qwen2-window": ("Qwen2", {**SIZES, "use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2}),
@@ -108,9 +110,15 @@ def test_logits_are_those_of_transformers(case: tuple[Path, Any]) -> None:
         torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
 
 
-def test_greedy_in_company_is_transformers_token_for_token(case: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_greedy_in_company_is_transformers_token_for_token(
+    case: tuple[Path, Any], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = case
+    if not compiled:
+        monkeypatch.setattr(decoder, "kernels_for", lambda *_: None)
     engine = Engine(folder, prefill_chunk=16)
+    assert (engine._model.kernels is not None) == (compiled and importable())
     prompts = {"a": PROMPT, "b": PROMPT[:9], "c": PROMPT[3:31], "d": PROMPT[:30]}
     for name, prompt in prompts.items():
         engine.submit(Sequence(name, prompt, SamplingParams(temperature=0), 40, eos_ids=frozenset()))

@@ -29,6 +29,12 @@ FEW = tuple((token, 30.0) for token in (5, 6, 7, 8))
 SHARED = tuple(3 + (11 * n * n + 5 * n) % 90 for n in range(80))
 
 
+@pytest.fixture(scope="module")
+def tiny(make_model: Callable[..., Path]) -> Path:
+    """Heads of 16, as compiled kernels want them; `test_engine_tiny` runs without. A token takes as many bytes."""
+    return make_model(head_dim=16, num_key_value_heads=1)
+
+
 def job(name: Any, prompt: tuple[int, ...], tokens: int = 12, **changes: Any) -> Sequence:
     return replace(Sequence(name, prompt, GREEDY, tokens, eos_ids=NO_EOS), **changes)
 
