@@ -65,7 +65,7 @@ def chunk_data(client: Client, stream: ChatStream, chunk: ChatChunk, index: int 
     if index is not None or asked:
         choice: dict[str, Any] = {"index": index or 0, "delta": {"content": chunk.text}, "logprobs": None}
         if asked:
-            known = client.vocabulary(stream.model_id)
+            known = None if stream.model_id is None else client.vocabulary(stream.model_id)
             choice["logprobs"] = {"content": openai_logprobs(chunk.logprobs, known)}
         data["choices"] = [{**choice, "finish_reason": None}]
     return data

@@ -40,10 +40,10 @@ async def tell_answers(shared: Shared, client: Client, answers: Answers) -> None
 
 def _summary(client: Client, answers: Answers, texts: list[str]) -> dict[str, Any]:
     state, allocation = answers.opened or (None, b"")
-    first = answers.answers[0].stream
+    models = {str(answer.stream.model_id) for answer in answers.answers if answer.stream.model_id is not None}
     return {
-        "model": str(first.model_id),
-        "task": first.task.value,
+        "model": next(iter(models), None),
+        "task": answers.answers[0].stream.task.value,
         "choices": [_choice(answer, texts[answer.index]) for answer in answers.answers],
         "usage": _used(answers),
         "cost": str(answers.cost),

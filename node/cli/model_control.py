@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from node.cli.main import Shared
+from node.cli.models import TRACE_S
 from node.errors import ModelError, NodeError
 from node.groups import plain_errors
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 CHANGE_S: Final = 3600.0
 """A load may take long, and streams that run are waited for."""
-TRACE_S: Final = 3600
-"""The longest trace of steps that can be asked for."""
 _LOOK_S: Final = 0.5
 Handler = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -15,6 +15,9 @@ from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore, Progress
 from node.models.tasks import tasks_of
+
+TRACE_S: Final = 3600
+"""The longest trace of steps that can be asked for."""
 
 
 @click.group(cls=Group)
@@ -109,7 +112,7 @@ def swap(shared: Shared, old: str, new: str) -> None:
 
 @command.command()
 @click.argument("model")
-@click.option("--seconds", type=click.IntRange(1, 3600), default=60, show_default=True, help="How long.")
+@click.option("--seconds", type=click.IntRange(1, TRACE_S), default=60, show_default=True, help="How long.")
 @click.option("--off", is_flag=True, help="End the trace that is being written.")
 @click.pass_obj
 def trace(shared: Shared, model: str, seconds: int, off: bool) -> None:

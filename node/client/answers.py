@@ -122,10 +122,15 @@ class Answers:
     # ------------------------------------------------------------------------------------------------------ running
 
     def _choose(self) -> list[Candidate]:
-        """Who is paid in the token of the channel: else there would be no one sum."""
+        """Who is paid in the token of the channel: else there would be no one sum. Raises `NoWorker`, `InsufficientFunds`."""
         state = self.opened[0] if self.opened else None
         asset = None if state is None else Asset.of(state.home, state.config.token)
-        return [one for one in self._select() if asset in (None, one.payment.asset)]
+        found = self._select()
+        same = [one for one in found if asset in (None, one.payment.asset)]
+        if not same:
+            reasons = {str(one.offer.peer_id): (Exclusion.TOKEN_NOT_HELD.value,) for one in found}
+            raise NoWorker("nobody else is paid in the token that the other answers are paid in", reasons)
+        return same
 
     async def _run(self) -> None:
         try:

@@ -110,6 +110,8 @@ class ChatStream:
         self._begun = 0.0
         self.job_id = JobId(client.random32())
         self.worker: PeerId | None = None
+        self.model_id: ModelId | None = None
+        """Of the model that the worker has been asked for."""
         self.channel_id: ChannelId | None = None
         self.allocation_transaction = b""
         """Hash of the transaction by which the worker submitted our allocation, when this chat opened a channel."""
@@ -179,11 +181,6 @@ class ChatStream:
     @property
     def params(self) -> Params:
         return self._params
-
-    @property
-    def model_id(self) -> ModelId:
-        """As the offers have it."""
-        return self._client.choosing.model_id(self._model)
 
     @property
     def deadline_ms(self) -> int:

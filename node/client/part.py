@@ -98,6 +98,7 @@ class Part:
             raise self._blame(error)
         chat.timings.accepted = self._elapsed()
         chat.worker, chat.channel_id, chat._link = self.peer, self.channel_id, self.link
+        chat.model_id = self.terms.ask.model_id
         client.spawn(self._run)
 
     async def journal_ask(self) -> AskMessage:

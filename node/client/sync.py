@@ -15,10 +15,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import trio
 
+from node.client.answers import Answer, Answers
 from node.client.chat import ChatStream
 from node.client.client import Client
 from node.client.connect import connect
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from node.config import Config
 
 T = TypeVar("T")
+S = TypeVar("S", ChatStream, Answers)
 _Request = tuple[Callable[[], Awaitable[Any]], "SimpleQueue[tuple[bool, Any]]"]
 
 
@@ -49,6 +51,9 @@ class SyncClient:
 
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> SyncChatStream:
         return SyncChatStream(self._client.chat(model, messages, **options), self._call)
+
+    def answers(self, model: str, messages: Sequence[Mapping[str, str]], n: int, **options: Any) -> SyncAnswers:
+        return SyncAnswers(self._client.answers(model, messages, n, **options), self._call)
 
     def embed(self, model: str, texts: Sequence[str], **options: Any) -> Vectors:
         made: Vectors = self._call(lambda: self._client.embed(model, texts, **options))
@@ -79,14 +84,14 @@ async def _lifted(source: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield data
 
 
-class SyncChatStream:
-    """Blocking twin of `ChatStream`; its attributes (`receipt`, `parts`, `usage`, ...) are the stream's own."""
+class _SyncStream(Generic[S, T]):
+    """A stream of the trio client, entered, read and left from here; its attributes are that stream's own."""
 
-    def __init__(self, stream: ChatStream, call: Callable[[Callable[[], Awaitable[Any]]], Any]) -> None:
-        self._stream = stream
+    def __init__(self, stream: S, call: Callable[[Callable[[], Awaitable[Any]]], Any]) -> None:
+        self._stream: S = stream
         self._call = call
 
-    def __enter__(self) -> SyncChatStream:
+    def __enter__(self) -> Self:
         self._call(self._stream.__aenter__)
         return self
 
@@ -95,19 +100,27 @@ class SyncChatStream:
     ) -> None:
         self._call(lambda: self._stream.__aexit__(kind, error, trace))
 
-    def __iter__(self) -> Iterator[ChatChunk]:
+    def __iter__(self) -> Iterator[T]:
         while True:
             try:
                 yield self._call(self._stream.__anext__)
             except StopAsyncIteration:
                 return
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class SyncChatStream(_SyncStream[ChatStream, ChatChunk]):
+    """Blocking twin of `ChatStream`; its attributes (`receipt`, `parts`, `usage`, ...) are the stream's own."""
+
     def text(self) -> str:
         """The whole answer."""
         return "".join(chunk.text for chunk in self)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+
+class SyncAnswers(_SyncStream[Answers, tuple[Answer, ChatChunk]]):
+    """Blocking twin of `Answers`; its attributes (`answers`, `errors`, `cost`, ...) are those of the answers."""
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import sys
 import wave
 from array import array
@@ -175,14 +176,18 @@ def ocr(
 
 
 def samples(audio: bytes) -> bytes:
-    """The samples of a WAV file, or what is no WAV file as it is. Raises `ConfigError` for one in another format."""
+    """The samples of a WAV file, or raw samples as they are. Raises `ConfigError` for a file of any other format: its bytes would
+    be paid for as noise."""
     if not (audio.startswith(b"RIFF") and audio[8:12] == b"WAVE"):
+        for at, mark, name in _CONTAINERS:
+            if audio[at : at + len(mark)] == mark:
+                raise ConfigError(f"this is a file of the format {name}, not samples and not WAV", hint=_CONVERT)
         return audio
     try:
         with wave.open(io.BytesIO(audio)) as file:
             form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
             data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError, ValueError, ZeroDivisionError, OverflowError, struct.error) as error:
         raise ConfigError(f"the WAV file cannot be read: {error}", hint=_CONVERT) from None
     if form != (1, 2, SAMPLE_RATE):
         channels, width, rate = form
@@ -193,6 +198,22 @@ def samples(audio: bytes) -> bytes:
     return data[: len(data) // 2 * 2]
 
 
+_CONTAINERS: Final = (
+    (0, b"fLaC", "FLAC"),
+    (0, b"OggS", "Ogg"),
+    (0, b"ID3", "MP3"),
+    (4, b"ftyp", "MP4"),
+    (0, b"\x1aE\xdf\xa3", "Matroska or WebM"),
+    (0, b"FORM", "AIFF"),
+    (0, b"caff", "CAF"),
+    (0, b"#!AMR", "AMR"),
+    (0, b".snd", "AU"),
+    (0, b"RF64", "RF64"),
+    (0, b"RIFX", "RIFX"),
+    (0, b"RIFF", "RIFF other than WAVE"),
+)
+"""Where the marks of other formats stand, as far as they are too long to be samples by chance. MP3 and AAC without a tag have
+none: they are noise to us."""
 _CONVERT: Final = "ffmpeg -i FILE -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
 
 

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from node import hardening
+from node import hardening, syscalls
 from node.runtime.wire import Walls
 
 _NOWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 """Addresses of documentation (RFC 5737, RFC 3849): routed like any other."""
+
+
+_NAMES = ("network", "keys", "models", "processes", "programs", "cores")
 
 
 class Load(Protocol):
@@ -26,6 +29,8 @@ class Load(Protocol):
 
     @property
     def folder(self) -> str: ...
+    @property
+    def device(self) -> str: ...
     @property
     def hidden(self) -> tuple[str, ...]: ...
     @property
@@ -43,12 +48,14 @@ def raise_walls(load: Load, *, alone: bool) -> Walls:
         hardening.leave_network()
     if load.memory_limit:
         hardening.limit_memory(load.memory_limit)
+    syscalls.refuse(cpu_only=load.device.partition(":")[0] == "cpu")
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return Walls(
         network=not any(_reachable(family, address) for family, address in _NOWHERE),
         keys=bool(load.hidden) and not any(map(_readable, load.hidden)),
         models=not _writable(Path(load.folder)),
         processes=_neighbours() == 0,
+        programs=not _multiplies(),
         cores=resource.getrlimit(resource.RLIMIT_CORE) == (0, 0),
         memory=0 if soft == resource.RLIM_INFINITY else soft,
     )
@@ -58,8 +65,8 @@ def words(mode: str, walls: Walls | None) -> str:
     """What is in force, for the operator. `mode`: bwrap, process or thread."""
     if walls is None:
         return f"{mode}: none, the engine shares the node's process, keys and network"
-    held = [name for name in ("network", "keys", "models", "processes", "cores") if getattr(walls, name)]
-    open_ = [name for name in ("network", "keys", "models", "processes", "cores") if name not in held]
+    held = [name for name in _NAMES if getattr(walls, name)]
+    open_ = [name for name in _NAMES if name not in held]
     if walls.memory:
         held.append(f"memory {walls.memory / (1 << 30):.1f} GiB")
     else:
@@ -106,3 +113,14 @@ def _neighbours() -> int:
         return max(0, sum(name.isdigit() for name in os.listdir("/proc")) - 2)
     except OSError:
         return 0
+
+
+def _multiplies() -> bool:
+    try:
+        child = os.fork()
+    except OSError:
+        return False
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return True

@@ -111,6 +111,8 @@ class Walls(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """The model's folder cannot be written."""
     processes: bool
     """No process but its own is to be seen."""
+    programs: bool
+    """No process can be started, of this program or another; nor can it ask not to die with the node."""
     cores: bool
     """No core files."""
     memory: Count

@@ -2,6 +2,7 @@
 
     python -m node.testing.ray_world FOLDER dies     a node of two dies under load; prints one JSON object with what was seen
     python -m node.testing.ray_world FOLDER hangs    a replica that the queue had started stops answering
+    python -m node.testing.ray_world FOLDER fills    its memory for objects is filled under load, and strangers come to its ports
     python -m node.testing.ray_world FOLDER costs    what a token costs directly and through Ray
 
 Runs in whatever Python has Ray; the test starts it in one that has. The nodes are processes on loopback, and the model is of
@@ -14,6 +15,8 @@ import json
 import os
 import secrets
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -165,6 +168,95 @@ async def a_replica_hangs(store: ModelStore, manifest: Manifest, seen: dict[str,
         return load
 
 
+async def the_store_fills(store: ModelStore, manifest: Manifest, seen: dict[str, Any]) -> Load:
+    """A cluster of our own: somebody in it puts several times more objects away than there is memory for, while streams run.
+    Where its processes listen, and what one gets there who has another token, is noted too."""
+    import ray
+
+    async with open_ray(store, [manifest], settings("", Scale(1, 1), health_s=30)) as backend:
+        load = Load(backend, manifest)
+
+        def fill() -> int:
+            kept = []
+            try:
+                for _ in range(64):
+                    kept.append(ray.put(bytes(8 << 20)))
+            except ray.exceptions.RayError as error:
+                seen["full"] = type(error).__name__
+            return len(kept)
+
+        async def strike() -> None:
+            await load.under_way(SLOTS)
+            load.cut = sum(len(ids) < TOKENS for ids in load.ids.values())
+            seen["put"] = await trio.to_thread.run_sync(fill)
+
+        seen["memory"] = int(ray.cluster_resources()["object_store_memory"])
+        seen["listening"] = sorted({address for pid in _family() for address in _listening(pid)})
+        await load.run(strike)
+        there = ray.get_runtime_context().gcs_address
+        seen["stranger"] = await trio.to_thread.run_sync(_stranger, there)
+        return load
+
+
+def _stranger(address: str) -> str:
+    """What a process gets that reaches the head and has another token."""
+    code = (
+        "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False); "
+        "print('in', ray.get(ray.remote(lambda: 7).remote()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, address],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer"
+    return done.stdout.strip() or f"status {done.returncode}: " + done.stderr.strip().splitlines()[-1][:200]
+
+
+def _family() -> list[int]:
+    """This process and all below it, and those that Ray has put beside it: they share its session's folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if os.environ["RAY_TMPDIR"] in line or int(entry.name) == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def _listening(pid: int) -> set[str]:
+    """Addresses on which a process accepts connections."""
+    held = set()
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                held.add(os.readlink(entry))
+            except OSError:
+                continue
+        lines = [*Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+        lines6 = [*Path(f"/proc/{pid}/net/tcp6").read_text().splitlines()[1:]]
+    except OSError:
+        return set()
+    found = set()
+    for line, family in [(line, socket.AF_INET) for line in lines] + [(line, socket.AF_INET6) for line in lines6]:
+        words = line.split()
+        if words[3] == "0A" and f"socket:[{words[9]}]" in held:
+            raw = bytes.fromhex(words[1].partition(":")[0])
+            raw = b"".join(raw[n : n + 4][::-1] for n in range(0, len(raw), 4))  # words of the machine's own order
+            found.add(socket.inet_ntop(family, raw))
+    return found
+
+
 async def timed(backend: Backend, manifest: Manifest, streams: int) -> tuple[float, float]:
     """Seconds to the first token of the first stream, and seconds per token when so many run side by side."""
     began, first, count = time.perf_counter(), [0.0], [0]
@@ -223,7 +315,8 @@ def main(folder: Path, what: str) -> None:
             return
         wanted = trio.run(direct, store, manifest)
         seen: dict[str, Any] = {}
-        load = dies(store, manifest) if what == "dies" else trio.run(a_replica_hangs, store, manifest, seen)
+        scene = the_store_fills if what == "fills" else a_replica_hangs
+        load = dies(store, manifest) if what == "dies" else trio.run(scene, store, manifest, seen)
         print(json.dumps(seen | load.compare(wanted)))  # noqa: T201
 
 

@@ -97,6 +97,13 @@ def run(args: Any = None) -> dict[str, Any]:
             history = History(params, prompt, generated, logits.device)
             draws.append(Draw(params, prompt, generated, history=history))
         figures[f"{name}, ms"] = _milliseconds(lambda draws=draws: pick_rows(logits, draws, scratch), runs)  # type: ignore[misc]
+    greedy = SamplingParams(temperature=0)
+    for count in (1, 20):
+        told = [Draw(greedy, [0], [], logprobs=count) for _ in range(ROWS)]
+        figures[f"greedy, {count} log probabilities, ms"] = _milliseconds(
+            lambda told=told: pick_rows(logits, told, scratch),  # type: ignore[misc]
+            runs,
+        )
     if folder is not None:
         figures.update(_grammar(folder, logits, scratch, runs))
     return {

@@ -239,6 +239,7 @@ def other_value(name: str, salt: int) -> Any:
         "worker.task_prices": (f"embed={salt}/1/2", "transcribe=0/3/4"),
         "engine.draft_models": (f"large=small-{salt}",),
         "engine.device": f"cuda:{salt}",
+        "engine.draft_models": (f"large{salt}=small",),
         "telemetry.metrics": f"127.0.0.1:{9000 + salt}",
         "engine.backend": ("torch", "openai", "transformers", "ray")[salt],
         "openai.url": f"http://127.0.0.1:{8000 + salt}",

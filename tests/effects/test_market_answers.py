@@ -18,10 +18,11 @@ from node.errors import ConfigError, InsufficientFunds, ModelError, NoWorker, Wo
 from node.testing.fake_backend import FakeBackend, FakeSettings
 from node.testing.market import Market, run_market
 from protocol.channel import Role
-from protocol.messages import Params
+from protocol.messages import ChatMessage, Params
 from protocol.pricing import cost
 from protocol.sampling import seed_of
 from protocol.selection import Policy
+from protocol.tasks import ChatRequest
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
@@ -132,11 +133,44 @@ def test_too_little_money_for_all_is_told_before_anything_is_asked() -> None:
             async with client.answers("fake", HELLO, 20):
                 pass
         assert worker.server.stats.accepted == 1
-        with pytest.raises(NoWorker) as caught:
-            async with client.answers("fake", HELLO, 4, policy=Policy(max_cost=4 * stream.cost)):
-                pass
-        assert list(caught.value.reasons.values()) == [("price_too_high",)], "the limit is for all of them"
         await settled(market, client)
+
+    run_market(test)
+
+
+def test_a_limit_on_the_cost_is_for_all_of_them_together() -> None:
+    async def test(market: Market) -> None:
+        await market.worker(words())
+        client = await market.client()
+        (one,) = client.choosing.select("fake", ChatRequest((ChatMessage(**HELLO[0]),)), Params(), Policy())  # type: ignore[arg-type]
+        assert sorted(await read(client.answers("fake", HELLO, 3, policy=Policy(max_cost=3 * one.cost)))) == [0, 1, 2]
+        with pytest.raises(NoWorker) as caught:
+            async with client.answers("fake", HELLO, 3, policy=Policy(max_cost=3 * one.cost - 1)):
+                pass
+        assert list(caught.value.reasons.values()) == [("price_too_high",)]
+        await settled(market, client)
+
+    run_market(test)
+
+
+def test_all_are_paid_in_one_token_or_not_at_all() -> None:
+    """C12: what is paid in two tokens has no sum."""
+
+    async def test(market: Market) -> None:
+        other = market.add_chain("other", 4242)
+        await market.worker(words(fail_after=3), market.settings(max_streams=1))
+        elsewhere = await market.worker(words(), market.settings(market.accepted(ledger=other)), chains=("other",))
+        means = [market.means(), market.means(other, rate=None)]
+        client = await market.client(chains=("default", "other"), means=means)
+        answers = client.answers("fake", HELLO, 3)
+        await read(answers)
+        assert [index for index, _ in answers.errors] == [0, 1, 2]
+        assert isinstance(answers.errors[0][1], WorkerFault)
+        assert all("the token that the other answers are paid in" in str(error) for _, error in answers.errors[1:])
+        assert elsewhere.server.stats.accepted == 0
+        async with client.chat("fake", HELLO) as stream:
+            await stream.text()
+        assert stream.worker == elsewhere.key.peer_id
 
     run_market(test)
 

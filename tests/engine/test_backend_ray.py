@@ -67,6 +67,17 @@ def test_the_queue_starts_replicas_a_hung_one_is_replaced_and_idle_ones_leave(tm
     assert seen["replicas"] == [1, 2, 1]
 
 
+@pytest.mark.slow
+def test_a_full_store_stops_no_stream_and_strangers_get_nothing(tmp_path: Path) -> None:
+    """Half a gigabyte of objects where there is room for a quarter of it. The ports are on loopback and ask for the token."""
+    seen = world(tmp_path, "fills")
+    assert seen["under way"] >= 4 and seen["memory"] <= 128 << 20
+    assert seen["put"] == 64 or "full" in seen, "the store was tried"
+    assert (seen["same tokens"], seen["same text"], seen["tokens"]) == (8, 8, 8 * 400)
+    assert seen["listening"] and all(address.startswith("127.") for address in seen["listening"]), seen["listening"]
+    assert not seen["stranger"].startswith("in"), seen["stranger"]
+
+
 # ------------------------------------------------------------------------------------------------------ autoscaling
 
 
@@ -111,11 +122,15 @@ class Near:
 
     def __init__(self, wanted: Placement, dies_after: int, told: dict[str, Any]) -> None:
         self._replica = Replica(wanted.models_dir, wanted.models, wanted.engine, wanted.coalesce_ms)
+        self.differs = dict(told.pop("differs", {}))
         self._left, self._told = dies_after, told
         self.dead = self.deaf = False
 
     def describe(self, timeout_s: float) -> dict[str, Any]:
-        return self._replica.describe() | self._told
+        found = self._replica.describe() | self._told
+        for model in found["models"].values() if self.differs else ():
+            model |= self.differs
+        return found
 
     def ping(self, timeout_s: float) -> int:
         if self.dead:
@@ -155,7 +170,7 @@ class Cluster:
         if len(self.placed) >= self._rooms:
             raise NoAnswer("the cluster has no room")
         life = self._lives.pop(0) if self._lives else 1 << 30
-        self.placed.append(Near(wanted, life, self._told.pop(0) if self._told else {}))
+        self.placed.append(Near(wanted, life, dict(self._told.pop(0)) if self._told else {}))
         return self.placed[-1]
 
 
@@ -324,7 +339,7 @@ def test_a_replica_that_differs_is_not_used(stored: Stored) -> None:
                 await trio.sleep(0.02)
             assert len(backend.pool.members) == 1 and "numerics class" in backend.pool.failure
 
-    told: tuple[dict[str, Any], ...] = ({}, *[{"models": {}}] * 50)
+    told: tuple[dict[str, Any], ...] = ({}, *[{"differs": {"numerics_class": "of another GPU"}}] * 50)
     head(stored, Cluster(told=told), test, scale=Scale(1, 2, up_s=0.0))
     with pytest.raises(ModelError, match=r"version 0\.0"):
         head(stored, Cluster(told=({"version": "0.0"},)), test)
@@ -366,3 +381,127 @@ def test_a_replica_that_does_not_answer_is_lost(stored: Stored) -> None:
 
     head(stored, cluster, test, health_s=0.3)
     assert len(cluster.placed) == 2
+
+
+# ------------------------------------------------------------------------------------------------- replicas that lie
+
+
+LIES: dict[str, Any] = {
+    "no tuple": "hello",
+    "nothing": None,
+    "two of three": ((5,), 0),
+    "text for ids": (("5",), 0, ""),
+    "an id below": ((-1,), 0, ""),
+    "an id beyond": ((1 << 40,), 0, ""),
+    "no whole number": ((5.5,), 0, ""),
+    "an unknown end": ((5,), 99, ""),
+    "an end of ours": ((5,), int(FinishReason.STOP_STRING), ""),
+    "a text end": ((5,), "stop", ""),
+    "too short": ((5,), int(FinishReason.LENGTH), ""),
+    "too long": (tuple(range(5, 5 + 61)), 0, ""),
+    "far too long": ((5,) * 1_000_000, 0, ""),
+    "end and fault": ((5,), int(FinishReason.STOP), "out of memory"),
+    "an object": (object(), 0, ""),
+}
+
+
+class Liar(Near):
+    """Says something else after its first batches."""
+
+    lie: Any = None
+    after = 3
+
+    def stream(self, *call: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(super().stream(*call)):
+            if number >= self.after:
+                yield self.lie
+            yield batch
+
+
+class Lying(Cluster):
+    """Whose first replica is one that lies."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self._how = how
+
+    def place(self, wanted: Placement, given_up: threading.Event) -> Near:
+        if self.placed:
+            return super().place(wanted, given_up)
+        liar = Liar(wanted, 1 << 30, {})
+        for name, value in self._how.items():
+            setattr(liar, name, value)
+        self.placed.append(liar)
+        return liar
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_replica_that_lies_is_lost_and_its_stream_is_what_it_would_have_been(stored: Stored, lie: str) -> None:
+    wanted, cluster = directly(stored, job(stored)), Lying(lie=LIES[lie])
+
+    async def test(backend: RayBackend) -> None:
+        assert await run(backend, job(stored)) == wanted
+        assert cluster.placed[0].dead and len(cluster.placed) == 2
+
+    head(stored, cluster, test)
+
+
+def test_one_that_says_nothing_for_ever_or_goes_on_after_its_end_is_lost(stored: Stored) -> None:
+    from node.runtime.backends.ray_said import EMPTY, Listener, Nonsense
+
+    silent = Listener(10)
+    for _ in range(EMPTY):
+        silent(((), 0, ""))
+    with pytest.raises(Nonsense):
+        silent(((), 0, ""))
+    over = Listener(2)
+    over(((5, 6), int(FinishReason.LENGTH), ""))
+    with pytest.raises(Nonsense):
+        over(((), 0, ""))
+    assert Listener(2)(((), 0, "\x1b[2J" + "x" * 10_000))[2].isprintable()
+    assert len(Listener(2)(((), 0, "x" * 10_000))[2]) <= 300
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"version": 5},
+        {"models": {}},
+        {"models": None},
+        {"models": {"another": {}}},
+        {"more": 1},
+        {"version": "x" * 10_000},
+    ],
+    ids=range(6),
+)
+def test_a_replica_that_says_nonsense_of_itself_is_not_used(stored: Stored, told: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="a replica cannot start"):
+        head(stored, Cluster(told=(told,) * 50), lambda backend: trio.sleep(0))
+
+
+def test_what_is_thrown_by_an_answer_is_no_end_of_the_worker(stored: Stored) -> None:
+    """Unpickling may raise anything at all; so may a library of Ray's."""
+    from node.runtime.backends import ray_cluster
+
+    class Handle:
+        class ping:
+            remote = staticmethod(lambda: "reference")
+
+    ray = pytest.MonkeyPatch()
+    with ray.context() as patch:
+
+        class FakeRay:
+            class exceptions:
+                GetTimeoutError = TimeoutError
+
+            @staticmethod
+            def get(reference: Any, timeout: float) -> Any:
+                if answers:
+                    return answers.pop()
+                raise ModuleNotFoundError("no module named evil")
+
+        answers: list[Any] = ["4711", None]
+        patch.setitem(sys.modules, "ray", FakeRay)  # type: ignore[arg-type]
+        for _ in range(3):
+            with pytest.raises(ReplicaGone):
+                ray_cluster.Placed(Handle(), None).ping(1)

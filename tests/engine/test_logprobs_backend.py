@@ -233,6 +233,8 @@ class LyingEngine:
     """An engine that gives one token a stream, with figures of the test's choice."""
 
     vocab_size, context_length, eos_ids, room = 100, 2048, frozenset[int](), 1 << 20
+    weight_bytes, cache_bytes, draft_bytes = 0, 0, (0, 0)
+    starved = False
 
     def __init__(self, logprob: Any, top: Any) -> None:
         self._said = logprob, top
@@ -301,7 +303,7 @@ def test_a_true_one_is_believed() -> None:
     """What the lies above differ from, and a step of the largest size fits into one message."""
     output = wire.Output(2**62, 2**31 - 1, 2**40, "length", -0.5, tuple((2**31 - 1, -1.0 - n) for n in range(20)))
     step = wire.Stepped((output,) * wire.MAX_OUTPUTS, 1, 1, 1.0, wire.Stats())
-    assert len(wire.for_node(step)) < wire.TO_NODE
+    assert wire.TO_NODE.frame(step)
 
 
 # ---------------------------------------------------------------------------------------------------------- the market

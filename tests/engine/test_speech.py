@@ -96,6 +96,46 @@ def test_a_click_is_no_speech_and_a_hesitation_is_no_end() -> None:
     assert len(cut(scripted(lambda n: 0.9 if 50 <= n < 80 or n == 140 else 0.4 if 80 < n < 140 else 0.01), sound)) == 1
 
 
+def test_bursts_of_speech_cost_no_more_windows_than_their_sound_pays_for() -> None:
+    """A seventh of a second of speech and a second of silence, again and again: each alone would be a whole window's work."""
+
+    def bursts(n: int) -> float:
+        return 0.9 if n % 37 < 5 else 0.1
+
+    seconds = 600
+    found = cut(scripted(bursts), torch.zeros(seconds * SECOND))
+    assert seconds / 30 <= len(found) <= seconds / 5 + 4
+    assert all(len(one) <= 30 * SECOND for one in found)
+    few = cut(scripted(lambda n: bursts(n) if n < 4 * 37 else 0.1), torch.zeros(60 * SECOND))
+    assert len(few) == 4 and all(len(one) < SECOND for one in few), "a short answer now and then is not held up"
+    heard: list[float] = []
+
+    def counted(n: int) -> float:
+        heard.append(bursts(n))
+        return heard[-1]
+
+    loud = sum(one >= 0.5 for one in heard)
+    assert sum(len(one) for one in cut(scripted(counted), torch.zeros(seconds * SECOND))) >= loud * CHUNK
+
+
+@pytest.mark.parametrize("kind", ["silence", "speech", "bursts", "clicks"])
+def test_hours_of_anything_hold_one_window(kind: str) -> None:
+    """Four hours are the most that one job may have; here in pieces that come for ever."""
+    script = {
+        "silence": lambda n: 0.0,
+        "speech": lambda n: 1.0,
+        "bursts": lambda n: 0.9 if n % 37 < 5 else 0.1,
+        "clicks": lambda n: 1.0 if n % 60 == 0 else 0.0,
+    }[kind]
+    segmenter, piece = Segmenter(scripted(script)), torch.zeros(4 * SECOND)
+    windows = 0
+    for _ in range(900):  # an hour
+        windows += sum(1 for _ in segmenter.push(piece))
+        held = len(segmenter._segment) + len(segmenter._before)
+        assert held <= 30 * SECOND // CHUNK + 8 and len(segmenter._rest) < CHUNK
+    assert windows == 0 if kind in ("silence", "clicks") else 3600 / 30 <= windows <= 3600 / 5 + 4
+
+
 def test_what_is_held_is_one_window_at_most() -> None:
     for loud in (lambda n: 0.9, lambda n: 0.01, lambda n: 0.9 if n % 50 < 40 else 0.01):
         segmenter = Segmenter(scripted(loud))

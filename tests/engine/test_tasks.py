@@ -215,6 +215,30 @@ def test_speech_flows_out_while_more_comes_in(stored: Callable[[str], Path], spe
     trio.run(main)
 
 
+@pytest.mark.parametrize("kind", ["square", "nyquist", "noise", "offset", "bursts"])
+def test_hostile_sound_ends_in_numbers_and_in_time(stored: Callable[[str], Path], kind: str) -> None:
+    """Samples at the ends of their range, where a model may compute what is no number, or go on for ever."""
+    folder, n = stored("whisper-tiny.en"), np.arange(6 * 16_000)
+    sound = {
+        "square": np.where(n // 40 % 2, 32767, -32768),
+        "nyquist": np.where(n % 2, 32767, -32768),
+        "noise": np.random.default_rng(2).integers(-32768, 32768, len(n)),
+        "offset": np.full(len(n), -32768),
+        "bursts": np.where(n % 20_000 < 3000, np.random.default_rng(3).integers(-32768, 32768, len(n)), 0),
+    }[kind].astype("<i2")
+
+    async def main() -> None:
+        async with opened(folder) as (backend, model):
+            data = sound.tobytes()
+            steps = await answer(backend, backend.prepare(model, transcribe(data)), data, max_tokens=200)
+            tokens = sum(len(step.token_ids) for step in steps)
+            assert steps[-1].finish_reason is (FinishReason.LENGTH if tokens == 200 else FinishReason.STOP)
+            assert all(0 <= token < 51_864 for step in steps for token in step.token_ids)
+            assert all(len(step.text) <= 256 for step in steps)
+
+    trio.run(main)
+
+
 def test_a_cancelled_job_stops_and_the_lane_is_free(stored: Callable[[str], Path], speech: bytes) -> None:
     folder = stored("whisper-tiny.en")
 
@@ -395,6 +419,74 @@ def test_what_the_detector_sees_is_bounded() -> None:
     exif[0x0112] = 6
     upright.save(turned, "JPEG", exif=exif)
     assert decode(turned.getvalue()).shape == (60, 20, 3)
+
+
+def marks(width: int, height: int, *, mark: tuple[int, int], step: tuple[int, int]) -> bytes:
+    """A picture of noise in boxes that a detector takes for lines, and nobody can read."""
+    from PIL import Image as Pictures
+
+    drawn, rng = np.full((height, width), 255, np.uint8), np.random.default_rng(1)
+    for top in range(4, height - mark[1], step[1]):
+        for left in range(4, width - mark[0], step[0]):
+            drawn[top : top + mark[1], left : left + mark[0]] = rng.integers(0, 2, (mark[1], mark[0])) * 255
+    out = io.BytesIO()
+    Pictures.fromarray(drawn).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param({"width": 736, "height": 736, "mark": (20, 10), "step": (30, 22)}, id="788 small ones"),
+        pytest.param({"width": 1024, "height": 1024, "mark": (1000, 7), "step": (1020, 14)}, id="73 wide ones"),
+    ],
+)
+def test_marks_that_are_no_text_are_looked_at_as_far_as_they_are_paid_for(
+    stored: Callable[[str], Path], data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs as much as a line and brings no character: 21 s of work for 16 tiles, before this had a bound."""
+    needs_ocr()
+    folder, hostile = stored("ppocr-v6-small"), marks(**data)
+    from node.runtime.tasks import ocr as module
+
+    looked: dict[bool, list[int]] = {True: [], False: []}
+    line = module.OcrRunner._line
+
+    def counted(self: Any, crop: Any) -> str:
+        found: str = line(self, crop)
+        looked[bool(found)].append(max(7, crop.shape[1] // crop.shape[0]))
+        return found
+
+    monkeypatch.setattr(module.OcrRunner, "_line", counted)
+
+    async def main() -> None:
+        async with opened(folder) as (backend, model):
+            looked[False].clear()  # the probe's
+            looked[True].clear()
+            prepared = backend.prepare(model, ocr(hostile))
+            with pytest.raises(InputInvalid, match="no text"):
+                await answer(backend, prepared, hostile)
+            group = module._TOGETHER * max(looked[False])
+            assert 0 < sum(looked[False]) <= 64 + 16 * prepared.units + sum(looked[True]) + group
+            looked[True].clear()
+            steps = await answer(backend, backend.prepare(model, ocr(picture())), picture())
+            assert len(looked[True]) == len(LINES) == len(steps) - 1, "and a page is read to its end"
+
+    trio.run(main)
+
+
+def test_a_page_full_of_text_may_have_as_many_marks_again() -> None:
+    needs_ocr()
+    from node.runtime.tasks.ocr import Patience
+
+    page = Patience(1)
+    for _ in range(500):
+        page.seen(20, text=True)
+        page.seen(20, text=False)
+    for _ in range(4):
+        page.seen(20, text=False)
+    with pytest.raises(InputInvalid):
+        page.seen(20, text=False)
 
 
 def test_a_picture_is_decoded_in_the_size_that_it_is_billed_in() -> None:

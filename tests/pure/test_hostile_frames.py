@@ -292,6 +292,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "an empty stop": field(Params, stop=[""]),
     "17 stops": field(Params, stop=["x"] * 17),
     "an unknown field": field(Params, best_of=2),
+    **{f"logprobs of {v!r}": field(Params, logprobs=v) for v in (-1, 21, 2**63, True, 1.0, "1", None, [1])},
     "a null format": field(Params, response_format=None),
     "a format of nothing": field(Params, response_format={}),
     "a format of an unknown kind": field(Params, response_format={"kind": "xml", "text": "x"}),

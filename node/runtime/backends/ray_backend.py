@@ -26,6 +26,7 @@ from node.ports import ModelInfo, Prompt, Step
 from node.runtime.backends.ray_cluster import NoAnswer, ReplicaGone, connect, disconnect, first_line, place
 from node.runtime.backends.ray_pool import Member, Place, RayPool, RaySettings
 from node.runtime.backends.ray_replica import BUSY, Batch
+from node.runtime.backends.ray_said import Listener, Nonsense
 from node.runtime.stops import StopStrings
 from protocol.ids import ModelId
 from protocol.logprobs import row_bytes
@@ -146,7 +147,7 @@ class RayBackend:
             send, receive = trio.open_memory_channel[Batch](2)
             call = (number, str(prompt.model), prompt.token_ids, prompt.salt, plain, tuple(delivered))
             member.streams.add(send)
-            self.pool.nursery.start_soon(self._read, member, call, send)
+            self.pool.nursery.start_soon(self._read, member, call, Listener(params.max_tokens - len(delivered)), send)
             over = busy = False
             try:
                 async for ids, finish, fault, rows in receive:
@@ -170,19 +171,21 @@ class RayBackend:
                 return
             await trio.sleep(BUSY_S)  # it has no memory free: one of its streams must end first
 
-    async def _read(self, member: Member, call: tuple[Any, ...], send: trio.MemorySendChannel[Batch]) -> None:
+    async def _read(
+        self, member: Member, call: tuple[Any, ...], heard: Listener, send: trio.MemorySendChannel[Batch]
+    ) -> None:
         """Carries what a replica yields into trio, until it ends, is lost, or nobody reads it."""
 
         def carry() -> None:
             for batch in member.placed.stream(*call):
-                trio.from_thread.run(send.send, batch)
+                trio.from_thread.run(send.send, heard(batch))
 
         with send:
             try:
                 await trio.to_thread.run_sync(carry, abandon_on_cancel=True, limiter=self.pool.limiter)
             except (trio.BrokenResourceError, trio.ClosedResourceError):  # the reader has left
                 return
-            except ReplicaGone as error:
+            except (ReplicaGone, Nonsense) as error:
                 self.pool.lose(member, str(error))
 
     def _tell(self, member: Member, number: int) -> None:

@@ -22,6 +22,7 @@ from node.errors import ModelError
 from node.runtime.backends.autoscale import Autoscaler, Demand, Scale
 from node.runtime.backends.ray_cluster import NoAnswer, Placed, Placement, ReplicaGone, first_line, place
 from node.runtime.backends.ray_replica import Batch
+from node.runtime.backends.ray_said import told
 
 if TYPE_CHECKING:
     from node.runtime.backend import EngineSettings
@@ -173,7 +174,7 @@ class RayPool:
         placed = None
         try:
             placed = await self._wait(self._place, self._wanted, self._given_up)
-            self._agree(await self._wait(placed.describe, self._settings.health_s))
+            self._agree(told(await self._wait(placed.describe, self._settings.health_s), self._wanted.models))
         except Exception as error:  # Ray's, the replica's, or ours: one replica fewer, and the next tick tries again
             self.failure = f"a replica cannot start: {first_line(error)}"
             log.error("%s", self.failure)
@@ -190,13 +191,13 @@ class RayPool:
         finally:
             self._starting -= 1
 
-    def _agree(self, told: dict[str, Any]) -> None:
+    def _agree(self, said: dict[str, Any]) -> None:
         """Raises `_Refused` for a replica that is not as the first."""
-        if told["version"] != node.__version__:
-            raise _Refused(f"a node of the cluster has version {told['version']}, the head has {node.__version__}")
+        if said["version"] != node.__version__:
+            raise _Refused(f"a node of the cluster has version {said['version']}, the head has {node.__version__}")
         if self.told is None:
-            self.told = told
-        elif told != self.told:
+            self.told = said
+        elif said != self.told:
             raise _Refused("it computes in another numerics class, or has less memory, than the replicas that serve")
 
     async def _watch(self, member: Member) -> None:

@@ -67,8 +67,8 @@ def make_linear(
     """The layer of a weight [out, in] and bias [out], of any floating-point dtype, on the device where they are.
 
     `head`: it is the output head, which bears quantization worst: int4 keeps it in int8, and its activations in 15 bits.
-    `few_rows` (bfloat16, int8 and int4 on a CPU, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows;
-    it holds the same weights and takes about as many bytes again. Raises `UnsupportedModel` for what is no weight.
+    `few_rows` (bfloat16 on a CPU, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows; it holds the same
+    weights and takes as many bytes again. Raises `UnsupportedModel` for what is no weight.
     """
     _check_format(fmt)
     _check_shapes(weight, bias)
@@ -78,36 +78,24 @@ def make_linear(
     dtype = compute_dtype(fmt, device)
     bias = None if bias is None else bias.to(dtype)
     if fmt == "int8" or (fmt == "int4" and head):
-        return quantize.int8_linear(weight, bias, dtype, fine=head, few_rows=few_rows)
+        return quantize.int8_linear(weight, bias, dtype, fine=head)
     if fmt == "int4":
-        return quantize.int4_linear(weight, bias, dtype, few_rows=few_rows)
+        return quantize.int4_linear(weight, bias, dtype)
     if device != "cpu":
         return PlainLinear(weight.to(dtype), bias)
     if fmt == "float16":
         return _float16(weight, bias)
     weight = weight.to(dtype)
     many: Linear = OneDnnLinear(weight, bias) if works(OneDnnLinear, "cpu", dtype) else PlainLinear(weight, bias)
-    return two_copies(_few_bfloat16, weight, bias, dtype, many) if few_rows and fmt == "bfloat16" else many
+    if few_rows and fmt == "bfloat16" and importable() and works(_few_bfloat16, "cpu", dtype):
+        return _TwoCopies(_few_bfloat16(weight, bias), many)
+    return many
 
 
 def _few_bfloat16(weight: Tensor, bias: Tensor | None) -> Linear:
     from node.runtime.engine.kernels.layers import FewBFloat16
 
     return FewBFloat16(weight, bias)
-
-
-def two_copies(
-    few: Callable[[Tensor, Tensor | None], Linear],
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    many: Linear,
-    tolerance: float | None = None,
-) -> Linear:
-    """`many`, and beside it `few(weight, bias)` for up to `FEW_ROWS` rows where that works; see `works`."""
-    if not importable() or not works(few, "cpu", dtype, tolerance):
-        return many
-    return _TwoCopies(few(weight, bias), many)
 
 
 def _check_format(fmt: str) -> None:

@@ -3,6 +3,10 @@
 A segment ends where it falls silent: for a second while it is short, for a third of one when it has become long, and at last
 where speech is least likely, so that none is longer than a window. What is no speech is dropped at once. The cuts follow from the
 sound alone, never from the pieces in which it came, so one recording always gives one text; memory is one window and no more.
+
+A speech model computes a whole window for a segment of any length, and what is paid is seconds of sound. So segments may be
+short as long as there are few: beyond `_FREE` of them there is one for each five seconds of sound, and those that follow each
+other more closely share one.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ _LONG: Final = 15 * 16_000 // CHUNK
 _MOST: Final = 30 * 16_000 // CHUNK
 """Chunks of a window: 30 s, less a part of one chunk."""
 _LOOK_BACK: Final = 5 * 16_000 // CHUNK
+_FREE: Final = 4
+_EACH: Final = 5 * 16_000 // CHUNK
+"""Chunks of sound that pay for one more segment."""
 _LEAST: Final = 4
 """Chunks of speech in a segment; less is a click or a knock."""
 
@@ -42,6 +49,8 @@ class Segmenter:
         self._segment: list[tuple[Tensor, float]] = []
         self._quiet = 0
         """Chunks since the last speech in the segment."""
+        self._paid = _FREE * _EACH
+        """Chunks of sound that no segment was made for yet."""
 
     def push(self, sound: Tensor) -> Iterator[Tensor]:
         """Take more sound; gives the segments that end in it. Read it to its end: the rest of the sound waits for that."""
@@ -60,6 +69,7 @@ class Segmenter:
 
     def _hear(self, chunk: Tensor) -> Iterator[Tensor]:
         likely = self._judge(chunk)
+        self._paid = min(self._paid + 1, _FREE * _EACH)
         if not self._segment and likely < SPEECH:
             self._before.append(chunk)
             return
@@ -71,7 +81,8 @@ class Segmenter:
             self._quiet = 0
         elif self._quiet or likely < SILENCE:
             self._quiet += 1
-        if self._quiet >= (_SHORT_PAUSE if len(self._segment) >= _LONG else _LONG_PAUSE):
+        pause = self._quiet >= (_SHORT_PAUSE if len(self._segment) >= _LONG else _LONG_PAUSE)
+        if pause and (self._paid >= _EACH or not _speech(self._segment)):
             yield from self._end(len(self._segment))
         elif len(self._segment) >= _MOST:
             recent = range(_MOST - _LOOK_BACK, _MOST)
@@ -84,5 +95,11 @@ class Segmenter:
             self._before.extend(chunk for chunk, _ in segment[-self._quiet :] if self._quiet)
             segment = segment[: len(segment) - max(0, self._quiet - _PAD)]
             self._quiet = 0
-        if sum(likely >= SPEECH for _, likely in segment) >= _LEAST:
+        if _speech(segment):
+            self._paid = max(self._paid - _EACH, 0)
             yield torch.cat([chunk for chunk, _ in segment])
+
+
+def _speech(segment: list[tuple[Tensor, float]]) -> bool:
+    """Whether there is enough of it to be more than a click."""
+    return sum(likely >= SPEECH for _, likely in segment) >= _LEAST

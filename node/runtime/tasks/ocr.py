@@ -3,6 +3,10 @@
 A picture is hostile until it is decoded: only PNG and JPEG, its size read from the header before a pixel is made, at most 2^24
 pixels, a bounded number of JPEG scans. It is then scaled to at most `_LONGEST` pixels and padded to at most 4:1, because the
 detector would scale the short side up; a line that is too wide for the recogniser's memory is read in parts.
+
+What is paid for is tiles and characters. A mark that turns out to be no text has cost as much as a line and brings nothing, so
+how many of them are looked at follows from what is paid (`Patience`): a picture made of them ends as the client's fault, and its
+tiles are paid like any other's.
 """
 
 from __future__ import annotations
@@ -42,6 +46,10 @@ _TOGETHER: Final = 6
 """Lines that are read at once."""
 _WIDEST: Final = 80
 """Width to height of what the recogniser sees at once."""
+_UNREAD, _UNREAD_A_TILE = 64, 16
+"""Line heights of marks without text that are looked at in vain, per picture and per tile, beyond as many as had text."""
+_NARROWEST: Final = 7
+"""Line heights that the recogniser computes at least: it pads what is narrower."""
 _SCANS: Final = 64
 """Of a progressive JPEG. Each one takes a pass over all pixels, and a small file can have thousands."""
 _WORKING: Final = 1 << 30
@@ -55,6 +63,21 @@ class _Config(dict[str, Any]):
     """rapidocr's parts read their settings both ways."""
 
     __getattr__ = dict.__getitem__
+
+
+class Patience:
+    """How much more of a picture is looked at in vain. `tiles`: what was paid for it."""
+
+    def __init__(self, tiles: int) -> None:
+        self._left = float(_UNREAD + _UNREAD_A_TILE * tiles)
+
+    def seen(self, heights: float, *, text: bool) -> None:
+        """A line so many times as wide as it is high. Raises `InputInvalid` when that was one in vain too many."""
+        self._left += heights if text else -heights
+        if self._left < 0:
+            raise InputInvalid(
+                "the picture has more marks that are no text than its tiles pay for", hint="cut it to where the text is"
+            )
 
 
 class OcrRunner:
@@ -139,10 +162,12 @@ class OcrRunner:
         yield Step((), "", FinishReason.STOP)
 
     def _read(self, data: bytes) -> Iterator[list[str]]:
-        """Lines from the top, some at a time."""
-        yield from self._lines(bounded(decode(data)))
+        """Lines from the top, some at a time. Raises `InputInvalid`."""
+        picture = bounded(decode(data))
+        tiles = image_units(*_billed(data, "PNG" if data.startswith(b"\x89PNG") else "JPEG"))
+        yield from self._lines(picture, Patience(tiles))
 
-    def _lines(self, picture: Picture) -> Iterator[list[str]]:
+    def _lines(self, picture: Picture, patience: Patience) -> Iterator[list[str]]:
         from rapidocr.utils.process_img import get_rotate_crop_image
 
         boxes = self._detector(picture).boxes
@@ -152,7 +177,10 @@ class OcrRunner:
             crops = [get_rotate_crop_image(picture, box.copy()) for box in boxes[start : start + _TOGETHER]]
             crops = [crop for crop in crops if crop.shape[0] > 0 and crop.shape[1] > 0]
             if crops:
-                yield [line for line in map(self._line, self._classifier(crops).img_list) if line]
+                lines = [(crop, self._line(crop)) for crop in self._classifier(crops).img_list]
+                yield [line for _, line in lines if line]
+                for crop, line in lines:
+                    patience.seen(max(_NARROWEST, crop.shape[1] / crop.shape[0]), text=bool(line))
 
     def _line(self, crop: Picture) -> str:
         """One line, wide ones in parts of equal width. What the recogniser is not sure of is left out."""
@@ -168,7 +196,7 @@ class OcrRunner:
         picture[40:60, 40:470:2] = 0
         picture[120:160:2, 60:300] = 0
         score = self._detector.session(self._detector.get_preprocess()(picture))
-        lines = [line for group in self._lines(picture) for line in group]
+        lines = [line for group in self._lines(picture, Patience(2)) for line in group]
         return np.asarray(score, "<f4")[..., ::16, ::16].tobytes() + "\n".join(lines).encode()
 
 

@@ -1,8 +1,12 @@
-"""Activations of int8 layers: to 8 bits and back, row by row, around or instead of torch's integer products.
+"""Activations of int8 layers, from rows of numbers to rows of bytes.
 
-Two schemes, as `engine.quantize` explains them: *plain*, 255 steps from a row's least number to its largest; *fine*, 15 bits
-in two parts, after the inputs were multiplied by `sizes`. Their scales are
-kept in `marks`: [rows, 2], least and span, or step and nothing.
+Two schemes, as `engine.quantize` explains them.
+- *plain*: 255 steps from a row's least number to its largest; x ~ least + byte * step.
+- *fine*: 15 bits, after the inputs were multiplied by `sizes`, in two rows of bytes beside each other;
+  x * size ~ ((first - 128) + (second - 128) / 254) * step.
+
+What undoes them is in `marks`, float32 [rows, 2]: step and least; both NaN when a number of the row is not finite, so that its
+result is NaN. Rows of bytes are `stride` long, zeros behind the last number.
 """
 
 from __future__ import annotations
@@ -16,146 +20,83 @@ from numba import carray
 from numba.extending import register_jitable
 
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, kernel
-from node.runtime.engine.kernels.simd import narrow, pointer, wide
+from node.runtime.engine.kernels.simd import pointer, wide
 
 
 @register_jitable
 def _least_and_span(row):  # type: ignore[no-untyped-def]
-    """Both NaN when a number of the row is not finite."""
     least, largest, odd = wide(row[0]), wide(row[0]), np.float32(0)
     for i in range(len(row)):
         x = wide(row[i])
         least, largest = min(least, x), max(largest, x)
-        odd += x * np.float32(0)
+        odd += x * np.float32(0)  # NaN when x is not finite
     return least + odd, largest - least + odd
 
 
 @register_jitable
-def _step(row, sizes):  # type: ignore[no-untyped-def]
-    """A 127th of the largest magnitude; NaN when a number is not finite."""
+def _largest(row, sizes):  # type: ignore[no-untyped-def]
     largest, odd = np.float32(0), np.float32(0)
     for i in range(len(row)):
         x = wide(row[i]) * sizes[i]
         largest = max(largest, abs(x))
         odd += x * np.float32(0)
-    return largest / np.float32(127) + odd
+    return largest + odd
 
 
 @cache
-def plain_rounded(dtype: Any) -> Callable[..., None]:
-    """(rows, width, x, out): x rounded to its 255 steps, as float32."""
+def plain(dtype: Any) -> Callable[..., None]:
+    """(rows, width, stride, x, out, marks)."""
 
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS)
-    def run(rows, width, x_at, out_at):  # type: ignore[no-untyped-def]
+    @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS)
+    def run(rows, width, stride, x_at, out_at, marks_at):  # type: ignore[no-untyped-def]
         x = carray(pointer(x_at), (rows, width), dtype)
-        out = carray(pointer(out_at), (rows, width), np.float32)
-        for r in range(rows):
-            row, into = x[r], out[r]
-            least, span = _least_and_span(row)
-            steps = np.float32(255) / span if span != 0 else np.float32(0)
-            size = span / np.float32(255)
-            for i in range(width):
-                into[i] = np.rint((wide(row[i]) - least) * steps) * size + least
-
-    return run
-
-
-@cache
-def plain_spread(dtype: Any) -> Callable[..., None]:
-    """(rows, width, x, out, marks): out = (x - least) / span, from 0 to 1."""
-
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS)
-    def run(rows, width, x_at, out_at, marks_at):  # type: ignore[no-untyped-def]
-        x = carray(pointer(x_at), (rows, width), dtype)
-        out = carray(pointer(out_at), (rows, width), np.float32)
+        out = carray(pointer(out_at), (rows, stride), np.uint8)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
         for r in range(rows):
             row, into = x[r], out[r]
             least, span = _least_and_span(row)
-            factor = np.float32(1) / span if span != 0 else np.float32(0)
+            marks[r, 0], marks[r, 1] = span / np.float32(255), least
+            # An infinite factor would make NaN of what is zero; a row that is not finite has bytes of no meaning.
+            factor = np.float32(255) / span if span > 0 else np.float32(0)
+            least = least if least == least else np.float32(0)
             for i in range(width):
-                into[i] = (wide(row[i]) - least) * factor
-            marks[r, 0], marks[r, 1] = least, span
+                into[i] = np.uint8(_within((wide(row[i]) - least) * factor, np.float32(0), np.float32(255)))
+            for i in range(width, stride):
+                into[i] = 0
 
     return run
 
 
 @cache
-def plain_gather(dtype: Any) -> Callable[..., None]:
-    """(rows, width, products, marks, sums, bias, out): out = products * span + least * sums + bias."""
+def fine(dtype: Any) -> Callable[..., None]:
+    """(rows, width, stride, x, sizes, out, marks); out has two rows for each."""
 
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    def run(rows, width, products_at, marks_at, sums_at, bias_at, out_at):  # type: ignore[no-untyped-def]
-        products = carray(pointer(products_at), (rows, width), np.float32)
-        marks = carray(pointer(marks_at), (rows, 2), np.float32)
-        sums = carray(pointer(sums_at), width, np.float32)
-        bias = carray(pointer(bias_at), width, np.float32)
-        out = carray(pointer(out_at), (rows, width), dtype)
-        for r in range(rows):
-            row, into, least, span = products[r], out[r], marks[r, 0], marks[r, 1]
-            for i in range(width):
-                into[i] = narrow(row[i] * span + least * sums[i] + bias[i], into)
-
-    return run
-
-
-@cache
-def fine_rounded(dtype: Any) -> Callable[..., None]:
-    """(rows, width, x, sizes, out): x * sizes rounded to the sum of both parts, as float32."""
-
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS)
-    def run(rows, width, x_at, sizes_at, out_at):  # type: ignore[no-untyped-def]
+    @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
+    def run(rows, width, stride, x_at, sizes_at, out_at, marks_at):  # type: ignore[no-untyped-def]
         x = carray(pointer(x_at), (rows, width), dtype)
         sizes = carray(pointer(sizes_at), width, np.float32)
-        out = carray(pointer(out_at), (rows, width), np.float32)
-        for r in range(rows):
-            row, into = x[r], out[r]
-            step = _step(row, sizes)
-            factor = np.float32(1) / step if step != 0 else np.float32(0)
-            for i in range(width):
-                scaled = wide(row[i]) * sizes[i] * factor
-                coarse = np.rint(scaled)
-                into[i] = (coarse + np.rint((scaled - coarse) * np.float32(254)) / np.float32(254)) * step
-
-    return run
-
-
-@cache
-def fine_spread(dtype: Any) -> Callable[..., None]:
-    """(rows, width, x, sizes, out, marks): the coarse parts of all rows, then the fine ones: out [2 * rows, width]."""
-
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    def run(rows, width, x_at, sizes_at, out_at, marks_at):  # type: ignore[no-untyped-def]
-        x = carray(pointer(x_at), (rows, width), dtype)
-        sizes = carray(pointer(sizes_at), width, np.float32)
-        out = carray(pointer(out_at), (2, rows, width), np.float32)
+        out = carray(pointer(out_at), (rows, 2, stride), np.uint8)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
         for r in range(rows):
-            row, first, second = x[r], out[0, r], out[1, r]
-            step = _step(row, sizes)
-            factor = np.float32(1) / step if step != 0 else np.float32(0)
+            row, first, second = x[r], out[r, 0], out[r, 1]
+            largest = _largest(row, sizes)
+            marks[r, 0] = marks[r, 1] = largest / np.float32(127)
+            factor = np.float32(127) / largest if largest > 0 else np.float32(0)
             for i in range(width):
                 scaled = wide(row[i]) * sizes[i] * factor
-                coarse = np.rint(scaled)
-                first[i], second[i] = coarse, (scaled - coarse) * np.float32(254)
-            marks[r, 0] = step
+                coarse = _within(scaled, np.float32(-127), np.float32(127))
+                rest = _within((scaled - coarse) * np.float32(254), np.float32(-127), np.float32(127))
+                first[i] = np.uint8(coarse + np.float32(128))
+                second[i] = np.uint8(rest + np.float32(128))
+            for i in range(width, stride):
+                first[i] = second[i] = 0
 
     return run
 
 
-@cache
-def fine_gather(dtype: Any) -> Callable[..., None]:
-    """(rows, width, products, marks, bias, out): out = (coarse + fine / 254) * step + bias; products [2 * rows, width]."""
-
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    def run(rows, width, products_at, marks_at, bias_at, out_at):  # type: ignore[no-untyped-def]
-        products = carray(pointer(products_at), (2, rows, width), np.float32)
-        marks = carray(pointer(marks_at), (rows, 2), np.float32)
-        bias = carray(pointer(bias_at), width, np.float32)
-        out = carray(pointer(out_at), (rows, width), dtype)
-        for r in range(rows):
-            coarse, fine, into, step = products[0, r], products[1, r], out[r], marks[r, 0]
-            for i in range(width):
-                into[i] = narrow((coarse[i] + fine[i] / np.float32(254)) * step + bias[i], into)
-
-    return run
+@register_jitable
+def _within(x, low, high):  # type: ignore[no-untyped-def]
+    """x rounded to a whole number from low to high; NaN gives low."""
+    x = np.rint(x)
+    x = x if x > low else low
+    return x if x < high else high

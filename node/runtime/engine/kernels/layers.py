@@ -1,14 +1,13 @@
-"""Linear layers of few rows, and the activations of int8 layers.
+"""Linear layers on the kernels of `products`.
 
-A layer for few rows holds the weight a second time, in the layout of `products`; the one for many rows stays beside it
-(`linear.TwoCopies`). Both hold the same numbers, and round activations to the same steps.
+`FewBFloat16` is for few rows: another layer stands beside it for many (`linear.two_copies`). `KernelInt8` and `KernelInt4` are
+for any number of rows and hold the weight once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,115 +16,12 @@ from node.runtime.engine.kernels import int8, products
 from node.runtime.engine.kernels.compiled import STORED
 from node.runtime.engine.kernels.products import WIDTH
 
-
-class _FewRows:
-    """What the layers have in common: a product of float32 rows with a weight in blocks."""
-
-    def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.out_features, self.in_features = shape
-        self._dtype = dtype
-        self._bias = torch.zeros(self.out_features) if bias is None else bias.float().contiguous()
-
-    def _multiply(self, run: Callable[..., None], x: Tensor, held: Tensor, scales: Tensor) -> Tensor:
-        rows = x.shape[0]
-        out = torch.empty(rows, self.out_features, dtype=self._dtype)
-        addresses = (held.data_ptr(), scales.data_ptr(), self._bias.data_ptr(), out.data_ptr())
-        run(rows, self.in_features, self.out_features, x.data_ptr(), *addresses)
-        return out
+UNPACK_ROWS = 17
+"""From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch."""
 
 
-class FewBFloat16(_FewRows):
-    """A weight in bfloat16 as it is; float32 or bfloat16 in and out."""
-
-    tolerance = 1e-2
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight.shape, bias, weight.dtype)
-        self._held, self._ones = _blocks(weight.bfloat16()), torch.ones(self.out_features)
-        self._run = products.product(STORED[torch.bfloat16], STORED[self._dtype], torch.get_num_threads() > 1)
-        self.nbytes = self._held.nbytes + self._ones.nbytes + self._bias.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _in_groups(lambda x: self._multiply(self._run, x.float(), self._held, self._ones), x, 4)
-
-
-class FewInt8(_FewRows):
-    """A weight in int8, given as numbers and scales; activations rounded by `Activations`."""
-
-    def __init__(
-        self, numbers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, sizes: Tensor | None = None
-    ) -> None:
-        """numbers: int8 [out, in]; scales: float32 [out]; sizes: float32 [in] for the fine scheme."""
-        super().__init__(numbers.shape, bias, dtype)
-        self._held, self._scales = _blocks(numbers), scales.contiguous()
-        self._round = Activations(sizes)
-        self._run = products.product(np.int8, STORED[dtype], torch.get_num_threads() > 1)
-        self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _in_groups(lambda x: self._multiply(self._run, self._round.rounded(x), self._held, self._scales), x, 4)
-
-
-class FewInt4(_FewRows):
-    """A weight in int4, given as `quantize.quantize_groups` makes it."""
-
-    def __init__(self, numbers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        """numbers: int32 [out, in] of 0..15; scales: bfloat16 [in / 32, out, 2] of scale and zero, of number - 8."""
-        super().__init__(numbers.shape, bias, dtype)
-        blocks = _blocks(numbers.to(torch.uint8))  # [out / 64, in, 64]
-        pairs = blocks.view(blocks.shape[0], -1, 2, WIDTH)
-        self._held = (pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
-        spread = F.pad(scales.transpose(1, 2), (0, -self.out_features % WIDTH))  # [in / 32, 2, out]
-        self._scales = spread.view(scales.shape[0], 2, -1, WIDTH).permute(2, 0, 1, 3).contiguous()
-        self._run = products.product_int4(STORED[dtype], torch.get_num_threads() > 1)
-        self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _in_groups(lambda x: self._multiply(self._run, x.bfloat16().float(), self._held, self._scales), x, 2)
-
-
-class Activations:
-    """Rows [rows, width] of float32 or bfloat16 on their way into int8 products and back: fine with `sizes`, else plain."""
-
-    def __init__(self, sizes: Tensor | None = None) -> None:
-        """sizes: float32 [width]."""
-        self._sizes = sizes
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """x with the precision that the products see, times the sizes: float32."""
-        x, stored = x.contiguous(), STORED[x.dtype]
-        out = torch.empty(x.shape)
-        if self._sizes is None:
-            int8.plain_rounded(stored)(*x.shape, x.data_ptr(), out.data_ptr())
-        else:
-            int8.fine_rounded(stored)(*x.shape, x.data_ptr(), self._sizes.data_ptr(), out.data_ptr())
-        return out
-
-    def spread(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is multiplied, float32 [rows, width] (fine: twice the rows), and the marks that `gather` wants."""
-        x, stored = x.contiguous(), STORED[x.dtype]
-        rows, width = x.shape
-        marks = torch.empty(rows, 2)
-        if self._sizes is None:
-            out = torch.empty(rows, width)
-            int8.plain_spread(stored)(rows, width, x.data_ptr(), out.data_ptr(), marks.data_ptr())
-        else:
-            out = torch.empty(2 * rows, width)
-            sizes = self._sizes.data_ptr()
-            int8.fine_spread(stored)(rows, width, x.data_ptr(), sizes, out.data_ptr(), marks.data_ptr())
-        return out, marks
-
-    def gather(self, products: Tensor, marks: Tensor, sums: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer's result [rows, out] in `dtype` from the products; sums, bias: float32 [out]."""
-        rows, width, stored = marks.shape[0], products.shape[1], STORED[dtype]
-        out = torch.empty(rows, width, dtype=dtype)
-        if self._sizes is None:
-            addresses = (products.data_ptr(), marks.data_ptr(), sums.data_ptr(), bias.data_ptr(), out.data_ptr())
-            int8.plain_gather(stored)(rows, width, *addresses)
-        else:
-            addresses = (products.data_ptr(), marks.data_ptr(), bias.data_ptr(), out.data_ptr())
-            int8.fine_gather(stored)(rows, width, *addresses)
-        return out
+def _shared() -> bool:
+    return torch.get_num_threads() > 1
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -140,3 +36,100 @@ def _in_groups(multiply: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Te
     if rows == 1 or rows % size == 0:
         return multiply(x.contiguous())
     return multiply(F.pad(x, (0, 0, 0, -rows % size)))[:rows]
+
+
+class _Layer:
+    def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.out_features, self.in_features = shape
+        self._dtype = dtype
+        self._bias = torch.zeros(self.out_features) if bias is None else bias.float().contiguous()
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty(rows, self.out_features, dtype=self._dtype)
+
+
+class FewBFloat16(_Layer):
+    """A weight in bfloat16 as it is; float32 or bfloat16 in and out."""
+
+    tolerance = 1e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape, bias, weight.dtype)
+        self._held = _blocks(weight.bfloat16())
+        self._run = products.product_bfloat16(STORED[self._dtype], _shared())
+        self.nbytes = self._held.nbytes + self._bias.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _in_groups(self._multiply, x, 4)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        x, out = x.float(), self._empty(x.shape[0])
+        addresses = (x.data_ptr(), self._held.data_ptr(), self._bias.data_ptr(), out.data_ptr())
+        self._run(x.shape[0], self.in_features, self.out_features, *addresses)
+        return out
+
+
+class KernelInt8(_Layer):
+    """A weight in int8, given as numbers and scales; activations rounded by `int8`, fine with `sizes`, else plain."""
+
+    def __init__(
+        self, numbers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, sizes: Tensor | None = None
+    ) -> None:
+        """numbers: int8 [out, in]; scales: float32 [out]; sizes: float32 [in] for the fine scheme."""
+        super().__init__(numbers.shape, bias, dtype)
+        self._stride = -(-self.in_features // 4) * 4
+        padded = F.pad(numbers, (0, self._stride - self.in_features, 0, -self.out_features % WIDTH))
+        self._held = padded.view(-1, WIDTH, self._stride // 4, 4).transpose(1, 2).contiguous()
+        self._sums, self._scales = numbers.sum(1, dtype=torch.int32), scales.contiguous()
+        self._sizes, self._each = sizes, 1 if sizes is None else 2
+        stored = STORED[dtype]
+        self._round = int8.plain(stored) if sizes is None else int8.fine(stored)
+        self._run = products.product_int8(stored, sizes is not None, _shared())
+        parts = (self._held, self._sums, self._scales, self._bias, *(() if sizes is None else (sizes,)))
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, rows = x.contiguous(), x.shape[0]
+        marks = torch.empty(rows, 2)
+        bytes_ = torch.empty(-(-rows * self._each // 4) * 4, self._stride, dtype=torch.uint8)
+        sizes = () if self._sizes is None else (self._sizes.data_ptr(),)
+        self._round(rows, self.in_features, self._stride, x.data_ptr(), *sizes, bytes_.data_ptr(), marks.data_ptr())
+        out = self._empty(rows)
+        weight = (self._held.data_ptr(), self._sums.data_ptr(), self._scales.data_ptr(), self._bias.data_ptr())
+        addresses = (bytes_.data_ptr(), marks.data_ptr(), *weight, out.data_ptr())
+        self._run(rows, self._stride, self.out_features, *addresses)
+        return out
+
+
+class KernelInt4(_Layer):
+    """A weight in int4, given as `quantize.quantize_groups` makes it; activations in bfloat16."""
+
+    def __init__(self, numbers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """numbers: int32 [out, in] of 0..15; scales: bfloat16 [in / 32, out, 2] of scale and zero, of number - 8."""
+        super().__init__(numbers.shape, bias, dtype)
+        pairs = _blocks(numbers.to(torch.uint8)).view(-1, self.in_features // 2, 2, WIDTH)
+        self._held = (pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
+        spread = F.pad(scales.transpose(1, 2), (0, -self.out_features % WIDTH))  # [in / 32, 2, out]
+        self._scales = spread.view(scales.shape[0], 2, -1, WIDTH).permute(2, 0, 1, 3).contiguous()
+        self._run = products.product_int4(STORED[dtype], _shared())
+        self._unpack = products.unpack_int4(_shared())
+        self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.bfloat16()
+        if x.shape[0] < UNPACK_ROWS:
+            return _in_groups(self._multiply, rows, 2)
+        return (torch.mm(rows, self._weight()) + self._bias).to(self._dtype)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        x, out = x.float(), self._empty(x.shape[0])
+        weight = (self._held.data_ptr(), self._scales.data_ptr(), self._bias.data_ptr())
+        self._run(x.shape[0], self.in_features, self.out_features, x.data_ptr(), *weight, out.data_ptr())
+        return out
+
+    def _weight(self) -> Tensor:
+        """Bfloat16 [in, out]."""
+        padded = self._held.shape[0] * WIDTH
+        out = torch.empty(self.in_features, padded, dtype=torch.bfloat16)
+        self._unpack(self.in_features, padded, self._held.data_ptr(), self._scales.data_ptr(), out.data_ptr())
+        return out[:, : self.out_features]

@@ -14,11 +14,13 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_jitable, register_model
 
 LANES: Final = 16
+HAS_VNNI: Final = bool(get_host_cpu_features().get("avx512vnni"))
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _FUSED: Final = ("contract",)
 
@@ -28,7 +30,14 @@ class _Floats(types.Type):  # type: ignore[misc]
         super().__init__(name="Floats16")
 
 
+class _Ints(types.Type):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(name="Ints16")
+
+
 floats: Final = _Floats()
+ints: Final = _Ints()
+"""Sixteen of 32 bits: sums, or four bytes each."""
 
 
 def _lanes(element: ir.Type) -> ir.VectorType:
@@ -40,9 +49,15 @@ def _same(element: ir.Type, value: float) -> ir.Constant:
 
 
 @register_model(_Floats)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _FloatsModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _lanes(_F32))
+
+
+@register_model(_Ints)
+class _IntsModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _lanes(_I32))
 
 
 def _address(context: Any, builder: Any, signature: Any, args: Any, element: ir.Type) -> Any:
@@ -69,15 +84,15 @@ def zero(context):  # type: ignore[no-untyped-def]
     return floats(), lambda c, b, s, a: _same(_F32, 0.0)
 
 
+def _spread(builder: Any, value: Any, element: ir.Type) -> Any:
+    nothing = ir.Constant(_lanes(element), ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(nothing, value, _I32(0)), nothing, _same(_I32, 0))
+
+
 @intrinsic
 def splat(context, x):  # type: ignore[no-untyped-def]
     """One float sixteen times."""
-
-    def code(c, b, s, a):  # type: ignore[no-untyped-def]
-        nothing = ir.Constant(_lanes(_F32), ir.Undefined)
-        return b.shuffle_vector(b.insert_element(nothing, a[0], _I32(0)), nothing, _same(_I32, 0))
-
-    return floats(types.float32), code
+    return floats(types.float32), lambda c, b, s, a: _spread(b, a[0], _F32)
 
 
 @intrinsic
@@ -169,6 +184,71 @@ def total(context, x):  # type: ignore[no-untyped-def]
         return b.extract_element(value, _I32(0))
 
     return types.float32(floats), code
+
+
+# -------------------------------------------------------------------------------------------------- products of bytes
+
+
+@intrinsic
+def no_ints(context):  # type: ignore[no-untyped-def]
+    """Sixteen zeros."""
+    return ints(), lambda c, b, s, a: _same(_I32, 0)
+
+
+@intrinsic
+def load_fours(context, array, index):  # type: ignore[no-untyped-def]
+    """array[index : index + 64] of bytes, four to a lane."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        return _read(b, _address(c, b, s, a, _I32), 1)
+
+    return ints(array, types.int64), code
+
+
+@intrinsic
+def splat_four(context, array, index):  # type: ignore[no-untyped-def]
+    """array[index : index + 4] of bytes, in every lane."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        array = c.make_array(s.args[0])(c, b, a[0])
+        four = _read(b, b.bitcast(b.gep(array.data, [a[1]]), _I32.as_pointer()), 1)
+        return _spread(b, four, _I32)
+
+    return ints(array, types.int64), code
+
+
+@intrinsic
+def dot_fours(context, sums, x, weights):  # type: ignore[no-untyped-def]
+    """sums + the products of each lane's four bytes, of x without sign and of weights with sign; exact.
+
+    One instruction where the processor has AVX-512 VNNI, else shifts and products of 32 bits.
+    """
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        if HAS_VNNI:
+            bytes_ = ir.VectorType(_I8, 4 * LANES)
+            kind = ir.FunctionType(_lanes(_I32), [_lanes(_I32), bytes_, bytes_])
+            run = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+            return b.call(run, [a[0], b.bitcast(a[1], bytes_), b.bitcast(a[2], bytes_)])
+        total = a[0]
+        for n in range(4):
+            one = b.and_(b.lshr(a[1], _same(_I32, 8 * n)), _same(_I32, 255))
+            other = b.ashr(b.shl(a[2], _same(_I32, 24 - 8 * n)), _same(_I32, 24))
+            total = b.add(total, b.mul(one, other))
+        return total
+
+    return ints(ints, ints, ints), code
+
+
+@intrinsic
+def store_ints(context, array, index, value):  # type: ignore[no-untyped-def]
+    """array[index : index + 16] = value, of int32."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        b.store(a[2], _address(c, b, s, a, _I32)).align = 4
+        return c.get_dummy_value()
+
+    return types.void(array, types.int64, ints), code
 
 
 # ------------------------------------------------------------------------------------------------------ one at a time
