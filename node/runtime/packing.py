@@ -31,7 +31,7 @@ class Packing:
     """One of `linear.FORMATS`."""
     cpu: bool = True
     few_rows: bool = True
-    """Layers on a CPU have a second copy for few rows (not in exact mode)."""
+    """A bfloat16 layer on a CPU has a second copy for few rows (not in exact mode)."""
 
     @property
     def item(self) -> int:
@@ -43,44 +43,43 @@ class Packing:
         """Bytes that each number of a layer takes for a moment, while the layer is packed."""
         return _MAKING[self.fmt]
 
+    @property
+    def unpacked(self) -> int:
+        """Bytes that each number of a layer takes in a step of many rows, as an int4 weight is unpacked for it."""
+        return 2 if self.fmt == "int4" else 0
+
     def linear(self, out: int, inputs: int, *, bias: bool, head: bool = False) -> int:
         """Bytes of a layer with a weight [out, inputs]."""
+        added = out * self.item if bias else 0
         if self.fmt == "int4" and not head and self._int4_fits(out, inputs):
-            numbers = out * inputs // 2 + 4 * out * inputs // _GROUP
-            padded = _up(out, _BLOCK)
-            few = padded * inputs // 2 + 4 * padded * inputs // _GROUP + 4 * out
-            return numbers + self._added(out, bias) + (few if self._few else 0)
+            rows = _up(out, _BLOCK) if self.cpu else out
+            return rows * inputs // 2 + 4 * rows * inputs // _GROUP + (4 * out if self.cpu else added)
         if self.fmt in ("int8", "int4"):
-            return self._int8(out, inputs, bias, fine=head or inputs > out)
+            if not self._compiled:
+                return out * inputs + 4 * out + added
+            # numbers; sums, scales and a bias, or zeros, of each output; sizes of columns where the activations are fine
+            return _up(out, _BLOCK) * _up(inputs, 4) + 12 * out + (4 * inputs if head or inputs > out else 0)
         if not self.cpu:
-            return out * inputs * self.item + self._added(out, bias)
+            return out * inputs * self.item + added
         if self.fmt == "float16":
             return 2 * fbgemm_padded(out, inputs, 16) + (4 * out if bias else 0)
-        many = self.item * _blocked(out, inputs, self.item) + self._added(out, bias)
-        return many + (2 * _up(out, _BLOCK) * inputs + 8 * out if self.fmt == "bfloat16" and self._few else 0)
+        many = self.item * _blocked(out, inputs, self.item) + added
+        few = self.fmt == "bfloat16" and self.few_rows and self._compiled
+        return many + (2 * _up(out, _BLOCK) * inputs + 4 * out if few else 0)
 
     @property
-    def _few(self) -> bool:
-        return self.cpu and self.few_rows and _compiled()
-
-    def _added(self, out: int, bias: bool) -> int:
-        return out * self.item if bias else 0
-
-    def _int8(self, out: int, inputs: int, bias: bool, *, fine: bool) -> int:
-        if not self.cpu:
-            return out * inputs + 4 * out + self._added(out, bias)
-        # numbers; a scale, a zero point and a sum that the library keeps; our own sums; a bias, or zeros; sizes of columns
-        many = fbgemm_padded(out, inputs, 48) + 20 * out + (4 * inputs if fine else 0)
-        return many + (_up(out, _BLOCK) * inputs + 8 * out if self._few else 0)
+    def _compiled(self) -> bool:
+        return self.cpu and _compiled()
 
     def _int4_fits(self, out: int, inputs: int) -> bool:
-        rows, columns = (16, _GROUP) if self.cpu else (8, 128)
-        return out % rows == 0 and inputs % columns == 0
+        if self.cpu:
+            return self._compiled and inputs % _GROUP == 0
+        return out % 8 == 0 and inputs % 128 == 0
 
 
 @cache
 def _compiled() -> bool:
-    """Whether the engine has its compiled kernels (`kernels.importable`), for which the copies for few rows are."""
+    """Whether the engine has its compiled kernels (`kernels.importable`)."""
     return find_spec("numba") is not None
 
 

@@ -237,7 +237,6 @@ def other_value(name: str, salt: int) -> Any:
         "worker.payout": f"0x{salt + 1:040x}",
         "worker.batch_resolvers": (f"0x{salt + 1:040x}", "committee"),
         "worker.task_prices": (f"embed={salt}/1/2", "transcribe=0/3/4"),
-        "engine.draft_models": (f"large=small-{salt}",),
         "engine.device": f"cuda:{salt}",
         "engine.draft_models": (f"large{salt}=small",),
         "telemetry.metrics": f"127.0.0.1:{9000 + salt}",
