@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Final
 
+from node.runtime.hal import processor
+
 _COMPUTED: Final = {"float32": 4, "bfloat16": 2, "float16": 4, "int8": 4, "int4": 2}
 """Bytes of a number that a CPU computes with, by format (`linear.compute_dtype`)."""
 _ELSEWHERE: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
@@ -31,7 +33,7 @@ class Packing:
     """One of `linear.FORMATS`."""
     cpu: bool = True
     few_rows: bool = True
-    """A bfloat16 layer on a CPU has a second copy for few rows (not in exact mode)."""
+    """A bfloat16 layer on a CPU may have a second copy for few rows (not in exact mode)."""
 
     @property
     def item(self) -> int:
@@ -50,37 +52,48 @@ class Packing:
 
     def linear(self, out: int, inputs: int, *, bias: bool, head: bool = False) -> int:
         """Bytes of a layer with a weight [out, inputs]."""
-        added = out * self.item if bias else 0
         if self.fmt == "int4" and not head and self._int4_fits(out, inputs):
-            rows = _up(out, _BLOCK) if self.cpu else out
-            return rows * inputs // 2 + 4 * rows * inputs // _GROUP + (4 * out if self.cpu else added)
+            if not self.cpu:
+                return out * inputs // 2 + 4 * out * inputs // _GROUP + self._added(out, bias)
+            # numbers; a scale and a zero for each group; a bias, or zeros
+            return _up(out, _BLOCK) * (inputs // 2 + 4 * inputs // _GROUP) + 4 * out
         if self.fmt in ("int8", "int4"):
-            if not self._compiled:
-                return out * inputs + 4 * out + added
-            # numbers; sums, scales and a bias, or zeros, of each output; sizes of columns where the activations are fine
-            return _up(out, _BLOCK) * _up(inputs, 4) + 12 * out + (4 * inputs if head or inputs > out else 0)
+            return self._int8(out, inputs, bias, fine=head or inputs > out)
         if not self.cpu:
-            return out * inputs * self.item + added
+            return out * inputs * self.item + self._added(out, bias)
         if self.fmt == "float16":
             return 2 * fbgemm_padded(out, inputs, 16) + (4 * out if bias else 0)
-        many = self.item * _blocked(out, inputs, self.item) + added
-        few = self.fmt == "bfloat16" and self.few_rows and self._compiled
-        return many + (2 * _up(out, _BLOCK) * inputs + 4 * out if few else 0)
+        many = self.item * _blocked(out, inputs, self.item) + self._added(out, bias)
+        if self.fmt != "bfloat16" or not _compiled() or not (self.few_rows or _alone()):
+            return many
+        return 2 * _up(out, _BLOCK) * _up(inputs, 2) + 4 * out + (0 if _alone() else many)
 
-    @property
-    def _compiled(self) -> bool:
-        return self.cpu and _compiled()
+    def _added(self, out: int, bias: bool) -> int:
+        return out * self.item if bias else 0
+
+    def _int8(self, out: int, inputs: int, bias: bool, *, fine: bool) -> int:
+        if not self.cpu or not _compiled():
+            return out * inputs + 4 * out + self._added(out, bias)
+        # numbers; their sums, a scale, a bias or zeros; sizes of columns
+        return _up(out, _BLOCK) * _up(inputs, 4) + 12 * out + (4 * inputs if fine else 0)
 
     def _int4_fits(self, out: int, inputs: int) -> bool:
         if self.cpu:
-            return self._compiled and inputs % _GROUP == 0
+            return inputs % _GROUP == 0 and _compiled()
         return out % 8 == 0 and inputs % 128 == 0
 
 
 @cache
 def _compiled() -> bool:
-    """Whether the engine has its compiled kernels (`kernels.importable`)."""
+    """Whether the engine has its compiled kernels (`kernels.importable`), for which the copies for few rows are."""
     return find_spec("numba") is not None
+
+
+@cache
+def _alone() -> bool:
+    """`linear.compiled_alone`."""
+    has = processor.flags()
+    return "avx512_bf16" in has and "amx_bf16" not in has
 
 
 def fbgemm_padded(out: int, inputs: int, columns: int) -> int:

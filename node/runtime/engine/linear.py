@@ -8,10 +8,10 @@ Rules:
 - `nbytes` is what the packed weight occupies, padding included. The weight given is never changed and may be dropped.
 - Nothing is chosen by timing: the same machine, shape and number of rows take the same path in every run.
 
-Measured on AVX-512 without AMX, one thread, for all the products of a step of SmolLM2-135M: oneDNN's packed kernels cost
-less at four rows than at one or two (they keep few accumulators busy), so one and two rows are repeated to four. Few rows
-are limited by how fast a weight is read, and read through a compiled kernel (`kernels.layers`) fastest: at one row 10 ms
-against 57 of oneDNN, at four 11 against 18, at eight as fast.
+Measured on AVX-512 with BF16 and VNNI, without AMX, one thread, for all products of a step of SmolLM2-135M, milliseconds at 4,
+16 and 256 rows: bfloat16 by the compiled kernel 10.6, 26.0, 319, by oneDNN 19.1, 34.0, 357; int8 by the compiled kernel 5.4,
+12.9, 164, by FBGEMM 9.6, 18.6, 241. oneDNN's packed kernels cost less at four rows than at one or two (they keep few
+accumulators busy), so one and two rows are repeated to four.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def make_linear(
     """The layer of a weight [out, in] and bias [out], of any floating-point dtype, on the device where they are.
 
     `head`: it is the output head, which bears quantization worst: int4 keeps it in int8, and its activations in 15 bits.
-    `few_rows` (bfloat16 on a CPU, else ignored): keep a second copy for calls with up to `FEW_ROWS` rows; it holds the same
-    weights and takes as many bytes again. Raises `UnsupportedModel` for what is no weight.
+    `few_rows` (bfloat16 on a CPU whose many rows torch multiplies faster, else ignored): keep a second copy for calls with up
+    to `FEW_ROWS` rows; it holds the same weights and takes as many bytes again. Raises `UnsupportedModel` for what is no
+    weight.
     """
     _check_format(fmt)
     _check_shapes(weight, bias)
@@ -86,16 +87,31 @@ def make_linear(
     if fmt == "float16":
         return _float16(weight, bias)
     weight = weight.to(dtype)
-    many: Linear = OneDnnLinear(weight, bias) if works(OneDnnLinear, "cpu", dtype) else PlainLinear(weight, bias)
-    if few_rows and fmt == "bfloat16" and importable() and works(_few_bfloat16, "cpu", dtype):
-        return _TwoCopies(_few_bfloat16(weight, bias), many)
-    return many
+    if fmt == "bfloat16" and importable() and (few_rows or compiled_alone()) and works(_compiled, "cpu", dtype):
+        compiled = _compiled(weight, bias)
+        return compiled if compiled_alone() else _TwoCopies(compiled, _packed(weight, bias, dtype))
+    return _packed(weight, bias, dtype)
 
 
-def _few_bfloat16(weight: Tensor, bias: Tensor | None) -> Linear:
-    from node.runtime.engine.kernels.layers import FewBFloat16
+def compiled_alone() -> bool:
+    """Whether the compiled product of bfloat16 is the faster one at any number of rows: where the processor multiplies pairs,
+    and has no tiles."""
+    from node.runtime.engine.kernels.simd import HAS_PAIRS, HAS_TILES
 
-    return FewBFloat16(weight, bias)
+    return HAS_PAIRS and not HAS_TILES
+
+
+def _compiled(weight: Tensor, bias: Tensor | None) -> Linear:
+    from node.runtime.engine.kernels.layers import KernelBFloat16
+
+    return KernelBFloat16(weight, bias)
+
+
+_compiled.__name__ = "KernelBFloat16"  # for the log
+
+
+def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    return OneDnnLinear(weight, bias) if works(OneDnnLinear, "cpu", dtype) else PlainLinear(weight, bias)
 
 
 def _check_format(fmt: str) -> None:

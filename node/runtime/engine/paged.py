@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.blocks import BLOCK_TOKENS, blocks_for
+from node.runtime.engine.errors import IntegrityError
 
 if TYPE_CHECKING:
     from node.runtime.engine.kernels.calls import Kernels
@@ -218,6 +219,17 @@ class PagedCache:
         if len(plan.begun):
             self.data.index_fill_(3, plan.begun, 0)
 
+    def _check(self, plan: Plan) -> None:
+        """Kernels read and write wherever the plan says. Raises `IntegrityError` where the cache has no such place."""
+        blocks = self._shape[1]
+        named = [(plan.slots, blocks * BLOCK_TOKENS)]
+        if plan.singles:
+            named.append((plan.tables[:, 1:], blocks))
+        for numbers, end in named:
+            low, high = numbers.aminmax()
+            if low < 0 or high >= end:
+                raise IntegrityError(f"a plan names places from {int(low)} to {int(high)}, the cache has {end}")
+
     def attend(self, plan: Plan, layer: int, how: Attention, q: Tensor, kv: Tensor) -> Tensor:
         """Store the pass's keys and values, then attend.
 
@@ -230,6 +242,8 @@ class PagedCache:
             by_slot.index_copy_(1, plan.slots, kv.transpose(0, 1))
             parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
         else:
+            if layer == 0:
+                self._check(plan)
             kernels.write(by_slot, plan.slots, kv)
             some = q[: plan.singles]
             parts = (

@@ -30,6 +30,8 @@ from node.runtime.engine.kernels import importable
 from node.runtime.engine.linear import Linear, nbytes_of, works
 
 GROUP: Final = 32
+MOST_INPUTS: Final = (2**31 - 1) // (255 * 127)
+"""Sums of so many products of bytes cannot overflow 32 bits: 66,311, more than any model has."""
 _TOLERANCE: Final = {"int8": 3e-2, "fine": 2e-2, "int4": 0.2}
 
 
@@ -39,7 +41,7 @@ def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fine
     `fine`: activations in 15 bits where they are quantized at all; layers that narrow (`in` > `out`) have them anyway.
     """
     device = weight.device.type
-    if device == "cpu" and importable():
+    if device == "cpu" and weight.shape[1] <= MOST_INPUTS and importable():
         scheme = "fine" if fine or weight.shape[1] > weight.shape[0] else "int8"
         kind = _kernel(scheme, dtype)
         if works(kind, "cpu", dtype, _TOLERANCE[scheme]):
@@ -76,6 +78,7 @@ def _kernel(scheme: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None]
         numbers, scales = quantize_rows(weight if sizes is None else weight.float() / sizes)
         return KernelInt8(numbers, scales, bias, dtype, sizes)
 
+    make.__name__ = "KernelInt4" if scheme == "int4" else "KernelInt8"  # for the log
     return make
 
 

@@ -120,6 +120,11 @@ def _temperature() -> float | None:
     return None
 
 
+def flags() -> tuple[str, ...]:
+    """Those of `FLAGS` that this machine's processor has."""
+    return _cpuinfo()[1]
+
+
 def _cpuinfo() -> tuple[str, tuple[str, ...]]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

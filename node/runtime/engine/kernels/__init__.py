@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 def importable() -> bool:
     """Whether Numba is there; the log says when it is not."""
     try:
+        import node.runtime.engine.kernels.compiled
         import node.runtime.engine.kernels.simd  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # missing, or broken by what it is built on
         log.warning("compiled kernels are not used, steps will take about half as long again: %s", error)
         return False
     return True
@@ -45,9 +46,6 @@ def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kern
     """The kernels of a decoder, or None where torch's operators must do; the log says why."""
     if device.type != "cpu" or not importable():
         return None
-    from node.runtime.engine.kernels import calls
+    from node.runtime.engine.kernels import calls, compiled
 
-    threads = torch.get_num_threads()
-    if threads > 1:
-        calls.share(threads)
-    return calls.tried(dtype, head_dim, threads > 1)
+    return calls.tried(dtype, head_dim, compiled.shared())

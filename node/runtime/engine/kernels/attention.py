@@ -17,7 +17,7 @@ from numba import carray, prange
 
 from node.runtime.engine.blocks import BLOCK_TOKENS
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, kernel
-from node.runtime.engine.kernels.simd import LANES, exp, fma, load, mul, pointer, splat, store, total, zero
+from node.runtime.engine.kernels.simd import LANES, exp, fma, load, mul, pointer, splat, store, tanh, total, zero
 
 
 @cache
@@ -78,7 +78,7 @@ def attend(dtype: Any, dim: int, parallel: bool) -> Callable[..., None]:
                         scores[b * BLOCK_TOKENS + t] = total(products)
                 if cap > 0:
                     for t in range(first, seen):
-                        scores[t] = cap - np.float32(2) * cap / (exp(np.float32(2) * scores[t] / cap) + np.float32(1))
+                        scores[t] = cap * tanh(scores[t] / cap)
                 highest = scores[first]
                 for t in range(first, seen):
                     highest = max(highest, scores[t])

@@ -1,5 +1,8 @@
 """Kernels on tensors: what is allocated, and shapes as counts, before addresses are handed over.
 
+What would make a kernel read or write past a tensor is refused with `RuntimeError`, as torch's operators refuse it. What is
+*in* the tables of blocks is not looked at here but once a step, by who made them (`paged.PagedCache`).
+
 Each kernel is compiled when it is first asked for, some tenths of a second, once in a process for each way it is asked for.
 """
 
@@ -10,14 +13,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Final
 
-import numba
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.blocks import BLOCK_TOKENS
 from node.runtime.engine.kernels import attention, norms
-from node.runtime.engine.kernels.compiled import STORED
+from node.runtime.engine.kernels.compiled import STORED, demand
 from node.runtime.engine.kernels.simd import LANES
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class Kernels:
 
     def __init__(self, dtype: torch.dtype, head_dim: int, *, parallel: bool) -> None:
         """`head_dim`: a multiple of 16. `parallel`: attention is shared by all threads."""
-        self.dtype = dtype
+        self.dtype, self._dim = dtype, head_dim
         stored = STORED[dtype]
         self._norm, self._turn = norms.rms_norm(stored), norms.turn(stored)
         self._write, self._attend = attention.write(stored), attention.attend(stored, head_dim, parallel)
@@ -40,6 +42,8 @@ class Kernels:
         x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
+        demand(x.dtype is self.dtype and weight.dtype is torch.float32 and weight.shape == (width,), "norm", x, weight)
+        demand(weight.is_contiguous(), "norm", weight)
         self._norm(x.numel() // width, width, x.data_ptr(), weight.data_ptr(), out.data_ptr(), eps)
         return out
 
@@ -50,6 +54,8 @@ class Kernels:
         run = GATES[activation](STORED[self.dtype])
 
         def gate(x: Tensor) -> Tensor:
+            x = x.contiguous()
+            demand(x.dtype is self.dtype and x.dim() == 2 and x.shape[1] % 2 == 0, "gate", x)
             rows, width = x.shape[0], x.shape[1] // 2
             out = torch.empty(rows, width, dtype=x.dtype)
             run(rows, width, x.data_ptr(), out.data_ptr())
@@ -58,14 +64,21 @@ class Kernels:
         return gate
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Turn the first numbers of heads [rows, heads, dim] in place, as many as cos and sin [rows, 1, n] have."""
-        rows, heads, _ = x.shape
+        """Turn heads [rows, heads, dim] in place; cos and sin: [rows, 1, dim]."""
+        rows, heads, dim = x.shape
         steps = x.stride()
-        self._turn(rows, heads, cos.shape[-1], steps[0], steps[1], x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        demand(x.dtype is self.dtype and steps[2] == 1 and min(steps) >= 0 and dim % 2 == 0, "turn", x)
+        for part in (cos, sin):
+            demand(part.dtype is self.dtype and part.shape == (rows, 1, dim) and part.is_contiguous(), "turn", x, part)
+        self._turn(rows, heads, dim, steps[0], steps[1], x.data_ptr(), cos.data_ptr(), sin.data_ptr())
 
     def write(self, cache: Tensor, slots: Tensor, kv: Tensor) -> None:
         """kv [rows, heads, dim], heads beside each other, to the places `slots` of cache [heads, tokens, dim]."""
         rows, heads, dim = kv.shape
+        demand(kv.dtype is self.dtype and kv.stride()[1:] == (dim, 1) and kv.stride(0) >= 0, "write", kv)
+        demand(slots.dtype is torch.int64 and slots.shape == (rows,) and slots.is_contiguous(), "write", kv, slots)
+        fits = cache.dtype is self.dtype and cache.shape == (heads, cache.shape[1], dim) and cache.is_contiguous()
+        demand(fits, "write", kv, cache)
         self._write(rows, heads, dim, kv.stride(0), kv.data_ptr(), slots.data_ptr(), cache.shape[1], cache.data_ptr())
 
     def attend(
@@ -76,7 +89,13 @@ class Kernels:
         cache: one layer's [2 * kv_heads, tokens, dim].
         """
         rows, heads, dim = q.shape
-        kv_heads = cache.shape[0] // 2
+        kv_heads, tokens = cache.shape[0] // 2, cache.shape[1]
+        demand(q.dtype is self.dtype and q.stride()[1:] == (dim, 1) and q.stride(0) >= 0, "attend", q)
+        demand(dim == self._dim and kv_heads > 0 and heads % kv_heads == 0, "attend", q, cache)
+        fits = cache.shape == (2 * kv_heads, tokens, dim) and tokens % BLOCK_TOKENS == 0
+        demand(fits and cache.dtype is self.dtype and cache.is_contiguous(), "attend", cache)
+        fits = tables.dim() == 2 and tables.shape[0] == rows and tables.is_contiguous()
+        demand(fits and tables.dtype is torch.int64, "attend", q, tables)
         out = torch.empty(rows, heads * dim, dtype=self.dtype)
         self._attend(
             rows,
@@ -86,7 +105,7 @@ class Kernels:
             q.data_ptr(),
             tables.data_ptr(),
             tables.shape[1] - 1,
-            cache.shape[1] // BLOCK_TOKENS,
+            tokens // BLOCK_TOKENS,
             cache.data_ptr(),
             window or 0,
             scale,
@@ -94,11 +113,6 @@ class Kernels:
             out.data_ptr(),
         )
         return out
-
-
-def share(threads: int) -> None:
-    """Use so many threads, as far as the machine has them, for kernels that the calling thread starts."""
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
 
 
 @cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numba import carray
@@ -21,6 +21,9 @@ from numba.extending import register_jitable
 
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, kernel
 from node.runtime.engine.kernels.simd import pointer, wide
+
+TINY: Final = np.float32(1e-30)
+"""Ranges below it count as none: their inverse would be infinite, or close."""
 
 
 @register_jitable
@@ -56,8 +59,9 @@ def plain(dtype: Any) -> Callable[..., None]:
             row, into = x[r], out[r]
             least, span = _least_and_span(row)
             marks[r, 0], marks[r, 1] = span / np.float32(255), least
-            # An infinite factor would make NaN of what is zero; a row that is not finite has bytes of no meaning.
-            factor = np.float32(255) / span if span > 0 else np.float32(0)
+            factor = (
+                np.float32(255) / span if span > TINY else np.float32(0)
+            )  # a row that is not finite has a span of NaN
             least = least if least == least else np.float32(0)
             for i in range(width):
                 into[i] = np.uint8(_within((wide(row[i]) - least) * factor, np.float32(0), np.float32(255)))
@@ -81,7 +85,7 @@ def fine(dtype: Any) -> Callable[..., None]:
             row, first, second = x[r], out[r, 0], out[r, 1]
             largest = _largest(row, sizes)
             marks[r, 0] = marks[r, 1] = largest / np.float32(127)
-            factor = np.float32(127) / largest if largest > 0 else np.float32(0)
+            factor = np.float32(127) / largest if largest > TINY else np.float32(0)
             for i in range(width):
                 scaled = wide(row[i]) * sizes[i] * factor
                 coarse = _within(scaled, np.float32(-127), np.float32(127))

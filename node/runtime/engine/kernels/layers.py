@@ -1,27 +1,23 @@
 """Linear layers on the kernels of `products`.
 
-`FewBFloat16` is for few rows: another layer stands beside it for many (`linear.two_copies`). `KernelInt8` and `KernelInt4` are
-for any number of rows and hold the weight once.
+Each is for any number of rows and holds the weight once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.kernels import int8, products
-from node.runtime.engine.kernels.compiled import STORED
+from node.runtime.engine.kernels.compiled import STORED, demand, shared
 from node.runtime.engine.kernels.products import WIDTH
 
-UNPACK_ROWS = 17
+UNPACK_ROWS: Final = 17
 """From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch."""
-
-
-def _shared() -> bool:
-    return torch.get_num_threads() > 1
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -30,8 +26,14 @@ def _blocks(weight: Tensor) -> Tensor:
     return padded.view(-1, WIDTH, weight.shape[1]).transpose(1, 2).contiguous()
 
 
+def _interleaved(weight: Tensor, count: int) -> Tensor:
+    """[out, in] to [out / 64, in / count, 64, count], zeros behind the last output and the last input."""
+    padded = F.pad(weight, (0, -weight.shape[1] % count, 0, -weight.shape[0] % WIDTH))
+    return padded.view(-1, WIDTH, padded.shape[1] // count, count).transpose(1, 2).contiguous()
+
+
 def _in_groups(multiply: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
-    """The kernels take one row, or whole groups of `size`."""
+    """The kernel takes one row, or whole groups of `size`."""
     rows = x.shape[0]
     if rows == 1 or rows % size == 0:
         return multiply(x.contiguous())
@@ -44,28 +46,35 @@ class _Layer:
         self._dtype = dtype
         self._bias = torch.zeros(self.out_features) if bias is None else bias.float().contiguous()
 
+    def _rows(self, x: Tensor) -> Tensor:
+        """x, its rows beside each other; `RuntimeError` when they are none of this layer."""
+        demand(x.dim() == 2 and x.shape[1] == self.in_features and x.dtype is self._dtype, type(self).__name__, x)
+        return x.contiguous()
+
     def _empty(self, rows: int) -> Tensor:
         return torch.empty(rows, self.out_features, dtype=self._dtype)
 
 
-class FewBFloat16(_Layer):
-    """A weight in bfloat16 as it is; float32 or bfloat16 in and out."""
+class KernelBFloat16(_Layer):
+    """A weight in bfloat16; rows of bfloat16."""
 
     tolerance = 1e-2
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight.shape, bias, weight.dtype)
-        self._held = _blocks(weight.bfloat16())
-        self._run = products.product_bfloat16(STORED[self._dtype], _shared())
+        super().__init__(weight.shape, bias, torch.bfloat16)
+        self._held = _interleaved(weight.bfloat16(), 2)
+        self._run = products.product_bfloat16(shared())
         self.nbytes = self._held.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _in_groups(self._multiply, x, 4)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        x, out = x.float(), self._empty(x.shape[0])
+        x = self._rows(x)
+        rows, inputs = x.shape
+        missing, odd = -rows % 4, inputs % 2
+        if missing or odd:
+            x = F.pad(x, (0, odd, 0, missing))
+        out = self._empty(rows)
         addresses = (x.data_ptr(), self._held.data_ptr(), self._bias.data_ptr(), out.data_ptr())
-        self._run(x.shape[0], self.in_features, self.out_features, *addresses)
+        self._run(rows, inputs + odd, self.out_features, *addresses)
         return out
 
 
@@ -78,18 +87,17 @@ class KernelInt8(_Layer):
         """numbers: int8 [out, in]; scales: float32 [out]; sizes: float32 [in] for the fine scheme."""
         super().__init__(numbers.shape, bias, dtype)
         self._stride = -(-self.in_features // 4) * 4
-        padded = F.pad(numbers, (0, self._stride - self.in_features, 0, -self.out_features % WIDTH))
-        self._held = padded.view(-1, WIDTH, self._stride // 4, 4).transpose(1, 2).contiguous()
+        self._held = _interleaved(numbers, 4)
         self._sums, self._scales = numbers.sum(1, dtype=torch.int32), scales.contiguous()
-        self._sizes, self._each = sizes, 1 if sizes is None else 2
+        self._sizes, self._each = None if sizes is None else sizes.float().contiguous(), 1 if sizes is None else 2
         stored = STORED[dtype]
         self._round = int8.plain(stored) if sizes is None else int8.fine(stored)
-        self._run = products.product_int8(stored, sizes is not None, _shared())
+        self._run = products.product_int8(stored, sizes is not None, shared())
         parts = (self._held, self._sums, self._scales, self._bias, *(() if sizes is None else (sizes,)))
         self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, rows = x.contiguous(), x.shape[0]
+        x, rows = self._rows(x), x.shape[0]
         marks = torch.empty(rows, 2)
         bytes_ = torch.empty(-(-rows * self._each // 4) * 4, self._stride, dtype=torch.uint8)
         sizes = () if self._sizes is None else (self._sizes.data_ptr(),)
@@ -111,12 +119,12 @@ class KernelInt4(_Layer):
         self._held = (pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
         spread = F.pad(scales.transpose(1, 2), (0, -self.out_features % WIDTH))  # [in / 32, 2, out]
         self._scales = spread.view(scales.shape[0], 2, -1, WIDTH).permute(2, 0, 1, 3).contiguous()
-        self._run = products.product_int4(STORED[dtype], _shared())
-        self._unpack = products.unpack_int4(_shared())
+        self._run = products.product_int4(STORED[dtype], shared())
+        self._unpack = products.unpack_int4(shared())
         self.nbytes = self._held.nbytes + self._scales.nbytes + self._bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.bfloat16()
+        rows = self._rows(x).bfloat16()
         if x.shape[0] < UNPACK_ROWS:
             return _in_groups(self._multiply, rows, 2)
         return (torch.mm(rows, self._weight()) + self._bias).to(self._dtype)

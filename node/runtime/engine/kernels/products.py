@@ -3,13 +3,14 @@
 Layout: the outputs in blocks of 64, zeros behind the last; in a block input after input, 64 numbers side by side. One input
 is then one number for all sixteen lanes, and an output's sum stays in its lane: nothing is summed across a vector.
 
-- bfloat16, for few rows: limited by how fast the weight can be read. Rows are float32, sums too.
-- int8: four inputs side by side for each output ([out / 64, in / 4, 64, 4]), rows as `int8` makes bytes of them. Sums are
-  integers, so a row's result has the same bits in any company.
+- bfloat16: two inputs side by side for each output ([out / 64, in / 2, 64, 2]). Rows are bfloat16, sums float32.
+- int8: four inputs side by side ([out / 64, in / 4, 64, 4]), rows as `int8` makes bytes of them. Sums are integers.
 - int4, for few rows: two inputs a byte, the first in the lower half; groups of 32 inputs, each with a scale and a zero in
-  bfloat16 ([out / 64, in / 32, 2, 64]): weight = (number - 8) * scale + zero. Rows are float32, sums too. For many rows `unpack_int4`.
+  bfloat16 ([out / 64, in / 32, 2, 64]): weight = (number - 8) * scale + zero. Rows are float32,
+  sums too. For many rows `unpack_int4`.
 
-`bias` is float32 [out]. Results are rounded to `dtype` once.
+`bias` is float32 [out]. Results are rounded to `dtype` once. bfloat16 and int8 are computed four rows at a time, always, and
+inputs in runs of `RUN`: a row's result has the same bits in any company.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, kernel
 from node.runtime.engine.kernels.simd import (
     LANES,
     dot_fours,
+    dot_pairs,
     fma,
     load,
-    load_fours,
+    load_lanes,
     lower_half,
     narrow,
     no_ints,
     pointer,
     splat,
-    splat_four,
+    splat_lane,
     store,
     store_ints,
     upper_half,
@@ -44,56 +46,69 @@ from node.runtime.engine.kernels.simd import (
 WIDTH: Final = 64
 """Outputs of a block: four vectors, so that four sums run beside each other."""
 GROUP: Final = 32
+RUN: Final = 2048
+"""Inputs of a block that are read for all rows before the next are: they stay in the processor's cache meanwhile."""
 
 
 @cache
-def product_bfloat16(dtype: Any, parallel: bool) -> Callable[..., None]:
-    """(rows, inputs, outputs, x, weight, bias, out): one row, or a multiple of four."""
+def product_bfloat16(parallel: bool) -> Callable[..., None]:
+    """(rows, inputs, outputs, x, weight, bias, out): inputs even; x has whole fours of rows, of bfloat16 like out."""
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS, parallel=parallel)
     def run(rows, inputs, outputs, x_at, weight_at, bias_at, out_at):  # type: ignore[no-untyped-def]
-        blocks = (outputs + WIDTH - 1) // WIDTH
-        x = carray(pointer(x_at), rows * inputs, np.float32)
+        blocks, fours = (outputs + WIDTH - 1) // WIDTH, (rows + 3) // 4
+        x = carray(pointer(x_at), fours * 4 * inputs, np.uint16)
         weight = carray(pointer(weight_at), blocks * WIDTH * inputs, np.uint16)
         bias = carray(pointer(bias_at), outputs, np.float32)
-        out = carray(pointer(out_at), (rows, outputs), dtype)
+        out = carray(pointer(out_at), (rows, outputs), np.uint16)
         for block in prange(blocks):
-            at, first = block * WIDTH * inputs, block * WIDTH
-            sums = np.empty(4 * WIDTH, np.float32)
-            if rows == 1:
-                a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-                for k in range(inputs):
-                    one, w = splat(x[k]), at + k * WIDTH
-                    a0 = fma(load(weight, w), one, a0)
-                    a1 = fma(load(weight, w + LANES), one, a1)
-                    a2 = fma(load(weight, w + 2 * LANES), one, a2)
-                    a3 = fma(load(weight, w + 3 * LANES), one, a3)
-                _keep(sums, 0, a0, a1, a2, a3)
-                _write(sums, 0, bias, first, out[0])
-            for r in range(0, rows - 3, 4):
-                x0, x1, x2, x3 = r * inputs, (r + 1) * inputs, (r + 2) * inputs, (r + 3) * inputs
-                a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-                b0, b1, b2, b3 = zero(), zero(), zero(), zero()
-                c0, c1, c2, c3 = zero(), zero(), zero(), zero()
-                d0, d1, d2, d3 = zero(), zero(), zero(), zero()
-                for k in range(inputs):
-                    w = at + k * WIDTH
-                    w0, w1 = load(weight, w), load(weight, w + LANES)
-                    w2, w3 = load(weight, w + 2 * LANES), load(weight, w + 3 * LANES)
-                    one = splat(x[x0 + k])
-                    a0, a1, a2, a3 = fma(w0, one, a0), fma(w1, one, a1), fma(w2, one, a2), fma(w3, one, a3)
-                    one = splat(x[x1 + k])
-                    b0, b1, b2, b3 = fma(w0, one, b0), fma(w1, one, b1), fma(w2, one, b2), fma(w3, one, b3)
-                    one = splat(x[x2 + k])
-                    c0, c1, c2, c3 = fma(w0, one, c0), fma(w1, one, c1), fma(w2, one, c2), fma(w3, one, c3)
-                    one = splat(x[x3 + k])
-                    d0, d1, d2, d3 = fma(w0, one, d0), fma(w1, one, d1), fma(w2, one, d2), fma(w3, one, d3)
-                _keep(sums, 0, a0, a1, a2, a3)
-                _keep(sums, 1, b0, b1, b2, b3)
-                _keep(sums, 2, c0, c1, c2, c3)
-                _keep(sums, 3, d0, d1, d2, d3)
-                for n in range(4):
-                    _write(sums, n, bias, first, out[r + n])
+            sums = np.empty(fours * 4 * WIDTH, np.float32)
+            for begin in range(0, inputs, RUN):
+                end = min(begin + RUN, inputs)
+                for four in range(fours):
+                    at, w = four * 4 * inputs, (block * inputs + begin) * WIDTH
+                    a0, a1, a2, a3 = _begun(sums, four * 4, begin)
+                    b0, b1, b2, b3 = _begun(sums, four * 4 + 1, begin)
+                    c0, c1, c2, c3 = _begun(sums, four * 4 + 2, begin)
+                    d0, d1, d2, d3 = _begun(sums, four * 4 + 3, begin)
+                    for k in range(at + begin, at + end, 2):
+                        w0, w1 = load_lanes(weight, w), load_lanes(weight, w + 32)
+                        w2, w3 = load_lanes(weight, w + 64), load_lanes(weight, w + 96)
+                        y = splat_lane(x, k)
+                        a0, a1, a2, a3 = (
+                            dot_pairs(a0, y, w0),
+                            dot_pairs(a1, y, w1),
+                            dot_pairs(a2, y, w2),
+                            dot_pairs(a3, y, w3),
+                        )
+                        y = splat_lane(x, k + inputs)
+                        b0, b1, b2, b3 = (
+                            dot_pairs(b0, y, w0),
+                            dot_pairs(b1, y, w1),
+                            dot_pairs(b2, y, w2),
+                            dot_pairs(b3, y, w3),
+                        )
+                        y = splat_lane(x, k + 2 * inputs)
+                        c0, c1, c2, c3 = (
+                            dot_pairs(c0, y, w0),
+                            dot_pairs(c1, y, w1),
+                            dot_pairs(c2, y, w2),
+                            dot_pairs(c3, y, w3),
+                        )
+                        y = splat_lane(x, k + 3 * inputs)
+                        d0, d1, d2, d3 = (
+                            dot_pairs(d0, y, w0),
+                            dot_pairs(d1, y, w1),
+                            dot_pairs(d2, y, w2),
+                            dot_pairs(d3, y, w3),
+                        )
+                        w += 128
+                    _keep(sums, four * 4, a0, a1, a2, a3)
+                    _keep(sums, four * 4 + 1, b0, b1, b2, b3)
+                    _keep(sums, four * 4 + 2, c0, c1, c2, c3)
+                    _keep(sums, four * 4 + 3, d0, d1, d2, d3)
+            for r in range(rows):
+                _write(sums, r, bias, block * WIDTH, out[r])
 
     return run
 
@@ -102,8 +117,8 @@ def product_bfloat16(dtype: Any, parallel: bool) -> Callable[..., None]:
 def product_int8(dtype: Any, twice: bool, parallel: bool) -> Callable[..., None]:
     """(rows, inputs, outputs, x, marks, weight, sums, scales, bias, out).
 
-    inputs: a multiple of four, as wide as rows of bytes. twice: rows of bytes are in pairs (`int8.fine`). x: as many rows
-    of bytes as make whole fours. sums: int32 [out], of a weight's numbers; scales: float32 [out].
+    inputs: a multiple of four, as wide as rows of bytes. twice: rows of bytes are in pairs (`int8.fine`). x: whole fours of rows
+    of bytes. sums: int32 [out], of a weight's numbers; scales: float32 [out].
     """
     each = 2 if twice else 1
 
@@ -113,71 +128,68 @@ def product_int8(dtype: Any, twice: bool, parallel: bool) -> Callable[..., None]
         x = carray(pointer(x_at), fours * 4 * inputs, np.uint8)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
         weight = carray(pointer(weight_at), blocks * WIDTH * inputs, np.int8)
-        sums = carray(pointer(sums_at), outputs, np.int32)
+        weight_sums = carray(pointer(sums_at), outputs, np.int32)
         scales = carray(pointer(scales_at), outputs, np.float32)
         bias = carray(pointer(bias_at), outputs, np.float32)
         out = carray(pointer(out_at), (rows, outputs), dtype)
         for block in prange(blocks):
+            sums = np.empty(fours * 4 * WIDTH, np.int32)
+            for begin in range(0, inputs, RUN):
+                end = min(begin + RUN, inputs)
+                for four in range(fours):
+                    at, w = four * 4 * inputs, (block * inputs + begin) * WIDTH
+                    a0, a1, a2, a3 = _begun_ints(sums, four * 4, begin)
+                    b0, b1, b2, b3 = _begun_ints(sums, four * 4 + 1, begin)
+                    c0, c1, c2, c3 = _begun_ints(sums, four * 4 + 2, begin)
+                    d0, d1, d2, d3 = _begun_ints(sums, four * 4 + 3, begin)
+                    for k in range(at + begin, at + end, 4):
+                        w0, w1 = load_lanes(weight, w), load_lanes(weight, w + 64)
+                        w2, w3 = load_lanes(weight, w + 128), load_lanes(weight, w + 192)
+                        y = splat_lane(x, k)
+                        a0, a1, a2, a3 = (
+                            dot_fours(a0, y, w0),
+                            dot_fours(a1, y, w1),
+                            dot_fours(a2, y, w2),
+                            dot_fours(a3, y, w3),
+                        )
+                        y = splat_lane(x, k + inputs)
+                        b0, b1, b2, b3 = (
+                            dot_fours(b0, y, w0),
+                            dot_fours(b1, y, w1),
+                            dot_fours(b2, y, w2),
+                            dot_fours(b3, y, w3),
+                        )
+                        y = splat_lane(x, k + 2 * inputs)
+                        c0, c1, c2, c3 = (
+                            dot_fours(c0, y, w0),
+                            dot_fours(c1, y, w1),
+                            dot_fours(c2, y, w2),
+                            dot_fours(c3, y, w3),
+                        )
+                        y = splat_lane(x, k + 3 * inputs)
+                        d0, d1, d2, d3 = (
+                            dot_fours(d0, y, w0),
+                            dot_fours(d1, y, w1),
+                            dot_fours(d2, y, w2),
+                            dot_fours(d3, y, w3),
+                        )
+                        w += 256
+                    _keep_ints(sums, four * 4, a0, a1, a2, a3)
+                    _keep_ints(sums, four * 4 + 1, b0, b1, b2, b3)
+                    _keep_ints(sums, four * 4 + 2, c0, c1, c2, c3)
+                    _keep_ints(sums, four * 4 + 3, d0, d1, d2, d3)
             first = block * WIDTH
-            last = min(first + WIDTH, outputs)
-            found = np.empty(4 * WIDTH, np.int32)
-            for four in range(fours):
-                at, w = four * 4 * inputs, first * inputs
-                a0 = a1 = a2 = a3 = no_ints()
-                b0 = b1 = b2 = b3 = no_ints()
-                c0 = c1 = c2 = c3 = no_ints()
-                d0 = d1 = d2 = d3 = no_ints()
-                for k in range(at, at + inputs, 4):
-                    w0, w1 = load_fours(weight, w), load_fours(weight, w + 64)
-                    w2, w3 = load_fours(weight, w + 128), load_fours(weight, w + 192)
-                    y = splat_four(x, k)
-                    a0, a1, a2, a3 = (
-                        dot_fours(a0, y, w0),
-                        dot_fours(a1, y, w1),
-                        dot_fours(a2, y, w2),
-                        dot_fours(a3, y, w3),
-                    )
-                    y = splat_four(x, k + inputs)
-                    b0, b1, b2, b3 = (
-                        dot_fours(b0, y, w0),
-                        dot_fours(b1, y, w1),
-                        dot_fours(b2, y, w2),
-                        dot_fours(b3, y, w3),
-                    )
-                    y = splat_four(x, k + 2 * inputs)
-                    c0, c1, c2, c3 = (
-                        dot_fours(c0, y, w0),
-                        dot_fours(c1, y, w1),
-                        dot_fours(c2, y, w2),
-                        dot_fours(c3, y, w3),
-                    )
-                    y = splat_four(x, k + 3 * inputs)
-                    d0, d1, d2, d3 = (
-                        dot_fours(d0, y, w0),
-                        dot_fours(d1, y, w1),
-                        dot_fours(d2, y, w2),
-                        dot_fours(d3, y, w3),
-                    )
-                    w += 256
-                _keep_ints(found, 0, a0, a1, a2, a3)
-                _keep_ints(found, 1, b0, b1, b2, b3)
-                _keep_ints(found, 2, c0, c1, c2, c3)
-                _keep_ints(found, 3, d0, d1, d2, d3)
-                for n in range(4 // each):
-                    r = four * (4 // each) + n
-                    if r >= rows:
-                        break
-                    step, least, into = marks[r, 0], marks[r, 1], out[r]
-                    for o in range(first, last):
-                        total = np.float32(sums[o])
-                        here = found[n * each * WIDTH + o - first]
-                        if twice:
-                            beside = found[(n * each + 1) * WIDTH + o - first]
-                            coarse, rest = np.float32(here - 128 * sums[o]), np.float32(beside - 128 * sums[o])
-                            value = (coarse + rest / np.float32(254)) * step * scales[o]
-                        else:
-                            value = (np.float32(here) * step + least * total) * scales[o]
-                        into[o] = narrow(value + bias[o], into)
+            for r in range(rows):
+                step, least, into, here = marks[r, 0], marks[r, 1], out[r], r * each * WIDTH - first
+                for o in range(first, min(first + WIDTH, outputs)):
+                    if twice:
+                        zero_point = 128 * weight_sums[o]
+                        coarse = np.float32(sums[here + o] - zero_point)
+                        rest = np.float32(sums[here + WIDTH + o] - zero_point)
+                        value = (coarse + rest / np.float32(254)) * step * scales[o]
+                    else:
+                        value = (np.float32(sums[here + o]) * step + least * np.float32(weight_sums[o])) * scales[o]
+                    into[o] = narrow(value + bias[o], into)
 
     return run
 
@@ -284,6 +296,28 @@ def unpack_int4(parallel: bool) -> Callable[..., None]:
                         w += WIDTH
 
     return run
+
+
+@register_jitable
+def _begun(sums, row, begin):  # type: ignore[no-untyped-def]
+    """A row's sums so far: none at the first input."""
+    at = row * WIDTH
+    if begin == 0:
+        return zero(), zero(), zero(), zero()
+    return load(sums, at), load(sums, at + LANES), load(sums, at + 2 * LANES), load(sums, at + 3 * LANES)
+
+
+@register_jitable
+def _begun_ints(sums, row, begin):  # type: ignore[no-untyped-def]
+    at = row * WIDTH
+    if begin == 0:
+        return no_ints(), no_ints(), no_ints(), no_ints()
+    return (
+        load_lanes(sums, at),
+        load_lanes(sums, at + LANES),
+        load_lanes(sums, at + 2 * LANES),
+        load_lanes(sums, at + 3 * LANES),
+    )
 
 
 @register_jitable

@@ -20,7 +20,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_jitable, register_model
 
 LANES: Final = 16
-HAS_VNNI: Final = bool(get_host_cpu_features().get("avx512vnni"))
+_FEATURES: Final = get_host_cpu_features()
+HAS_BYTES: Final = bool(_FEATURES.get("avx512vnni"))
+"""The processor multiplies bytes by fours in one instruction."""
+HAS_PAIRS: Final = bool(_FEATURES.get("avx512bf16"))
+"""The processor multiplies bfloat16 by pairs in one instruction."""
+HAS_TILES: Final = bool(_FEATURES.get("amx-bf16"))
+"""The processor multiplies whole tiles of bfloat16, which torch's libraries use and these kernels do not."""
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _FUSED: Final = ("contract",)
 
@@ -186,7 +192,7 @@ def total(context, x):  # type: ignore[no-untyped-def]
     return types.float32(floats), code
 
 
-# -------------------------------------------------------------------------------------------------- products of bytes
+# -------------------------------------------------------------------------------------------------- products of parts of lanes
 
 
 @intrinsic
@@ -196,8 +202,8 @@ def no_ints(context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_fours(context, array, index):  # type: ignore[no-untyped-def]
-    """array[index : index + 64] of bytes, four to a lane."""
+def load_lanes(context, array, index):  # type: ignore[no-untyped-def]
+    """Sixteen lanes of 32 bits from array[index] on: four bytes, two bfloat16 or one int32 each."""
 
     def code(c, b, s, a):  # type: ignore[no-untyped-def]
         return _read(b, _address(c, b, s, a, _I32), 1)
@@ -206,8 +212,8 @@ def load_fours(context, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def splat_four(context, array, index):  # type: ignore[no-untyped-def]
-    """array[index : index + 4] of bytes, in every lane."""
+def splat_lane(context, array, index):  # type: ignore[no-untyped-def]
+    """The 32 bits from array[index] on, four bytes or two bfloat16, in every lane."""
 
     def code(c, b, s, a):  # type: ignore[no-untyped-def]
         array = c.make_array(s.args[0])(c, b, a[0])
@@ -225,7 +231,7 @@ def dot_fours(context, sums, x, weights):  # type: ignore[no-untyped-def]
     """
 
     def code(c, b, s, a):  # type: ignore[no-untyped-def]
-        if HAS_VNNI:
+        if HAS_BYTES:
             bytes_ = ir.VectorType(_I8, 4 * LANES)
             kind = ir.FunctionType(_lanes(_I32), [_lanes(_I32), bytes_, bytes_])
             run = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpbusd.512")
@@ -238,6 +244,27 @@ def dot_fours(context, sums, x, weights):  # type: ignore[no-untyped-def]
         return total
 
     return ints(ints, ints, ints), code
+
+
+@intrinsic
+def dot_pairs(context, sums, x, weights):  # type: ignore[no-untyped-def]
+    """sums + the products of each lane's two bfloat16, as floats.
+
+    One instruction where the processor has AVX-512 BF16, else two products of floats.
+    """
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        if HAS_PAIRS:
+            kind = ir.FunctionType(_lanes(_F32), [_lanes(_F32), _lanes(_I32), _lanes(_I32)])
+            return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), a)
+        total = a[0]
+        upper = _same(_I32, 0xFFFF0000)
+        for half in (lambda v: b.shl(v, _same(_I32, 16)), lambda v: b.and_(v, upper)):
+            one, other = (b.bitcast(half(v), _lanes(_F32)) for v in (a[1], a[2]))
+            total = b.fadd(b.fmul(one, other, flags=_FUSED), total, flags=_FUSED)
+        return total
+
+    return floats(floats, ints, ints), code
 
 
 @intrinsic
@@ -301,3 +328,20 @@ def exp(x):  # type: ignore[no-untyped-def]
     series = series * rest + np.float32(1.6666665459e-1)
     series = series * rest + np.float32(5.0000001201e-1)
     return (series * rest * rest + rest + np.float32(1)) * _power_of_two(power)
+
+
+@register_jitable
+def tanh(x):  # type: ignore[no-untyped-def]
+    """Within a few units in the last place. NaN gives NaN.
+
+    Source: Cephes, tanhf: a polynomial near 0, where the other form would cancel.
+    """
+    square = x * x
+    series = np.float32(-5.70498872745e-3)
+    series = series * square + np.float32(2.06390887954e-2)
+    series = series * square + np.float32(-5.37397155531e-2)
+    series = series * square + np.float32(1.33314422036e-1)
+    series = series * square + np.float32(-3.33332819422e-1)
+    near = series * square * x + x
+    far = np.float32(1) - np.float32(2) / (exp(np.float32(2) * x) + np.float32(1))
+    return near if square < np.float32(0.390625) else far
