@@ -195,6 +195,7 @@ def _runtimes(
         sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
     from node.runtime.backend import EngineSettings, open_backend
+    from node.runtime.hal.probe import look_ahead
     from node.runtime.memory import MemoryBudget
     from node.runtime.supervisor import Limits
     from node.runtime.tasks.backend import TaskSettings, is_task_model, open_tasks
@@ -237,6 +238,8 @@ def _runtimes(
         pinned=config.engine.pinned,
         lazy=config.engine.lazy,
     )
+    if others or config.engine.backend == "torch":
+        look_ahead()
     memory = MemoryBudget(config.engine.memory_budget)
     tasks = None
     if others:

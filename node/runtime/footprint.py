@@ -24,8 +24,8 @@ from node.runtime.packing import Packing
 HEADROOM: Final = 2 << 30
 """Bytes beside weights and cache that a process may have at most: torch itself, a step's activations, templates of kernels."""
 PROCESS: Final = 272 << 20
-"""Bytes of an interpreter with torch and compiled kernels, as they are resident (measured: 143 MiB with torch, about 250 after
-prompts of 500 tokens, SmolLM2)."""
+"""Bytes of an interpreter with torch and compiled kernels, as they are resident (measured, SmolLM2: 143 MiB with torch, 265 to
+275 after prompts of 500 tokens, of which the step is counted apart)."""
 _STEP_TOKENS: Final = 512
 """Of the engine's largest step."""
 _STEP_ROWS: Final = 64
@@ -98,6 +98,7 @@ def measure(folder: Path, manifest: Manifest, packing: Packing, cache_bytes: int
     weights = embedded + sum(sizes)
     widest = max(one.out for one in layers if not one.head)
     step = 4 * (4 * _STEP_TOKENS * widest + 4 * _STEP_ROWS * embedding[0])
+    step += packing.unpacked * max(one.out * one.inputs for one in layers if not one.head)
     return Footprint(
         weights,
         _cache(config, packing.item, cache_bytes, spare),

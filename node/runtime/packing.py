@@ -45,6 +45,11 @@ class Packing:
         """Bytes that each number of a layer takes for a moment, while the layer is packed."""
         return _MAKING[self.fmt]
 
+    @property
+    def unpacked(self) -> int:
+        """Bytes that each number of a layer takes in a step of many rows, as an int4 weight is unpacked for it."""
+        return 2 if self.fmt == "int4" else 0
+
     def linear(self, out: int, inputs: int, *, bias: bool, head: bool = False) -> int:
         """Bytes of a layer with a weight [out, inputs]."""
         if self.fmt == "int4" and not head and self._int4_fits(out, inputs):

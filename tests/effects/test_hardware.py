@@ -167,7 +167,7 @@ def test_devices_are_seen_by_a_child_once_and_its_failure_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The child's torch is a simulated one here: what it says, or how it fails, is what a node hears."""
-    probe._seen.cache_clear()
+    probe._asked.cache_clear()
     started: list[list[str]] = []
     real = subprocess.run
 
@@ -188,7 +188,11 @@ def test_devices_are_seen_by_a_child_once_and_its_failure_is_said(
         assert [one.kind for one in find().devices] == [Kind.CUDA, Kind.CPU]
         assert find().devices[0].uuid == CARD.uuid
         assert len(started) == 2, "a failure is asked again, an answer is not"
+        probe._asked.cache_clear()
+        probe.look_ahead()
+        assert find().devices[0].uuid == CARD.uuid
+        assert len(started) == 3, "who asks while it is being looked waits for that answer"
         monkeypatch.setattr(processor, "memory", lambda: (123, 45))
         assert (find().devices[1].memory_total, find().devices[1].memory_free) == (123, 45), "as it is now"
     finally:
-        probe._seen.cache_clear()
+        probe._asked.cache_clear()

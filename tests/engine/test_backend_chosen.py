@@ -95,6 +95,9 @@ def test_what_is_our_engines_is_not_promised_of_others(tmp_path: Path, config: C
     for other in ("openai", "transformers"):
         with pytest.raises(ConfigError, match="a mode of our own engine"):
             opened(config(engine__backend=other, engine__exact="true"), ModelStore(tmp_path))
+    for other in ("openai", "transformers", "ray"):
+        with pytest.raises(ConfigError, match="draft_models"):
+            opened(config(engine__backend=other, engine__draft_models="large=small"), ModelStore(tmp_path))
     for dtype in ("int8", "int4"):
         with pytest.raises(ConfigError, match=f"does not run {dtype}"):
             opened(config(engine__backend="transformers", engine__dtype=dtype), ModelStore(tmp_path))

@@ -86,6 +86,7 @@ async def nothing() -> AsyncIterator[bytes]:
     yield b""
 
 
+@pytest.mark.slow
 def test_nothing_passes_the_budget_and_nobody_dies_of_it(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -43,8 +45,26 @@ def find(torch: Any = None) -> Found:
     return Found(tuple(devices), seen.absent)
 
 
-@cache
+def look_ahead() -> None:
+    """Begin to look in a thread, so that who asks soon need not wait as long: torch takes seconds to load."""
+
+    def run() -> None:
+        with suppress(DeviceNotFound):  # who asks for devices hears it
+            _seen()
+
+    threading.Thread(target=run, name="look for devices", daemon=True).start()
+
+
+_LOOKING: Final = threading.Lock()
+
+
 def _seen() -> Found:
+    with _LOOKING:  # who comes while another looks has the same answer
+        return _asked()
+
+
+@cache
+def _asked() -> Found:
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "node.runtime.hal.probe_child"],
