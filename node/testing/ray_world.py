@@ -35,7 +35,7 @@ from node.ports import Backend, Prompt
 from node.runtime.backend import EngineSettings, open_backend
 from node.runtime.backends.autoscale import Scale
 from node.runtime.backends.ray_backend import RayBackend, open_ray
-from node.runtime.backends.ray_cluster import LOOPBACK
+from node.runtime.backends.ray_cluster import LOCAL_ONLY, LOOPBACK
 from node.runtime.backends.ray_pool import RaySettings
 from node.testing.tiny_model import add_tiny
 from protocol.messages import Params
@@ -43,6 +43,8 @@ from protocol.messages import Params
 STREAMS: Final = 8
 TOKENS: Final = 400
 SLOTS: Final = 4
+IDLE_S: Final = 25
+"""Longer than trio keeps a thread that has nothing to do."""
 
 
 def store_of(folder: Path) -> tuple[ModelStore, Manifest]:
@@ -193,6 +195,11 @@ async def the_store_fills(store: ModelStore, manifest: Manifest, seen: dict[str,
         seen["memory"] = int(ray.cluster_resources()["object_store_memory"])
         seen["listening"] = sorted({address for pid in _family() for address in _listening(pid)})
         await load.run(strike)
+        await trio.sleep(IDLE_S)
+        seen["later"] = 0
+        async with aclosing(backend.generate(*asked(manifest, 0))) as steps:
+            async for step in steps:
+                seen["later"] += len(step.token_ids)
         there = ray.get_runtime_context().gcs_address
         seen["stranger"] = await trio.to_thread.run_sync(_stranger, there)
         return load
@@ -302,6 +309,7 @@ def main(folder: Path, what: str) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": "1",
+        LOCAL_ONLY: "0",
     }
     store, manifest = store_of(folder)
     token = folder / "token"

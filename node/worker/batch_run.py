@@ -15,10 +15,9 @@ Rules
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
@@ -29,18 +28,18 @@ from node.ports import Backend, Prompt
 from node.store.batch import BatchBook
 from node.store.errors import ResultConflict, ResultsFull
 from node.store.results import KEEP_MS, Results
+from node.worker.batch_job import Begun, Piece, RunningJob, piece_key, pieces_of
 from node.worker.batch_pace import Pace, Share, hopeless, pressed
 from node.worker.batch_quotes import HeldQuote, parts_of, spec_key
 from node.worker.tenants import Tenants
 from protocol.batch import BatchGivenUp, BatchResultKept, BatchState
 from protocol.errors import InvalidValue, ProtocolError
 from protocol.escrow import JobState
-from protocol.ids import Hash32, JobId, ModelId, keccak256
+from protocol.ids import JobId, ModelId
 from protocol.typed_data import Domain
 from protocol.workload import (
     NOT_BEGUN,
     BatchResult,
-    BatchSpec,
     ResultItem,
     claim_of,
     content_hash,
@@ -69,69 +68,6 @@ class RunSettings:
     """How often a paused item looks whether it may go on."""
     quiet_s: float = 0.5
     """How long nothing begins after memory was freed for a live stream."""
-
-
-@dataclass(slots=True)
-class _Begun:
-    """What there is of an item that is not finished. In memory only."""
-
-    ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    steps: int = 0
-    lent: int = 0
-    """Steps of them in the share of streams' time."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """One job under way, in memory."""
-
-    job_id: JobId
-    domain: Domain
-    spec: BatchSpec
-    deadline: int
-    until_ms: int
-    """How long its pieces are kept."""
-    guess_s: float
-    salt: bytes
-    """Its client's, for the runtime."""
-    items: dict[int, ResultItem] = field(default_factory=dict)
-    waiting: deque[int] = field(default_factory=deque)
-    running: dict[int, trio.CancelScope] = field(default_factory=dict)
-    begun: dict[int, _Begun] = field(default_factory=dict)
-    unsaved: list[int] = field(default_factory=list)
-    unsaved_since: float = 0.0
-    pieces: int = 0
-    kept: bool = False
-    """Its specification is kept until its end: what is not opened is kept for a day."""
-    failures: int = 0
-    finished: float = 0.0
-    busy: int = 0
-    """Items that compute at full speed."""
-    busy_s: float = 0.0
-    busy_since: float = 0.0
-
-    @property
-    def total(self) -> int:
-        return len(self.spec.inputs)
-
-    def computes(self, more: int) -> None:
-        """One more item computes at full speed, or one less."""
-        now = trio.current_time()
-        self.busy_s += now - self.busy_since if self.busy else 0.0
-        self.busy, self.busy_since = self.busy + more, now
-
-
-def piece_key(job_id: JobId, number: int) -> Hash32:
-    """Under which name a piece of finished items is kept."""
-    return Hash32(keccak256(b"gristmill batch items" + job_id + number.to_bytes(4)))
-
-
-def _pieces_of(job: _Job) -> list[Hash32]:
-    return [piece_key(job.job_id, number) for number in range(job.pieces)]
-
-
-_Piece = tuple[tuple[int, ResultItem], ...]
 
 
 class BatchRunner:
@@ -164,7 +100,7 @@ class BatchRunner:
         self._tenants = tenants
         self._seconds_per_item = seconds_per_item
         self._least = least
-        self._jobs: dict[JobId, _Job] = {}
+        self._jobs: dict[JobId, RunningJob] = {}
         self._broken: dict[JobId, str] = {}
         """Jobs that cannot even begin, and why."""
         self._quiet_until = -1e9
@@ -243,12 +179,12 @@ class BatchRunner:
                 with trio.move_on_after(1.0):
                     await wake.wait()
 
-    async def _advance(self, job: _Job, nursery: trio.Nursery) -> None:
+    async def _advance(self, job: RunningJob, nursery: trio.Nursery) -> None:
         state = self._book.jobs[job.job_id]
         open_still = state.chain in (JobState.OPEN, JobState.NONE) and not state.void
         if not open_still or state.result is not None or state.failure:
             self._drop(job)  # settled, refunded or done while we computed
-            await self._book.change([], also=self._results.forgetting(_pieces_of(job)))
+            await self._book.change([], also=self._results.forgetting(pieces_of(job)))
             return
         hindrance = self._hindrance(job)
         try:
@@ -265,7 +201,7 @@ class BatchRunner:
         except (ResultsFull, ResultConflict, InvalidValue) as error:
             await self._give_up(job.job_id, f"the result cannot be kept: {error}")
 
-    def _hindrance(self, job: _Job) -> str:
+    def _hindrance(self, job: RunningJob) -> str:
         """Why the job will never be done; empty as long as it may."""
         if job.failures >= TRIES:
             return "the model runtime failed"
@@ -273,11 +209,11 @@ class BatchRunner:
             return f"{len(job.items)} of {job.total} inputs are done, time is too short"
         return ""
 
-    def _pays(self, job: _Job, state: BatchState) -> bool:
+    def _pays(self, job: RunningJob, state: BatchState) -> bool:
         """Whether what is done of a cancelled job brings what the least job has to: its gas is spent, whoever cancels it."""
         return claim_of(state.terms, self._items(job)) >= self._least(state)
 
-    def _items(self, job: _Job) -> tuple[ResultItem, ...]:
+    def _items(self, job: RunningJob) -> tuple[ResultItem, ...]:
         return tuple(job.items.get(index, NOT_BEGUN) for index in range(job.total))
 
     @property
@@ -289,12 +225,12 @@ class BatchRunner:
         free = self._places - self._streams_live() - (1 if self._places > 1 else 0)
         return max(1 if self._settings.share else 0, min(self._settings.streams, free))
 
-    def _start(self, job: _Job, nursery: trio.Nursery) -> None:
+    def _start(self, job: RunningJob, nursery: trio.Nursery) -> None:
         index = job.waiting.popleft()
         scope = job.running[index] = trio.CancelScope()
         nursery.start_soon(self._item, job, index, scope)
 
-    async def _item(self, job: _Job, index: int, scope: trio.CancelScope) -> None:
+    async def _item(self, job: RunningJob, index: int, scope: trio.CancelScope) -> None:
         item: ResultItem | None = None
         try:
             with scope:
@@ -316,10 +252,10 @@ class BatchRunner:
             job.unsaved.append(index)
         self.notify()
 
-    async def _compute(self, job: _Job, index: int) -> ResultItem | None:
+    async def _compute(self, job: RunningJob, index: int) -> ResultItem | None:
         """None when there is no memory for it now."""
         prompt = await trio.to_thread.run_sync(self._prepare, job, index)
-        begun = job.begun.setdefault(index, _Begun())
+        begun = job.begun.setdefault(index, Begun())
         async with aclosing(self._backend.generate(prompt, job.spec.params, tuple(begun.ids))) as steps:
             fits = False
             while True:
@@ -338,7 +274,7 @@ class BatchRunner:
                     return ResultItem(tuple(begun.ids), "".join(begun.text), step.finish_reason)
 
     @asynccontextmanager
-    async def _turn(self, job: _Job) -> AsyncIterator[bool]:
+    async def _turn(self, job: RunningJob) -> AsyncIterator[bool]:
         """Around each step. While live streams run, this item waits, unless its deadline presses: the engine goes on without it.
         True: it is a step in the share of the streams' time."""
         lent, pause = False, self._settings.pause_s
@@ -357,13 +293,13 @@ class BatchRunner:
             else:
                 job.computes(-1)
 
-    def _prepare(self, job: _Job, index: int) -> Prompt:
+    def _prepare(self, job: RunningJob, index: int) -> Prompt:
         prompt = self._backend.prepare(ModelId(job.spec.model_id), job.spec.prompt(index))
         return replace(prompt, salt=job.salt)
 
     # ------------------------------------------------------------------------------------------------------ on the disk
 
-    def _take_up(self, state: BatchState) -> _Job:
+    def _take_up(self, state: BatchState) -> RunningJob:
         """A job from its specification and what is on disk of its result. Raises `ModelError`, or what reading raises."""
         raw = self._results.get(spec_key(state.job_id))
         if raw is None:
@@ -373,37 +309,37 @@ class BatchRunner:
         until_ms = self._now_ms() + ends_in * 1000 + KEEP_MS
         guess_s = self._seconds_per_item(ModelId(spec.model_id), spec.params.max_tokens)
         salt = self._tenants.salt(state.quote.client)
-        job = _Job(state.job_id, state.domain, spec, state.quote.deadline, until_ms, guess_s, salt)
+        job = RunningJob(state.job_id, state.domain, spec, state.quote.deadline, until_ms, guess_s, salt)
         whole = self._results.get(bytes(state.job_id))
         if whole is not None:  # we died between the bytes and the journal: these bytes are the result, no others
             job.items.update(enumerate(read_result(whole).items))
             return job
         while (piece := self._results.get(piece_key(state.job_id, job.pieces))) is not None:
-            job.items.update(msgspec.msgpack.decode(piece, type=_Piece))
+            job.items.update(msgspec.msgpack.decode(piece, type=Piece))
             job.pieces += 1
         job.waiting.extend(index for index in range(job.total) if index not in job.items)
         if job.items:
             log.info("batch job %s goes on: %d of %d inputs are done", job.job_id, len(job.items), job.total)
         return job
 
-    async def _keep(self, job: _Job) -> None:
+    async def _keep(self, job: RunningJob) -> None:
         """Once the contract has locked its amount, a specification is kept until the job's end. Raises `LedgerError`."""
         if not job.kept:
             await self._results.extend(spec_key(job.job_id), job.until_ms)
             job.kept = True
 
-    async def _save(self, job: _Job) -> None:
+    async def _save(self, job: RunningJob) -> None:
         """Put finished items on disk, some at a time. Raises `LedgerError`."""
         old = job.unsaved and trio.current_time() >= job.unsaved_since + self._settings.piece_s
         if len(job.unsaved) < self._settings.piece_items and not old:
             return
         indexes, job.unsaved = job.unsaved, []
-        piece: _Piece = tuple((index, job.items[index]) for index in indexes)
+        piece: Piece = tuple((index, job.items[index]) for index in indexes)
         key, number = piece_key(job.job_id, job.pieces), job.pieces
         job.pieces = number + 1
         await self._results.put(key, msgspec.msgpack.encode(piece), job.until_ms, now_ms=self._now_ms())
 
-    async def _conclude(self, job: _Job) -> None:
+    async def _conclude(self, job: RunningJob) -> None:
         """The result becomes durable, then what the journal says of it; the pieces go with that. Raises `LedgerError`."""
         for scope in list(job.running.values()):
             scope.cancel()
@@ -416,7 +352,7 @@ class BatchRunner:
         )
         # First the bytes, because a full store may refuse them; a journaled result must not be refused any more.
         await self._results.put(bytes(job.job_id), raw, job.until_ms, now_ms=now)
-        forget = self._results.forgetting(_pieces_of(job))
+        forget = self._results.forgetting(pieces_of(job))
         await self._book.change([kept], also=forget)
         log.info("batch job %s is done: %d inputs, %d bytes", job.job_id, job.total, len(raw))
         self._drop(job)
@@ -427,12 +363,12 @@ class BatchRunner:
         if job:
             self._drop(job)
         self._broken.pop(job_id, None)
-        leaves = [spec_key(job_id), *(_pieces_of(job) if job else ())]
+        leaves = [spec_key(job_id), *(pieces_of(job) if job else ())]
         await self._book.change([BatchGivenUp(job_id, reason[:200])], also=self._results.forgetting(leaves))
 
     # ------------------------------------------------------------------------------------------------------------ pieces
 
-    def _drop(self, job: _Job) -> None:
+    def _drop(self, job: RunningJob) -> None:
         for scope in list(job.running.values()):
             scope.cancel()
         self._jobs.pop(job.job_id, None)
@@ -447,9 +383,9 @@ class BatchRunner:
                     return True
         return False
 
-    def _time_left(self, job: _Job) -> float:
+    def _time_left(self, job: RunningJob) -> float:
         return job.deadline - self._settings.margin_s - self._chain_now(job.domain)
 
-    def _pace(self, job: _Job) -> Pace:
+    def _pace(self, job: RunningJob) -> Pace:
         busy = job.busy_s + (trio.current_time() - job.busy_since if job.busy else 0.0)
         return Pace(job.total - len(job.items), job.finished, busy, job.guess_s)

@@ -41,9 +41,10 @@ from node.testing.market import PENALTY, Market, key, run_market
 from node.worker import batch_run
 from node.worker.allowance import Limits
 from node.worker.batch import BatchRules
+from node.worker.batch_job import piece_key
 from node.worker.batch_pace import Share
 from node.worker.batch_quotes import HELD_EACH, spec_key
-from node.worker.batch_run import RunSettings, piece_key
+from node.worker.batch_run import RunSettings
 from node.worker.desk import Speed
 from node.worker.worker import Worker, WorkerSettings
 from protocol import escrow

@@ -1,4 +1,4 @@
-"""An engine that was taken over tries to get out: for real, behind each launcher, and from inside.
+"""An engine that was taken over tries to get out (M7): for real, behind each launcher, and from inside.
 
 What it tries and what it gets is the child's own word (`node.testing.hostile_engine`), which has no reason to lie to its author;
 what it must not have reached is looked at from outside too.

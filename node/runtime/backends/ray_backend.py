@@ -23,7 +23,7 @@ from node.models.manifest import Manifest
 from node.models.store import ModelStore
 from node.models.tokenizer import Tokenizer
 from node.ports import ModelInfo, Prompt, Step
-from node.runtime.backends.ray_cluster import NoAnswer, ReplicaGone, connect, disconnect, first_line, place
+from node.runtime.backends.ray_cluster import Connection, NoAnswer, ReplicaGone, first_line, place
 from node.runtime.backends.ray_pool import Member, Place, RayPool, RaySettings
 from node.runtime.backends.ray_replica import BUSY, Batch
 from node.runtime.backends.ray_said import Listener, Nonsense
@@ -147,7 +147,8 @@ class RayBackend:
             send, receive = trio.open_memory_channel[Batch](2)
             call = (number, str(prompt.model), prompt.token_ids, prompt.salt, plain, tuple(delivered))
             member.streams.add(send)
-            self.pool.nursery.start_soon(self._read, member, call, Listener(params.max_tokens - len(delivered)), send)
+            heard = Listener(params.max_tokens - len(delivered), params.likeliest)
+            self.pool.nursery.start_soon(self._read, member, call, heard, send)
             over = busy = False
             try:
                 async for ids, finish, fault, rows in receive:
@@ -240,14 +241,16 @@ async def open_ray(
 
     The store must be at the same path on every node. Raises `ModelError`.
     """
+    connection = Connection(settings.address)
     try:
         with trio.fail_after(CONNECT_S):
-            await trio.to_thread.run_sync(connect, settings.address, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(connection.wait, abandon_on_cancel=True)
     except ImportError:
         raise ModelError(
             "the back end `ray` needs Ray, which is not installed", hint="pip install 'gristmill[ray]'"
         ) from None
     except trio.TooSlowError:
+        connection.leave()
         raise ModelError(f"no Ray cluster answered within {CONNECT_S:g} s", hint="see ray.address") from None
     except Exception as error:  # of Ray, which has no one kind for it
         raise ModelError(f"no Ray cluster: {first_line(error)}", hint="see docs/operators/ray.md") from None
@@ -256,4 +259,4 @@ async def open_ray(
             yield backend
     finally:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(disconnect)
+            await trio.to_thread.run_sync(connection.close)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,10 @@ from typing import Any, Final
 from node.runtime.backends.ray_replica import Batch, Replica
 
 log = logging.getLogger(__name__)
-LOOPBACK: Final = "127.0.0.2"
-"""Where a cluster of our own listens: what is written 127.0.0.1 Ray replaces by the address of the machine's network card."""
+LOOPBACK: Final = "127.0.0.1"
+"""Where a cluster of our own listens. By any other name, 127.0.0.2 too, Ray's servers listen on all addresses of the machine."""
+LOCAL_ONLY: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's variable: with 0 it stays on loopback, on every system, where it would put the network card's address for 127.0.0.1."""
 OBJECTS: Final = 128 << 20
 """Bytes that a cluster of our own sets aside for objects, where Ray would take a third of the machine: ours are a batch of tokens
 each, and travel without it."""
@@ -91,11 +94,52 @@ class Placed:
         _drop(self._handle, self._group)
 
 
-def connect(address: str) -> None:
-    """Join a cluster, or start one on loopback for an empty address. Raises what Ray raises."""
+class Connection:
+    """To a cluster, joined or started, from its first moment to its last on one thread: the processes of a cluster of our own die
+    with the thread that has started them (Ray has the kernel see to it), and a pool's threads end when they are idle."""
+
+    def __init__(self, address: str) -> None:
+        """`address`: of a cluster that is there; empty: one is started, on loopback."""
+        self._address = address
+        self._begun: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+        self._thread.start()
+
+    def _live(self) -> None:
+        try:
+            _connect(self._address)
+        except BaseException as error:  # the boundary of the thread: told to whoever waits for it
+            self._begun.put(error)
+            return
+        self._begun.put(None)
+        self._over.wait()
+        import ray
+
+        ray.shutdown()
+
+    def wait(self) -> None:
+        """Until it stands. Raises what Ray raises."""
+        error = self._begun.get()
+        if error is not None:
+            raise error
+
+    def leave(self) -> None:
+        """Have it end as soon as it can, also when it does not stand yet; does not wait."""
+        self._over.set()
+
+    def close(self) -> None:
+        """End it, and a cluster of our own with it. Blocks."""
+        self.leave()
+        self._thread.join()
+
+
+def _connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read at import: nothing is reported to anybody
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a call that is late at the end would start a cluster of its own
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # who reaches its ports and has no token runs nothing
+    if not address:
+        os.environ[LOCAL_ONLY] = "0"
     import ray
 
     options: dict[str, Any] = {
@@ -107,12 +151,6 @@ def connect(address: str) -> None:
         ray.init(address=address, **options)
     else:
         ray.init(include_dashboard=False, _node_ip_address=LOOPBACK, object_store_memory=OBJECTS, **options)
-
-
-def disconnect() -> None:
-    import ray
-
-    ray.shutdown()
 
 
 def place(wanted: Placement, given_up: threading.Event) -> Placed:

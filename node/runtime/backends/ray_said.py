@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from node.runtime.backends.ray_replica import BUSY, Batch
+from protocol.errors import InvalidValue
+from protocol.logprobs import check
 from protocol.messages import FinishReason
 from protocol.tame import one_line
 
@@ -23,7 +25,7 @@ _Meta = msgspec.Meta
 _Word = Annotated[str, _Meta(max_length=200)]
 _Token = Annotated[int, _Meta(ge=0, le=2**31 - 1)]
 _Count = Annotated[int, _Meta(ge=1, le=1 << 30)]
-_Batch = tuple[tuple[_Token, ...], int, str]
+_Batch = tuple[tuple[_Token, ...], int, str, bytes]
 
 
 class Nonsense(Exception):
@@ -59,15 +61,15 @@ def told(raw: Any, models: Sequence[str]) -> dict[str, Any]:
 
 
 class Listener:
-    """The batches of one stream that may have `left` more tokens."""
+    """The batches of one stream that may have `left` more tokens, each with the log probabilities of the `likeliest`."""
 
-    def __init__(self, left: int) -> None:
-        self._left, self._empty, self._over = left, 0, False
+    def __init__(self, left: int, likeliest: int | None = None) -> None:
+        self._left, self._likeliest, self._empty, self._over = left, likeliest, 0, False
 
     def __call__(self, raw: Any) -> Batch:
         """A batch that may be one. Raises `Nonsense`."""
         try:
-            ids, finish, fault = msgspec.convert(raw, _Batch, strict=True)
+            ids, finish, fault, rows = msgspec.convert(raw, _Batch, strict=True)
         except (msgspec.ValidationError, TypeError) as error:
             raise Nonsense(f"its batch is none: {one_line(str(error))[:200]}") from None
         self._left -= len(ids)
@@ -77,5 +79,9 @@ class Listener:
             raise Nonsense("its stream does not end where a stream ends")
         if (finish == FinishReason.LENGTH) != (self._left == 0 and finish != FinishReason.STOP and not fault):
             raise Nonsense("it ends a stream at another length than was asked for")
+        try:
+            check(ids, rows, self._likeliest)
+        except InvalidValue as error:
+            raise Nonsense(str(error)[:200]) from None
         self._over = ended
-        return ids, finish, fault if fault == BUSY else one_line(fault)[:300]
+        return ids, finish, fault if fault == BUSY else one_line(fault)[:300], rows
