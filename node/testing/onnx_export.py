@@ -17,18 +17,22 @@ import node.runtime  # before torch  # noqa: F401
 from node.models.store import ONNX
 
 BESIDE = (
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "LICENSE",
+    "config.json",
 )
 
+WEIGHTS = ("float32", "int8", "int4", "dynamic")
+"""int8, int4: blocks of 32 with a scale, unpacked by the operator `MatMulNBits`. dynamic: int8 weights by one scale for a matrix,
+and numbers of each pass by one scale for all of it."""
 
-def export(folder: Path, out: Path, *, positions: bool = True, int8: bool = False) -> Path:
-    """Write `model.onnx`, in float32, and what belongs to it into an empty folder `out`. `positions`: ask for `position_ids`;
-    else they follow from the mask. `int8`: quantize the linear layers by onnxruntime's dynamic quantization."""
+
+def export(folder: Path, out: Path, *, positions: bool = True, weights: str = "float32") -> Path:
+    """Write `model.onnx` and what belongs to it into an empty folder `out`. `positions`: ask for `position_ids`; else they follow
+    from the mask. `weights`: of the linear layers, one of `WEIGHTS`."""
     import torch
     import transformers
 
@@ -82,12 +86,19 @@ def export(folder: Path, out: Path, *, positions: bool = True, int8: bool = Fals
             dynamo=False,
             opset_version=18,
         )
-    if int8:
+    if weights == "dynamic":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         whole = target.rename(out / "whole.onnx")
         quantize_dynamic(whole, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
         whole.unlink()
+    elif weights != "float32":
+        import onnx
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(onnx.load(target), bits=int(weights.removeprefix("int")), block_size=32)
+        quantizer.process()
+        onnx.save(quantizer.model.model, target)
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
@@ -98,7 +109,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0])
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    export(args.folder, args.out, int8=args.int8)
+    export(args.folder, args.out, weights=args.weights)

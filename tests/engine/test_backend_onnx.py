@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -49,7 +50,7 @@ class Exported:
         (root / "source").mkdir()
         self.source = self.store.path(add_tiny(self.store, root / "source").id)
 
-    def add(self, name: str, **how: bool) -> Manifest:
+    def add(self, name: str, **how: Any) -> Manifest:
         (self.root / name).mkdir()
         return self.store.add_folder(export(self.source, self.root / name, **how), name)
 
@@ -151,7 +152,7 @@ def test_room_is_reserved_and_what_does_not_fit_is_refused(plain: Path) -> None:
 
 def test_what_rounds_by_company_takes_turns_and_says_int8(exported: Exported) -> None:
     """Dynamic quantization rounds each pass by its largest number, whoever's it is: one stream would change another's words."""
-    folder = exported.store.path(exported.add("int8", int8=True).id)
+    folder = exported.store.path(exported.add("dynamic", weights="dynamic").id)
     with pytest.raises(UnsupportedModel, match=r"weights are int8, and engine\.dtype says float32"):
         OnnxModel(folder, "float32", 1)
     model = OnnxModel(folder, "int8", 1)
@@ -166,6 +167,19 @@ def test_what_rounds_by_company_takes_turns_and_says_int8(exported: Exported) ->
     assert mixed == alone
     model.together = True  # the trial was right: without it they differ
     assert answers(LogitsEngine(model, 1 << 26), GREEDY) != alone
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_a_few_bits_are_named_as_what_they_are(exported: Exported, bits: int) -> None:
+    """Only weights are rounded, so rows are computed alike, and the format is the operator's `bits`."""
+    folder = exported.store.path(exported.add(f"bits-{bits}", weights=f"int{bits}").id)
+    with pytest.raises(UnsupportedModel, match=f"weights are int{bits}"):
+        OnnxModel(folder, "float32", 1)
+    model = OnnxModel(folder, f"int{bits}", 1)
+    assert model.together
+    together = answers(LogitsEngine(model, 1 << 26), DRAWN)
+    model.together = False
+    assert answers(LogitsEngine(model, 1 << 26), DRAWN) == together
 
 
 def changed(plain: Path, to: Path, change: Callable[[object], None]) -> Path:

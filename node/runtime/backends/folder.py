@@ -29,6 +29,18 @@ def eos_ids_of(folder: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
+def key_shape_of(folder: Path) -> tuple[int, int]:
+    """Heads of the keys, and numbers of each, for a file that leaves them open. Raises `UnsupportedModel`."""
+    config = _json(folder / "config.json")
+    heads = config.get("num_attention_heads")
+    keys, size = config.get("num_key_value_heads") or heads, config.get("head_dim")
+    if size is None and type(config.get("hidden_size")) is int and type(heads) is int and heads > 0:
+        size = config["hidden_size"] // heads
+    if not all(type(one) is int and 0 < one <= 1 << 20 for one in (keys, size)):
+        raise UnsupportedModel("config.json does not say how large keys are")
+    return keys, size
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = nesting.loads(path.read_bytes())

@@ -21,7 +21,7 @@ import torch
 
 from node.models.onnx_file import ITEM_BITS, OnnxFile
 from node.models.store import ONNX, onnx_data
-from node.runtime.backends.folder import context_length_of, eos_ids_of
+from node.runtime.backends.folder import context_length_of, eos_ids_of, key_shape_of
 from node.runtime.backends.logits_engine import Kept, Past
 from node.runtime.engine.errors import UnsupportedModel
 
@@ -63,13 +63,15 @@ class OnnxModel:
             )
         except Exception as error:  # the library's own, one for each status; the file is at fault
             raise UnsupportedModel(f"ONNX Runtime cannot load this model: {error}"[:300]) from None
-        self._read_signature()
+        self._read_signature(*key_shape_of(folder))
         self._last, self._all = onnxruntime.RunOptions(), onnxruntime.RunOptions()
         self._last.only_execute_path_to_fetches = True
-        self.together, self.vocab_size = True, 0
+        self.together, self.vocab_size, self._front = True, 0, True
+        """`_front`: where rows are padded. Plain graphs need it at the front; `GroupQueryAttention` needs it at the end."""
         self._try_out()
 
-    def _read_signature(self) -> None:
+    def _read_signature(self, heads: int, size: int) -> None:
+        """`heads`, `size`: of keys, where the file leaves them open."""
         inputs = {one.name: one for one in self._session.get_inputs()}
         outputs = [one.name for one in self._session.get_outputs()]
         self._past = sorted(filter(_PAST.fullmatch, inputs), key=lambda name: (int(name.split(".")[1]), name))
@@ -89,9 +91,12 @@ class OnnxModel:
         """Heads and numbers of each key or value."""
         for name in self._past:
             shape = inputs[name].shape
-            if len(shape) != 4 or not all(type(shape[n]) is int and 0 < shape[n] <= 1 << 20 for n in (1, 3)):
+            if len(shape) != 4:
                 raise UnsupportedModel(f"{name} is not [rows, heads, tokens, numbers]")
-            self._shapes.append((shape[1], shape[3]))
+            said = [shape[n] if type(shape[n]) is int else stated for n, stated in ((1, heads), (3, size))]
+            if not all(0 < one <= 1 << 20 for one in said):
+                raise UnsupportedModel(f"{name} has no size that can be")
+            self._shapes.append((said[0], said[1]))
         kinds = {inputs[name].type for name in self._past}
         if len(kinds) != 1 or not kinds <= set(_TYPES):
             raise UnsupportedModel("its keys and values are neither float32 nor float16")
@@ -106,7 +111,7 @@ class OnnxModel:
         feeds = dict(zip(self._past, self._joined(pasts, before), strict=True))
         mask = np.ones((len(rows), longest + fresh), np.int64)
         for row, tokens in enumerate(before):
-            mask[row, : longest - tokens] = 0
+            mask[row, slice(longest - tokens) if self._front else slice(tokens + fresh, None)] = 0
         feeds["input_ids"] = _value(np.array(rows, np.int64))
         feeds["attention_mask"] = _value(mask)
         if self._positions:
@@ -122,8 +127,8 @@ class OnnxModel:
         return Past(Kept(self._joined([past], [past.tokens], copy=True), [past.tokens]))
 
     def _joined(self, pasts: Sequence[Past | None], lengths: Sequence[int], *, copy: bool = False) -> list[Any]:
-        """Keys and values of these sequences as one pass wants them: padded at the front. What a pass gave for just these is fed
-        to the next as it is."""
+        """Keys and values of these sequences as one pass wants them, padded to the longest. What a pass gave for just these is
+        fed to the next as it is."""
         last = None if copy or pasts[0] is None else pasts[0].kept
         if last is not None and [Past(last, row) for row in range(len(last.lengths))] == list(pasts):
             return list(last.values)
@@ -132,7 +137,8 @@ class OnnxModel:
             into = np.zeros((len(pasts), heads, longest, size), self._dtype)
             for row, (one, tokens) in enumerate(zip(pasts, lengths, strict=True)):
                 if one is not None and tokens:
-                    into[row, :, -tokens:] = one.kept.values[layer].numpy()[one.row, :, -tokens:]
+                    own = slice(-tokens, None) if self._front else slice(tokens)
+                    into[row, :, own] = one.kept.values[layer].numpy()[one.row, :, own]
             joined.append(_value(into))
         return joined
 
@@ -151,10 +157,13 @@ class OnnxModel:
             raise UnsupportedModel("it computes no numbers")
         if not _near(cut, whole, _FOLLOWS):
             raise UnsupportedModel("what it says depends on how its input was cut: its past is of no use")
-        try:
-            self.together = self._rows_alike(long, short)
-        except Exception:  # it takes one row only, which is its right
-            self.together = False
+        for self._front in (True, False):
+            try:
+                self.together = self._rows_alike(long, short)
+            except Exception:  # it takes one row only, which is its right
+                self.together = False
+            if self.together:
+                break
 
     def _rows_alike(self, *texts: list[int]) -> bool:
         """Whether rows of different lengths are computed each as if it were alone, twice in a row."""
