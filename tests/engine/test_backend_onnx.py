@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -18,12 +19,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx", reason="the exporter needs it")
 
+import numpy as np
 import onnx
 
 from node.errors import ModelError
 from node.groups import plain_errors
 from node.models.manifest import Manifest
 from node.models.store import ModelStore
+from node.models.tokenizer import Tokenizer
 from node.ports import Prompt
 from node.runtime.backend import EngineSettings, TorchBackend, open_backend
 from node.runtime.backends import onnx_model
@@ -245,6 +248,102 @@ def test_a_file_that_ignores_padding_runs_one_sequence_a_pass(plain: Path, tmp_p
     assert answers(LogitsEngine(model, 1 << 26), GREEDY) == answers(
         LogitsEngine(OnnxModel(plain, "float32", 1), 1 << 26), GREEDY
     )
+
+
+def grouped_query(folder: Path, source: Path) -> Path:
+    """A model of one layer as onnxruntime-genai's builder writes them: no positions, sizes of keys left open, and the runtime's
+    own attention, which keeps rows from their beginning on."""
+    draw, make, kinds = np.random.default_rng(5), onnx.helper.make_node, onnx.TensorProto
+    vocab, width, heads, size = 413, 64, 2, 32
+    weights = {
+        name: draw.normal(0, 0.2, shape).astype("f4")
+        for name, shape in {
+            "embed": (vocab, width),
+            "qkv": (width, 128),
+            "out": (width, width),
+            "head": (width, vocab),
+        }.items()
+    }
+    weights |= {
+        "cos": np.cos(a := np.arange(1024)[:, None] / 30 ** (np.arange(16) / 16)).astype("f4"),
+        "sin": np.sin(a).astype("f4"),
+    }
+    constants = {"one": np.array([1], "i8"), "cut": np.array([64, 32, 32], "i8")}
+    nodes = [
+        make("ReduceSum", ["attention_mask", "one"], ["seen"], keepdims=0),
+        make("Sub", ["seen", "one"], ["last"]),
+        make("Cast", ["last"], ["lengths"], to=kinds.INT32),
+        make("Shape", ["attention_mask"], ["shape"]),
+        make("Gather", ["shape", "second"], ["all"]),
+        make("Cast", ["all"], ["total"], to=kinds.INT32),
+        make("Gather", ["embed", "input_ids"], ["x"]),
+        make("MatMul", ["x", "qkv"], ["packed"]),
+        make("Split", ["packed", "cut"], ["q", "k", "v"], axis=2),
+        make(
+            "GroupQueryAttention",
+            ["q", "k", "v", "past_key_values.0.key", "past_key_values.0.value", "lengths", "total", "cos", "sin"],
+            ["attended", "present.0.key", "present.0.value"],
+            domain="com.microsoft", num_heads=heads, kv_num_heads=1, do_rotary=1,
+        ),
+        make("MatMul", ["attended", "out"], ["projected"]),
+        make("Add", ["x", "projected"], ["y"]),
+        make("MatMul", ["y", "head"], ["logits"]),
+    ]  # fmt: skip
+    tensor = onnx.helper.make_tensor_value_info
+    inputs = [
+        tensor(name, kinds.INT64, ["rows", axis]) for name, axis in (("input_ids", "new"), ("attention_mask", "all_"))
+    ]
+    past = [tensor(f"past_key_values.0.{part}", kinds.FLOAT, ["rows", 1, "past", "size"]) for part in ("key", "value")]
+    present = [tensor(f"present.0.{part}", kinds.FLOAT, ["rows", 1, "all_", "size"]) for part in ("key", "value")]
+    logits = tensor("logits", kinds.FLOAT, ["rows", "new", vocab])
+    held = [onnx.numpy_helper.from_array(value, name) for name, value in {**weights, **constants}.items()]
+    held.append(onnx.numpy_helper.from_array(np.array(1, "i8"), "second"))
+    graph = onnx.helper.make_graph(nodes, "tiny", [*inputs, *past], [logits, *present], held)
+    domains = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
+    folder.mkdir()
+    onnx.save(onnx.helper.make_model(graph, opset_imports=domains, ir_version=9), folder / "model.onnx")
+    config = {
+        "model_type": "llama",
+        "max_position_embeddings": 1024,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    (folder / "config.json").write_text(json.dumps({**config, "head_dim": size, "hidden_size": width}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return folder
+
+
+def test_attention_of_the_runtime_itself_is_padded_at_the_end(exported: Exported, tmp_path: Path) -> None:
+    """Its rows are kept from their beginning on: what pads a row stands behind it, and the trial at load finds that out."""
+    manifest = exported.store.add_folder(grouped_query(tmp_path / "grouped", exported.source), "grouped")
+    model = OnnxModel(exported.store.path(manifest.id), "float32", 1)
+    assert model.together and not model._front
+    together = answers(LogitsEngine(model, 1 << 26), DRAWN)
+    assert len({tuple(answer) for answer in together.values()}) == len(SIZES)
+    model.together = False
+    assert answers(LogitsEngine(model, 1 << 26), DRAWN) == together
+    model.together, model._front = True, True  # the trial was right
+    assert answers(LogitsEngine(model, 1 << 26), DRAWN) != together
+
+
+@pytest.mark.slow
+def test_smollm_says_what_it_says_in_our_own_engine(smollm: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(smollm)
+    texts = ("What is 12*13?", "List five European capitals.")
+    asked = [tuple(tokenizer.chat([{"role": "user", "content": text}])) for text in texts]
+    tokenizer.close()
+    (tmp_path / "smollm").mkdir()
+    found: list[dict[int, list[int]]] = []
+    for engine in (Engine(smollm), LogitsEngine(OnnxModel(export(smollm, tmp_path / "smollm"), "float32", 1), 1 << 29)):
+        for n, prompt in enumerate(asked):
+            engine.submit(Sequence(n, prompt, GREEDY if n else DRAWN, 24, eos_ids=frozenset()))
+        said: dict[int, list[int]] = {}
+        while not engine.idle:
+            for output in engine.step():
+                said.setdefault(int(str(output.id)), []).append(output.token_id)
+        found.append(said)
+    assert found[0] == found[1]
 
 
 def test_tensors_beside_the_file_are_part_of_the_model(plain: Path, tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ class LogitsEngine:
 
     draft_bytes = (0, 0)
     """There is no draft model."""
+    starved = False
+    """Room is reserved, so whoever came can go on."""
 
     def could_fit(self, tokens: int) -> bool:
         return tokens <= self.context_length and blocks_for(tokens - 1) <= self._total
