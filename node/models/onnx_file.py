@@ -29,6 +29,7 @@ OPERATORS: Final = frozenset(
         "DynamicQuantizeMatMul",
         "FastGelu",
         "FusedMatMul",
+        "GatherBlockQuantized",
         "Gelu",
         "GroupQueryAttention",
         "MatMulIntegerToFloat",
@@ -42,6 +43,8 @@ OPERATORS: Final = frozenset(
     }
 )
 """Of ONNX Runtime's own domain, what exported language models use. None of them reads a file."""
+PACKED: Final = frozenset({"GatherBlockQuantized", "MatMulNBits"})
+"""Those that unpack weights of a few bits: as many as their attribute says, else 4."""
 MAX_SIZE: Final = 1 << 31
 """Bytes; protobuf has the same limit."""
 MAX_FIELDS: Final = 1 << 22
@@ -95,7 +98,7 @@ class OnnxFile:
         """`beside`: a file in the same folder, the only one that tensors may lie in."""
         self.tensors: dict[str, OnnxTensor] = {}
         self.bits: set[int] = set()
-        """Of the weights of operators that unpack them (`MatMulNBits`)."""
+        """Of the weights of operators that unpack them (`PACKED`)."""
         self._fields = 0
         self._beside = (beside.name, beside.stat().st_size) if beside is not None else ("", 0)
         self._file = path.open("rb")
@@ -172,16 +175,24 @@ class OnnxFile:
             elif number == _NODE_ATTRIBUTE:
                 attributes.append(_span(value))
         self._domain(domain, operator)
+        if operator in PACKED:
+            self.bits.add(self._bits(attributes))
         for attribute in attributes:
-            if operator == "MatMulNBits":
-                fields = dict(self._fields_of(attribute))
-                if fields.get(_ATTRIBUTE_NAME) and self._text(fields[_ATTRIBUTE_NAME]) == "bits":
-                    self.bits.add(int(fields.get(_ATTRIBUTE_INT, 0)))  # type: ignore[arg-type]
             for number, value in self._fields_of(attribute):
                 if number in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
                     self._graph(_span(value), depth + 1)
                 elif number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
                     self._tensor(_span(value), output)
+
+    def _bits(self, attributes: list[_Span]) -> int:
+        for attribute in attributes:
+            fields = dict(self._fields_of(attribute))
+            if self._text(fields.get(_ATTRIBUTE_NAME, (0, 0))) == "bits":
+                bits = fields.get(_ATTRIBUTE_INT)
+                if not isinstance(bits, int) or not 1 <= bits <= 8:
+                    raise ValueError(f"weights of {bits} bits")
+                return bits
+        return 4
 
     def _tensor(self, span: _Span, name: str) -> None:
         shape: list[int] = []

@@ -93,12 +93,11 @@ def export(folder: Path, out: Path, *, positions: bool = True, weights: str = "f
         quantize_dynamic(whole, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
         whole.unlink()
     elif weights != "float32":
-        import onnx
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        quantizer = MatMulNBitsQuantizer(onnx.load(target), bits=int(weights.removeprefix("int")), block_size=32)
+        quantizer = MatMulNBitsQuantizer(str(target), bits=int(weights.removeprefix("int")), block_size=32)
         quantizer.process()
-        onnx.save(quantizer.model.model, target)
+        quantizer.model.save_model_to_file(str(target))
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)

@@ -188,10 +188,18 @@ def test_tensors_may_lie_in_the_one_file_beside_and_nowhere_else(tmp_path: Path)
 
 def test_operators_of_the_runtime_itself_are_let_in_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
-    four = field(5, field(1, b"bits") + field(3, 4))
-    path.write_bytes(onnx(field(1, field(4, b"MatMulNBits") + field(7, b"com.microsoft") + four)))
+    eight = field(5, field(1, b"bits") + field(3, 8))
+    path.write_bytes(onnx(field(1, field(4, b"MatMulNBits") + field(7, b"com.microsoft") + eight)))
+    with OnnxFile(path) as file:
+        assert file.bits == {8}
+    path.write_bytes(onnx(field(1, field(4, b"GatherBlockQuantized") + field(7, b"com.microsoft"))))
     with OnnxFile(path) as file:
         assert file.bits == {4}
+    for bits in (0, 9):
+        node = field(4, b"MatMulNBits") + field(7, b"com.microsoft") + field(5, field(1, b"bits") + field(3, bits))
+        path.write_bytes(onnx(field(1, node)))
+        with pytest.raises(ModelError, match="bits"):
+            OnnxFile(path)
     for operator in (b"EPContext", b"", b"matmulnbits"):
         path.write_bytes(onnx(field(1, field(4, operator) + field(7, b"com.microsoft"))))
         with pytest.raises(ModelError, match=r"operator .* of 'com\.microsoft'"):
