@@ -57,7 +57,7 @@ class TransformersModel:
         self.name = f"transformers {dtype}"
         self.vocab_size: int = config.vocab_size
         self.context_length = context_length_of(folder)
-        self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        self.weight_bytes = sum(tensor.nbytes for tensor in model.parameters())
         heads = config.num_attention_heads
         self.bytes_per_token: int = (
             2
