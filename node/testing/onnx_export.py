@@ -26,8 +26,8 @@ BESIDE = (
 )
 
 WEIGHTS = ("float32", "int8", "int4", "dynamic")
-"""int8, int4: blocks of 32 with a scale, unpacked by the operator `MatMulNBits`. dynamic: int8 weights by one scale for a matrix,
-and numbers of each pass by one scale for all of it."""
+"""int8, int4: blocks of 32 with a scale, by the operator `MatMulNBits`, which computes in int8 with a scale for each block of a
+row. dynamic: int8 weights by one scale for a matrix, and numbers of each pass by one scale for all of it."""
 
 
 def export(folder: Path, out: Path, *, positions: bool = True, weights: str = "float32") -> Path:
@@ -95,7 +95,9 @@ def export(folder: Path, out: Path, *, positions: bool = True, weights: str = "f
     elif weights != "float32":
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        quantizer = MatMulNBitsQuantizer(str(target), bits=int(weights.removeprefix("int")), block_size=32)
+        quantizer = MatMulNBitsQuantizer(
+            str(target), bits=int(weights.removeprefix("int")), block_size=32, accuracy_level=4
+        )
         quantizer.process()
         quantizer.model.save_model_to_file(str(target))
     for name in BESIDE:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ pytest.importorskip("onnx", reason="the exporter needs it")
 import numpy as np
 import onnx
 
-from node.errors import ModelError
+from node.config import load
+from node.errors import ConfigError, ModelError
 from node.groups import plain_errors
 from node.models.manifest import Manifest
 from node.models.store import ModelStore
@@ -30,6 +31,7 @@ from node.models.tokenizer import Tokenizer
 from node.ports import Prompt
 from node.runtime.backend import EngineSettings, TorchBackend, open_backend
 from node.runtime.backends import onnx_model
+from node.runtime.backends.chosen import open_chosen
 from node.runtime.backends.logits_engine import LogitsEngine
 from node.runtime.backends.onnx_model import PIECE, OnnxModel
 from node.runtime.engine.engine import Engine
@@ -37,6 +39,7 @@ from node.runtime.engine.errors import CacheFull, InvalidSequence, UnsupportedMo
 from node.runtime.engine.sequence import Sequence
 from node.testing.onnx_export import export
 from node.testing.tiny_model import add_tiny
+from node.worker.worker import self_test
 from protocol.messages import Params, ResponseFormat
 from protocol.sampling import SamplingParams
 
@@ -446,6 +449,27 @@ def test_it_runs_in_a_process_of_its_own_and_a_killed_one_is_resumed(exported: E
             await trio.sleep(0.02)
 
     run(exported.store, manifest, test, isolation="auto", hidden=(str(secret),))
+
+
+def test_the_setting_opens_it(exported: Exported, plain: Path, tmp_path: Path) -> None:
+    manifest, said = exported.store.resolve("plain"), list[str]()
+    (tmp_path / "data").mkdir(mode=0o700)
+    config = load({"engine.backend": "onnx"}, environ={"GRISTMILL_DATA_DIR": str(tmp_path / "data"), "PATH": "/bin"})
+    settings = EngineSettings(device="auto", isolation="thread")
+
+    async def main() -> None:
+        with trio.fail_after(120):
+            watch = lambda _: nullcontext(lambda _: None)  # noqa: E731
+            async with open_chosen(config, settings, exported.store, [manifest], said.append, watch) as backend:
+                assert manifest.id in await self_test(backend)
+
+    with plain_errors():
+        trio.run(main)
+    assert any("models run on" in line for line in said) and any("self-test passed" in line for line in said)
+    with pytest.raises(ConfigError, match="draft models"):
+        open_chosen(
+            config, replace(settings, drafts=("a=b",)), exported.store, [], said.append, lambda _: nullcontext()
+        )  # type: ignore[arg-type]
 
 
 def test_every_parameter_of_the_port_is_honoured(exported: Exported, plain: Path) -> None:

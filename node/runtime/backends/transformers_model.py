@@ -19,7 +19,7 @@ from node.runtime.engine.errors import UnsupportedModel
 if TYPE_CHECKING:
     import torch
 
-PIECE: Final = 256
+PIECE: Final = 128
 
 
 class TransformersModel:
