@@ -190,7 +190,7 @@ def _runtimes(
 ) -> tuple[AbstractAsyncContextManager[Backend], AbstractAsyncContextManager[TaskBackend] | None]:
     """The configured back end on the models for chats, and what runs the others, if there are any. Raises `ConfigError`,
     `ModelError`."""
-    if config.engine.isolation == "thread" or config.engine.backend == "transformers":
+    if config.engine.isolation == "thread":
         # The engine's thread needs the interpreter between any two kernels; by default the network's may keep it for 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
     from node.models.store import ModelStore
@@ -256,7 +256,7 @@ def _runtimes(
     if config.engine.backend != "torch":
         from node.runtime.backends.chosen import open_chosen
 
-        return open_chosen(config, settings, store, chats, say, watch), tasks
+        return open_chosen(config, settings, store, chats, say, watch, memory), tasks
     return open_backend(store, chats, settings, watch, heard, say=say, memory=memory), tasks
 
 

@@ -45,7 +45,7 @@ DRAIN_SECONDS = 30.0
     help="Serve metrics for Prometheus there; a port alone: on 127.0.0.1.",
 )
 @setting_option(
-    "--backend", "engine.backend", metavar="NAME", help="What runs the models: torch, openai, transformers, ray."
+    "--backend", "engine.backend", metavar="NAME", help="What runs the models: torch, openai, transformers, onnx, ray."
 )
 @password_options
 @click.option(

@@ -37,7 +37,11 @@ OPTIONAL: Final = (
 )
 WITHOUT_TOKENIZER: Final = frozenset({"ppocr"})
 """Model types that read no text; their weights are ONNX files."""
-_WEIGHTS: Final = (".safetensors", ".onnx")
+ONNX: Final = "model.onnx"
+"""The weights of a language model that was exported, with its graph; instead of safetensors."""
+ONNX_DATA: Final = ("model.onnx_data", "model.onnx.data")
+"""Where exporters put the tensors of a large one."""
+_WEIGHTS: Final = (".safetensors", ".onnx", *ONNX_DATA)
 _ASIDE: Final = ".aside-"
 MAX_TEXT_FILE: Final = 64 << 20
 """Largest file that is not weights (a tokenizer of 256k tokens has about 32 MB)."""
@@ -219,18 +223,24 @@ def _accepted(folder: Path) -> list[str]:
     for file in present:
         if not file.endswith(_WEIGHTS) and (folder / file).stat().st_size > MAX_TEXT_FILE:
             raise ModelError(f"{file} is larger than {MAX_TEXT_FILE >> 20} MB")
-    required, suffix = REQUIRED, ".safetensors"
+    required, suffix, data = REQUIRED, ".safetensors", set[str]()
     if "config.json" in present and _json(folder / "config.json").get("model_type") in WITHOUT_TOKENIZER:
         required, suffix = ("config.json",), ".onnx"
+    elif ONNX in present:
+        required, suffix = (*REQUIRED, ONNX), ONNX
+        data = present.intersection(ONNX_DATA)
+        if len(data) > 1 or any(file.endswith(".safetensors") for file in present):
+            raise ModelError(f"weights lie beside {ONNX} as well", hint="one folder, one form of a model")
     weights = {file for file in present if file.endswith(suffix)}
     for one in required:
         if one not in present:
             raise ModelError(
-                f"{one} is missing", hint="a model folder needs config.json, tokenizer.json, *.safetensors"
+                f"{one} is missing",
+                hint="a model folder needs config.json, tokenizer.json, and *.safetensors or model.onnx",
             )
     if not weights:
         raise ModelError(f"no *{suffix} file", hint="other weight formats can run code when loaded; convert them first")
-    _check_names(folder, {*required, *OPTIONAL, *weights})
+    _check_names(folder, {*required, *OPTIONAL, *weights, *data})
     for file in present & {"config.json", "tokenizer_config.json"}:
         if "auto_map" in _json(folder / file):
             raise ModelError(
@@ -251,7 +261,7 @@ def _check_names(folder: Path, allowed: set[str]) -> None:
         if entry.name not in allowed:
             raise ModelError(
                 f"{entry.name!r} does not belong in a model folder",
-                hint="allowed: *.safetensors, " + ", ".join(sorted({*REQUIRED, *OPTIONAL})),
+                hint="allowed: *.safetensors or model.onnx, " + ", ".join(sorted({*REQUIRED, *OPTIONAL})),
             )
 
 
@@ -281,9 +291,14 @@ def _dtypes(path: Path) -> set[str]:
     if path.suffix == ".onnx":
         from node.models.onnx_file import OnnxFile  # needs numpy
 
-        with OnnxFile(path) as file:
+        with OnnxFile(path, onnx_data(path.parent)) as file:
             return file.dtypes
     return set()
+
+
+def onnx_data(folder: Path) -> Path | None:
+    """Where the tensors of a folder's `model.onnx` may lie besides."""
+    return next((folder / name for name in ONNX_DATA if (folder / name).is_file()), None)
 
 
 def _describe(path: Path, progress: Progress | None) -> FileEntry:

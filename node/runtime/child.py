@@ -220,27 +220,41 @@ def _for_memory(error: Exception) -> bool:
         return True
 
 
-def load_torch(load: wire.Load, tell: Tell) -> LoadedEngine:
-    tell(wire.Loading("starting torch"))
-    from node.runtime.engine.engine import Engine
+def load_engine(load: wire.Load, tell: Tell) -> LoadedEngine:
+    """What `Load.runtime` says; each library is imported when it is wanted. Raises `EngineError`."""
+    folder = Path(load.folder)
+    tell(wire.Loading(f"starting {load.runtime}"))
+    match load.runtime:
+        case "torch":
+            from node.runtime.engine.engine import Engine
 
-    if load.kernels is not None:
-        from node.runtime.engine.kernels.book import BOOK, ObjectCode
+            if load.kernels is not None:
+                from node.runtime.engine.kernels.book import BOOK, ObjectCode
 
-        BOOK.give(load.kernels.stamp, [ObjectCode(*astuple(one)) for one in load.kernels.kernels])
-    compiles = load.device == "cpu" and load.kernels is None
-    tell(wire.Loading("compiling kernels, reading weights" if compiles else "reading weights"))
-    return Engine(
-        Path(load.folder),
-        load.device,
-        load.dtype,
-        load.threads,
-        cache_bytes=load.cache_bytes,
-        exact=load.exact,
-        draft_dir=load.draft_folder or None,
-        draft_cache_bytes=load.draft_cache_bytes,
-        graph_bytes=load.graph_bytes,
-    )
+                BOOK.give(load.kernels.stamp, [ObjectCode(*astuple(one)) for one in load.kernels.kernels])
+            compiles = load.device == "cpu" and load.kernels is None
+            tell(wire.Loading("compiling kernels, reading weights" if compiles else "reading weights"))
+            return Engine(
+                folder,
+                load.device,
+                load.dtype,
+                load.threads,
+                cache_bytes=load.cache_bytes,
+                exact=load.exact,
+                draft_dir=load.draft_folder or None,
+                draft_cache_bytes=load.draft_cache_bytes,
+                graph_bytes=load.graph_bytes,
+            )
+        case "transformers":
+            from node.runtime.backends.logits_engine import LogitsEngine
+            from node.runtime.backends.transformers_model import TransformersModel
+
+            return LogitsEngine(TransformersModel(folder, load.device, load.dtype, load.threads), load.cache_bytes)
+        case "onnx":
+            from node.runtime.backends.logits_engine import LogitsEngine
+            from node.runtime.backends.onnx_model import OnnxModel
+
+            return LogitsEngine(OnnxModel(folder, load.dtype, load.threads), load.cache_bytes)
 
 
 def main(argv: list[str]) -> int:
@@ -249,7 +263,7 @@ def main(argv: list[str]) -> int:
     from node.runtime.walls import raise_walls
 
     with socket.socket(fileno=int(argv[1])) as sock:
-        serve(Line(sock), load_torch, lambda load: raise_walls(load, alone=argv[2] == "alone"))
+        serve(Line(sock), load_engine, lambda load: raise_walls(load, alone=argv[2] == "alone"))
     return 0
 
 

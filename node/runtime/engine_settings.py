@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from node.runtime.supervisor import Limits
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
+    runtime: Literal["torch", "transformers", "onnx"] = "torch"
+    """What computes in an engine's process: our own engine, or a library."""
     device: str = "cpu"
     """`auto`, or a kind of `node.runtime.hal` with or without an index."""
     dtype: str = "float32"
@@ -44,4 +47,4 @@ class EngineSettings:
     @property
     def graphs(self) -> int:
         """Bytes of an engine's CUDA graphs; 0 where it makes none."""
-        return self.graph_bytes if self.device.startswith("cuda") and not self.exact else 0
+        return self.graph_bytes if self.device.startswith("cuda") and self.runtime == "torch" and not self.exact else 0

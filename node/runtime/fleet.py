@@ -22,7 +22,7 @@ from node.models.store import ModelStore, Progress
 from node.ports import ModelInfo
 from node.runtime.drafts import draft_of
 from node.runtime.engine_settings import EngineSettings
-from node.runtime.footprint import Footprint, measure
+from node.runtime.footprint import Footprint, measure, measure_library
 from node.runtime.keeper import Keeper
 from node.runtime.kernels import CompiledKernels
 from node.runtime.launch import Launcher
@@ -200,7 +200,10 @@ class Fleet:
         """As it is known: by the engine that had it last, or an estimate."""
         settings = self._settings
         packing = Packing(settings.dtype, cpu=settings.device == "cpu", few_rows=not settings.exact)
-        found = measure(one.folder, one.manifest, packing, settings.cache_bytes)
+        if settings.runtime == "torch":
+            found = measure(one.folder, one.manifest, packing, settings.cache_bytes)
+        else:
+            found = measure_library(one.folder, one.manifest, settings.runtime, packing, settings.cache_bytes)
         if one.draft is not None:
             packing, cache = replace(packing, few_rows=True), settings.draft_cache_bytes
             found = found.beside(measure(one.draft.folder, one.draft.manifest, packing, cache, spare=0))

@@ -18,6 +18,7 @@ from node import nesting
 from node.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.safetensors_file import ITEM_BYTES, read_header
+from node.models.store import ONNX, ONNX_DATA
 from node.runtime.engine.blocks import BLOCK_TOKENS
 from node.runtime.packing import Packing
 
@@ -26,6 +27,8 @@ HEADROOM: Final = 2 << 30
 PROCESS: Final = 272 << 20
 """Bytes of an interpreter with torch and compiled kernels, as they are resident (measured, SmolLM2: 143 MiB with torch, 265 to
 275 after prompts of 500 tokens, of which the step is counted apart)."""
+LIBRARY: Final = 384 << 20
+"""The same, of one with transformers or ONNX Runtime beside torch (measured: 254 and 240 MiB, and about 100 more at work)."""
 _STEP_TOKENS: Final = 512
 """Of the engine's largest step."""
 _STEP_ROWS: Final = 64
@@ -107,6 +110,16 @@ def measure(folder: Path, manifest: Manifest, packing: Packing, cache_bytes: int
         if packing.cpu
         else plain_bytes(shapes, packing.item),
     )
+
+
+def measure_library(folder: Path, manifest: Manifest, runtime: str, packing: Packing, cache_bytes: int) -> Footprint:
+    """The same for a model that a library runs: its tensors as they are, and for a moment once or twice more: ONNX Runtime has
+    the file, its tensors and what it packs of them. Raises `ModelError`."""
+    if runtime == "onnx":
+        weights = sum(entry.size for entry in manifest.files if entry.path in (ONNX, *ONNX_DATA))
+        return Footprint(weights, cache_bytes, process=LIBRARY, packing=2 * weights)
+    weights = plain_bytes(headers(folder, manifest), packing.item)
+    return Footprint(weights, cache_bytes, process=LIBRARY, packing=weights)
 
 
 def headers(folder: Path, manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:

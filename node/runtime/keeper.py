@@ -71,6 +71,7 @@ class Keeper:
             # What a GPU's driver maps is not memory of the process, and was not measured under a limit.
             memory_limit=one.footprint.process_limit if settings.device == "cpu" else 0,
             exact=settings.exact,
+            runtime=settings.runtime,
             hidden=settings.hidden,
             draft_folder="" if draft is None else str(draft.folder),
             draft_cache_bytes=0 if draft is None else settings.draft_cache_bytes,

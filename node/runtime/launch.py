@@ -30,7 +30,7 @@ import trio
 import node
 from node.errors import ModelError
 from node.hardening import environment
-from node.runtime.child import Line, LoadEngine, load_torch, serve
+from node.runtime.child import Line, LoadEngine, load_engine, serve
 from node.runtime.hal.devices import SEEN
 from protocol.tame import one_line
 
@@ -258,7 +258,7 @@ class ThreadLauncher:
 
     mode = "thread"
 
-    def __init__(self, load: LoadEngine = load_torch) -> None:
+    def __init__(self, load: LoadEngine = load_engine) -> None:
         self._load = load
 
     def seeing(self, folder: str) -> Launcher:

@@ -104,7 +104,7 @@ def _writable(folder: Path) -> bool:
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
-        return any(os.access(file, os.W_OK) for file in folder.glob("*.safetensors"))
+        return any(os.access(file, os.W_OK) for file in folder.iterdir())
 
 
 def _neighbours() -> int:

@@ -7,7 +7,7 @@ but `Load`, which the node sends; none carries code, a key or an address.
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -73,6 +73,8 @@ class Load(_Message):
     memory_limit: Count
     """Bytes of private memory that the process may have; 0: no limit."""
     exact: bool = False
+    runtime: Literal["torch", "transformers", "onnx"] = "torch"
+    """What computes: our own engine, or a library."""
     hidden: tuple[str, ...] = ()
     """What the process should not be able to read; it tries, and says so."""
     draft_folder: str = ""

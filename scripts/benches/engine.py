@@ -1,4 +1,4 @@
-"""Tokens per CPU second of our engine beside vLLM, llama.cpp, CTranslate2 and transformers: same weights, one thread, one run.
+"""Tokens per CPU second of our engine beside its peers and our other back ends: same weights, one thread, one run.
 
 Workload: SmolLM2-135M-Instruct, prompts of 128 tokens of English, 64 new tokens, greedy, end-of-sequence ignored, 1, 4 and 16
 streams at once. Contenders take turns, round by round, so that what else the machine does hits all of them; medians are
@@ -63,6 +63,10 @@ PEERS = (
     Contender("llamacpp_q8", "int8", "llamacpp", {"quant": "q8_0"}, "llamacpp"),
     Contender("ctranslate2", "int8", "ctranslate2", {}, "ctranslate2"),
     Contender("llamacpp_q4", "int4", "llamacpp", {"quant": "q4_0"}, "llamacpp"),
+    Contender("backend_transformers", "fp32", "backend", {"runtime": "transformers", "dtype": "float32"}),
+    Contender("backend_onnx", "fp32", "backend", {"runtime": "onnx", "dtype": "float32"}),
+    Contender("backend_onnx_int8", "int8", "backend", {"runtime": "onnx", "dtype": "int8"}),
+    Contender("backend_onnx_int4", "int4", "backend", {"runtime": "onnx", "dtype": "int4"}),
     Contender("transformers_cb", "fp32", "transformers", {"continuous": True, "dtype": "float32"}, "transformers"),
 )
 

@@ -110,7 +110,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     base, worker, devnet, gateway, tasks, backends = (
         names(PROJECT["dependencies"]),
         *(names(EXTRAS[extra]) for extra in ("worker", "devnet", "gateway", "tasks")),
-        names(EXTRAS["transformers"]) | names(EXTRAS["ray"]),
+        names(EXTRAS["transformers"]) | names(EXTRAS["onnx"]) | names(EXTRAS["ray"]),
     )
     declared = base | worker | devnet | gateway | tasks | backends
     # pyrevm runs the contracts in tests; the gateway's extra waits for its code.

@@ -17,8 +17,9 @@ from node.config import Config, load
 from node.errors import ConfigError, ModelError
 from node.groups import plain_errors
 from node.models.store import ModelStore
+from node.models.tokenizer import Tokenizer
 from node.runtime.backend import EngineSettings
-from node.runtime.backends import ray_backend
+from node.runtime.backends import chosen, ray_backend
 from node.runtime.backends.chosen import open_chosen
 from node.testing.openai_server import Script, open_scripted
 from node.testing.tiny_model import add_tiny
@@ -39,10 +40,10 @@ def config(tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-def opened(config: Config, store: ModelStore) -> Any:
+def opened(config: Config, store: ModelStore, engine: EngineSettings = ENGINE) -> Any:
     said: list[str] = []
     watch = lambda _: nullcontext(lambda _: None)  # noqa: E731
-    return open_chosen(config, ENGINE, store, store.list(), said.append, watch)
+    return open_chosen(config, engine, store, store.list(), said.append, watch)
 
 
 def test_each_name_opens_its_back_end(tmp_path: Path, config: Callable[..., Config]) -> None:
@@ -56,9 +57,10 @@ def test_each_name_opens_its_back_end(tmp_path: Path, config: Callable[..., Conf
     async def main() -> None:
         with trio.fail_after(120):
             fallback = config(engine__backend="transformers", engine__device="cpu")
-            async with opened(fallback, store) as backend:
-                assert type(backend).__name__ == "TransformersBackend" and manifest.id in await self_test(backend)
-            tokenizer = backend._loaded[manifest.id].tokenizer
+            plain = EngineSettings(isolation="thread")
+            async with opened(fallback, store, plain) as backend:
+                assert backend._settings.runtime == "transformers" and manifest.id in await self_test(backend)
+            tokenizer = Tokenizer(store.path(manifest.id))
             async with open_scripted(tokenizer, Script(answer=(70, 71, 72, 2))) as server:
                 given = config(
                     engine__backend="openai",
@@ -92,7 +94,7 @@ def test_bounds_that_cross_are_said(tmp_path: Path, config: Callable[..., Config
 
 
 def test_what_is_our_engines_is_not_promised_of_others(tmp_path: Path, config: Callable[..., Config]) -> None:
-    for other in ("openai", "transformers"):
+    for other in ("openai", "transformers", "onnx"):
         with pytest.raises(ConfigError, match="a mode of our own engine"):
             opened(config(engine__backend=other, engine__exact="true"), ModelStore(tmp_path))
     for other in ("openai", "transformers", "ray"):
@@ -110,6 +112,21 @@ def test_a_replica_is_our_engine_as_it_would_be_here(
     monkeypatch.setattr(ray_backend, "open_ray", lambda store, models, settings, say: seen.append(settings.engine))
     opened(config(engine__backend="ray", engine__exact="true", ray__streams=7), ModelStore(tmp_path))
     assert seen == [replace(ENGINE, max_streams=7, lazy=False, trace=None)]
+
+
+@pytest.mark.parametrize("name", ["transformers", "onnx"])
+def test_without_its_library_it_says_what_to_install(
+    name: str, tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chosen, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="not installed") as caught:
+        opened(config(engine__backend=name), ModelStore(tmp_path))
+    assert f"gristmill[{name}]" in str(caught.value.hint)
+
+
+def test_onnx_runs_on_the_processor(tmp_path: Path, config: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match="on the processor"):
+        opened(config(engine__backend="onnx", engine__device="cuda"), ModelStore(tmp_path))
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, config: Callable[..., Config]) -> None:

@@ -158,6 +158,54 @@ def test_an_onnx_file_with_a_door_is_refused(tmp_path: Path, data: bytes, why: s
         OnnxFile(tmp_path / "m.onnx")
 
 
+def external(location: bytes, offset: bytes = b"0", length: bytes = b"8") -> bytes:
+    pairs = {b"location": location, b"offset": offset, b"length": length}
+    entries = b"".join(field(13, field(1, key) + field(2, value)) for key, value in pairs.items())
+    return onnx(field(5, field(1, 2) + field(2, 1) + field(8, b"w") + field(14, 1) + entries))
+
+
+def test_tensors_may_lie_in_the_one_file_beside_and_nowhere_else(tmp_path: Path) -> None:
+    path, beside = tmp_path / "model.onnx", tmp_path / "model.onnx_data"
+    beside.write_bytes(bytes(24))
+    path.write_bytes(external(b"model.onnx_data", b"16"))
+    with OnnxFile(path, beside) as file:
+        assert file.dtypes == {"F32"}
+    for data in (
+        external(b"/etc/passwd"),
+        external(b"../model.onnx_data"),
+        external(b"./model.onnx_data"),
+        external(b""),
+        external(b"model.onnx_data", b"17"),
+        external(b"model.onnx_data", b"-8"),
+        external(b"model.onnx_data", b"9" * 15),
+        external(b"model.onnx_data", b"0", b"7"),
+        external(b"model.onnx_data", b"0x0"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=r"another file|in its file|of its file"):
+            OnnxFile(path, beside)
+
+
+def test_operators_of_the_runtime_itself_are_let_in_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    eight = field(5, field(1, b"bits") + field(3, 8))
+    path.write_bytes(onnx(field(1, field(4, b"MatMulNBits") + field(7, b"com.microsoft") + eight)))
+    with OnnxFile(path) as file:
+        assert file.bits == {8}
+    path.write_bytes(onnx(field(1, field(4, b"GatherBlockQuantized") + field(7, b"com.microsoft"))))
+    with OnnxFile(path) as file:
+        assert file.bits == {4}
+    for bits in (0, 9):
+        node = field(4, b"MatMulNBits") + field(7, b"com.microsoft") + field(5, field(1, b"bits") + field(3, bits))
+        path.write_bytes(onnx(field(1, node)))
+        with pytest.raises(ModelError, match="bits"):
+            OnnxFile(path)
+    for operator in (b"EPContext", b"", b"matmulnbits"):
+        path.write_bytes(onnx(field(1, field(4, operator) + field(7, b"com.microsoft"))))
+        with pytest.raises(ModelError, match=r"operator .* of 'com\.microsoft'"):
+            OnnxFile(path)
+
+
 def test_cut_onnx_files_are_refused_or_whole(tmp_path: Path) -> None:
     """A cut between two fields leaves a file that lacks its graph; any other leaves a field that ends too early."""
     whole, path = onnx(field(5, tensor())), tmp_path / "m.onnx"

@@ -14,9 +14,10 @@ class EngineConfig:
     backend: str = setting(
         "torch",
         "What runs the models: our own engine on `torch`; an `openai`-compatible server that runs already (`[openai]`); the slow "
-        "fallback `transformers`, for architectures that our engine lacks; or our engine on a cluster of `ray` (`[ray]`).",
-        check=one_of("torch", "openai", "transformers", "ray"),
-        values="torch, openai, transformers, ray",
+        "fallback `transformers`, for architectures that our engine lacks; `onnx` files by ONNX Runtime; or our engine on a "
+        "cluster of `ray` (`[ray]`).",
+        check=one_of("torch", "openai", "transformers", "onnx", "ray"),
+        values="torch, openai, transformers, onnx, ray",
     )
     device: str = setting(
         "auto",

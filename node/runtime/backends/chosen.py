@@ -1,10 +1,14 @@
-"""The back end that the configuration names, instead of the torch engine in this process. Each is imported when it is chosen."""
+"""The back end that the configuration names, instead of our own engine. Each is imported when it is chosen.
+
+Libraries that compute run where our engine would: in a process of their own behind the same walls, restarted and tested alike.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +20,12 @@ from node.ports import Backend
 
 if TYPE_CHECKING:
     from node.runtime.backend import EngineSettings
+    from node.runtime.memory import MemoryBudget
 
+FORMATS: Final = ("float32", "bfloat16", "float16")
+"""What `transformers` can compute in here."""
+_PACKAGES: Final = {"transformers": ("transformers", "transformers"), "onnx": ("onnxruntime", "onnx")}
+"""Runtime -> what is imported, and the extra that brings it."""
 MAX_KEY: Final = 4096
 """Bytes of a file with a server's key."""
 
@@ -25,10 +34,16 @@ Watch = Callable[[Manifest], AbstractContextManager[Progress]]
 
 
 def open_chosen(
-    config: Config, engine: EngineSettings, store: ModelStore, models: Sequence[Manifest], say: Say, watch: Watch
+    config: Config,
+    engine: EngineSettings,
+    store: ModelStore,
+    models: Sequence[Manifest],
+    say: Say,
+    watch: Watch,
+    memory: MemoryBudget | None = None,
 ) -> AbstractAsyncContextManager[Backend]:
-    """Opens `engine.backend`, which is not `torch`. `engine`: how our own engine would be started. Raises `ConfigError`; the
-    block's beginning raises `ModelError`."""
+    """Opens `engine.backend`, which is not `torch`. `engine`: how our own engine would be started. `memory`: shared with models
+    that are not among these, by back ends that compute here. Raises `ConfigError`; the block's beginning raises `ModelError`."""
     if config.engine.exact and config.engine.backend != "ray":
         raise ConfigError("engine.exact is a mode of our own engine", hint="engine.backend torch or ray")
     if config.engine.draft_models:
@@ -37,11 +52,19 @@ def open_chosen(
         case "openai":
             return _openai(config, store, models, say)
         case "transformers":
-            return _transformers(config, store, models, watch)
+            if config.engine.dtype not in FORMATS:
+                raise ConfigError(
+                    f"transformers does not run {config.engine.dtype} here", hint=f"engine.dtype {', '.join(FORMATS)}"
+                )
+            return _library(replace(engine, runtime="transformers"), store, models, say, watch, memory)
+        case "onnx":
+            if config.engine.device not in ("auto", "cpu"):
+                raise ConfigError("ONNX Runtime computes on the processor here", hint="engine.device cpu")
+            return _library(replace(engine, runtime="onnx", device="cpu"), store, models, say, watch, memory)
         case "ray":
             return _ray(config, engine, store, models, say)
         case other:
-            raise ConfigError(f"engine.backend is {other!r}", hint="torch, openai, transformers or ray")
+            raise ConfigError(f"engine.backend is {other!r}", hint="torch, openai, transformers, onnx or ray")
 
 
 def _openai(
@@ -67,22 +90,34 @@ def _openai(
     return open_openai(store, models, settings, say)
 
 
-def _transformers(
-    config: Config, store: ModelStore, models: Sequence[Manifest], watch: Watch
+def _library(
+    engine: EngineSettings,
+    store: ModelStore,
+    models: Sequence[Manifest],
+    say: Say,
+    watch: Watch,
+    memory: MemoryBudget | None,
 ) -> AbstractAsyncContextManager[Backend]:
-    from node.runtime.backends.transformers_backend import FORMATS, TransformersSettings, open_transformers
+    """`engine.runtime` in engines' processes. What is missing is said before one is started."""
+    if engine.drafts:
+        raise ConfigError("draft models guess for our own engine only", hint="unset engine.draft_models")
+    from node.runtime.backend import open_backend
 
-    engine = config.engine
-    if engine.dtype not in FORMATS:
-        raise ConfigError(f"transformers does not run {engine.dtype} here", hint=f"engine.dtype {', '.join(FORMATS)}")
-    settings = TransformersSettings(
-        device=engine.device,
-        dtype=engine.dtype,
-        threads=engine.threads,
-        cache_bytes=engine.kv_bytes,
-        max_streams=config.worker.max_streams,
+    package, extra = _PACKAGES[engine.runtime]
+    if find_spec(package) is None:
+        raise ModelError(
+            f"the back end `{engine.runtime}` needs a package that is not installed",
+            hint=f"pip install 'gristmill[{extra}]'",
+        )
+    return open_backend(
+        store,
+        models,
+        engine,
+        watch,
+        lambda choice: say(f"models run on {choice.device.label}: {choice.why}"),
+        say=say,
+        memory=memory,
     )
-    return open_transformers(store, models, settings, watch)
 
 
 def _ray(
