@@ -24,7 +24,7 @@ from node.ports import Step
 from node.runtime import backend as backend_module
 from node.runtime import wire
 from node.runtime.backend import TorchBackend, open_backend
-from node.runtime.child import LoadedEngine, Tell, load_torch
+from node.runtime.child import LoadedEngine, Tell, load_engine
 from node.runtime.engine_settings import EngineSettings
 from node.runtime.fleet import Fleet
 from node.runtime.footprint import measure
@@ -465,7 +465,7 @@ def heavier(by: int, *names: str) -> ThreadLauncher:
     """Engines of these models hold more than anybody thought."""
 
     def load(load: wire.Load, tell: Tell) -> LoadedEngine:
-        engine = load_torch(load, tell)
+        engine = load_engine(load, tell)
         if json.loads((Path(load.folder) / "manifest.json").read_bytes())["name"] not in names:
             return engine
         kind = type(engine)

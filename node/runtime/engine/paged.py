@@ -154,13 +154,12 @@ class Plan:
         self.begun = torch.tensor(begun, device=device, dtype=torch.int64)
         """Blocks that this pass begins and does not fill."""
         self.device = device
-        singles = list(takewhile(lambda span: span.count == 1, spans))
-        self.singles = 0 if exact else len(singles)
-        """How many tokens of the pass, its first, are each the only one of a sequence."""
-        self._rows = [Span(s.table, s.start + n, 1) for s in spans for n in range(s.count)] if exact else singles
+        alone = spans if exact else list(takewhile(lambda span: span.count == 1, spans))
+        self._rows = [Span(span.table, span.start + n, 1) for span in alone for n in range(span.count)]
+        self.rows = begin = len(self._rows)
+        """How many tokens of the pass, its first, attend each for itself."""
         self.chunks: list[_Chunk] = []
-        begin = self.singles
-        for span in spans[begin:] if not exact else ():
+        for span in spans[len(alone) :]:
             self.chunks.append(_Chunk(begin, span, device))
             begin += span.count
 
@@ -223,7 +222,7 @@ class PagedCache:
         """Kernels read and write wherever the plan says. Raises `IntegrityError` where the cache has no such place."""
         blocks = self._shape[1]
         named = [(plan.slots, blocks * BLOCK_TOKENS)]
-        if plan.singles:
+        if plan.rows:
             named.append((plan.tables[:, 1:], blocks))
         for numbers, end in named:
             low, high = numbers.aminmax()
@@ -245,7 +244,7 @@ class PagedCache:
             if layer == 0:
                 self._check(plan)
             kernels.write(by_slot, plan.slots, kv)
-            some = q[: plan.singles]
+            some = q[: plan.rows]
             parts = (
                 [kernels.attend(by_slot, plan.tables, some, how.scale, how.window, how.softcap)] if len(some) else []
             )

@@ -190,8 +190,8 @@ class Decoder:
             raise UnsupportedModel("exact mode needs an intermediate size that is a multiple of 64")
         self.config = config
         self.dtype = compute_dtype(fmt, device)
-        self.kernels = None if tile else kernels_for(device, self.dtype, config.head_dim)
-        """Compiled operations for a CPU; not in exact mode, whose promise is about torch's."""
+        self.kernels = kernels_for(device, self.dtype, config.head_dim)
+        """Compiled operations for a CPU."""
         self.embedding = weights["embed"].to(self.dtype)
         self.positions = None if config.rope else weights["positions"].to(self.dtype)
         self.norm = _Norm(config, "norm", weights, self.dtype, self.kernels)
