@@ -132,6 +132,7 @@ class Compiler(ThreadLauncher):
 def kept(folder: Path, made: wire.Kernels) -> CompiledKernels:
     """After `learn` of all that was made."""
     store = CompiledKernels(folder, Compiler(lambda _: msgspec.msgpack.encode(made)))
+    store.read()
     trio.run(store.learn, [kernel.name for kernel in made.kernels])
     return store
 
@@ -154,7 +155,7 @@ def test_what_one_node_kept_the_next_one_gives(tmp_path: Path, made: wire.Kernel
 
 def test_new_ones_join_old_ones_of_the_same_stamp_and_replace_others(tmp_path: Path, made: wire.Kernels) -> None:
     first, second = (wire.Kernels(made.stamp, (kernel,)) for kernel in made.kernels)
-    stale = wire.Kernels("0" * 64, made.kernels[1:])
+    stale = wire.Kernels("0" * 64, (msgspec.structs.replace(made.kernels[0], name="write float32"),))
     assert kept(tmp_path / "a", first).given == first
     store = CompiledKernels(tmp_path / "a", Compiler(lambda _: msgspec.msgpack.encode(second)))
     store.read()
@@ -326,3 +327,16 @@ def test_an_engine_that_cannot_be_started_again_is_tried_without(made: wire.Kern
 
     trio.run(main)
     assert given == [True, False]
+
+
+def test_every_family_of_kernels_can_be_asked_for() -> None:
+    """Else an engine would compile it at every start, and nobody would notice."""
+    from node.runtime.engine.kernels import attention, int8, named, norms, products
+
+    there = {
+        name
+        for module in (attention, int8, norms, products)
+        for name, made in vars(module).items()
+        if hasattr(made, "cache_info") and made.__module__ == module.__name__
+    }
+    assert there == set(named.FAMILIES)
