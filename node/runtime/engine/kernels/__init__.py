@@ -9,11 +9,13 @@ Rules:
   engine then computes the same in torch operators. Nothing but speed, and the last bits of a number, depends on it.
 - A row of a result depends on that row of the input alone, and is computed by one thread: it has the same bits in any
   company and with any number of threads.
-- Kernels are given addresses. Who calls them (`calls`) has checked dtype, shape and contiguity; a kernel checks nothing.
+- Kernels are given addresses. Who calls them (`calls`, `layers`) has checked dtype, shape and contiguity, and `PagedCache` once
+  a step that its plan names blocks of the cache; a kernel checks nothing.
+- Where the machine lacks the library of threads they use one (`compiled.shared`).
 - NaN in, NaN out: a model that computes nonsense must be noticed.
 
-`simd` is sixteen floats at a time; `norms`, `attention`, `products`, `int8` are the kernels; `calls` is tensors to
-addresses; `compiled`, `objects`, `book` and `named` are how they are compiled, kept and given to another process.
+`simd` is sixteen floats at a time; `norms`, `attention`, `products`, `int8` are the kernels; `calls` and `layers` are
+tensors to addresses; `compiled`, `objects`, `book` and `named` are how they are compiled, kept and given to another process.
 """
 
 from __future__ import annotations

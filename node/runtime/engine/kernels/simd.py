@@ -15,12 +15,13 @@ from typing import Any, Final
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_jitable, register_model
 
 LANES: Final = 16
-_FEATURES: Final = get_host_cpu_features()
+_FEATURES: Final = {} if config.CPU_NAME or config.CPU_FEATURES else get_host_cpu_features()
+"""None where Numba was told to compile for another processor: LLVM ends the process over an instruction that it has not."""
 HAS_BYTES: Final = bool(_FEATURES.get("avx512vnni"))
 """The processor multiplies bytes by fours in one instruction."""
 HAS_PAIRS: Final = bool(_FEATURES.get("avx512bf16"))
@@ -304,9 +305,9 @@ def _power_of_two(context, x):  # type: ignore[no-untyped-def]
     """2^x of a whole x within a float's exponents; NaN gives some number."""
 
     def code(c, b, s, a):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(_I32, [_F32])
-        to_int = cgutils.get_or_insert_function(b.module, kind, "llvm.fptosi.sat.i32.f32")
-        return b.bitcast(b.shl(b.add(b.call(to_int, a), _I32(127)), _I32(23)), _F32)
+        # Added to 1.5 * 2^23, a whole number stands in the lowest bits. Unlike a conversion, LLVM makes vectors of it.
+        whole = b.bitcast(b.fadd(a[0], ir.Constant(_F32, 12582912.0)), _I32)
+        return b.bitcast(b.add(b.shl(whole, _I32(23)), _I32(127 << 23)), _F32)
 
     return types.float32(types.float32), code
 
