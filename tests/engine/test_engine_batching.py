@@ -361,7 +361,9 @@ def test_a_draft_model_changes_no_token(tiny: Path, make_model: Callable[..., Pa
         assert run(engine, *jobs) == wanted
         assert engine.stats.guessed_tokens > 0
         if guesser == tiny and sampling.greedy:
-            assert engine.stats.accepted_tokens == engine.stats.guessed_tokens > 100
+            assert engine.stats.accepted_tokens > 100
+            if not lookup_too:  # which guesses from the text alone
+                assert engine.stats.accepted_tokens == engine.stats.guessed_tokens
         for one in jobs:
             engine.submit(one)
         for _ in range(6):
