@@ -158,7 +158,7 @@ def test_a_kernel_that_disagrees_is_not_used(
     def planted(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any) -> Callable[..., None]:
             if how == "not compiled":
-                compiled.kernel(compiled.COUNT)(lambda x: x.no_such_thing)
+                compiled._compiled("broken", compiled.kernel(compiled.COUNT)(lambda x: x.no_such_thing))
             run = make(*args)
 
             def spoiled(*given: Any) -> None:
@@ -173,6 +173,7 @@ def test_a_kernel_that_disagrees_is_not_used(
     def spoil(tensor: Any) -> None:
         tensor.mul_(1.05 if how == "wrong" else float("nan"))
 
+    monkeypatch.setattr(compiled.BOOK, "compiled", [])
     if how in ("raises", "not compiled"):
         if which in calls.GATES:
             monkeypatch.setitem(calls.GATES, which, planted(calls.GATES[which]))  # type: ignore[arg-type]
