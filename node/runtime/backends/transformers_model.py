@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +32,10 @@ class TransformersModel:
     def __init__(self, folder: Path, device: str, dtype: str, threads: int) -> None:
         """Raises `UnsupportedModel` for a folder that `transformers` cannot run as a causal model without foreign code."""
         os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: whatever the library would like to look up, it does not
+        # Behind our walls nobody can make a file, and importing the library would: torch's compiler makes the folder that this
+        # names, unless it is there, and an HTTP client that nobody uses here imports trio, which looks for a library by one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", "/tmp")
+        sys.modules.setdefault("trio", None)  # type: ignore[arg-type]
         import torch
         import transformers
 
