@@ -259,9 +259,9 @@ def _again(shared: Shared, verified: VerifiedBenchmark) -> None:
     model = ModelId(bench.model_id)
     store.verify(model)
     settings = EngineSettings(
-        chosen(config.device).device.torch_name,
-        bench.dtype,
-        config.threads,
+        device=chosen(config.device).device.torch_name,
+        dtype=bench.dtype,
+        threads=config.threads,
         cache_bytes=config.kv_bytes,
         exact=config.exact,
     )

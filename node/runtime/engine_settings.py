@@ -9,7 +9,7 @@ from typing import Literal
 from node.runtime.supervisor import Limits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     runtime: Literal["torch", "transformers", "onnx"] = "torch"
     """What computes in an engine's process: our own engine, or a library."""
