@@ -75,7 +75,7 @@ class Packing:
         if not self.cpu or not _compiled():
             return out * inputs + 4 * out + self._added(out, bias)
         # numbers; their sums, a scale, a bias or zeros; sizes of columns
-        return _up(out, _BLOCK) * _up(inputs, 4) + 12 * out + (4 * inputs if fine else 0)
+        return _up(out, _BLOCK) * (_up(inputs, 4) + 12) + (4 * inputs if fine else 0)
 
     def _int4_fits(self, out: int, inputs: int) -> bool:
         if self.cpu:

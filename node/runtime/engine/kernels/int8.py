@@ -18,30 +18,77 @@ from numba import carray
 from numba.extending import register_jitable
 
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, Kernel, family, kernel
-from node.runtime.engine.kernels.simd import pointer, wide
+from node.runtime.engine.kernels.simd import (
+    LANES,
+    add,
+    fma,
+    greater,
+    lesser,
+    load,
+    magnitude,
+    mul,
+    pointer,
+    rounded,
+    splat,
+    store,
+    store_bytes,
+    total,
+    wide,
+    zero,
+)
 
 TINY: Final = np.float32(1e-30)
 """Ranges below it count as none: their inverse would be infinite, or close."""
 
 
 @register_jitable
-def _least_and_span(row):  # type: ignore[no-untyped-def]
-    least, largest, odd = wide(row[0]), wide(row[0]), np.float32(0)
-    for i in range(len(row)):
-        x = wide(row[i])
-        least, largest = min(least, x), max(largest, x)
-        odd += x * np.float32(0)  # NaN when x is not finite
-    return least + odd, largest - least + odd
+def _least_and_span(x, at, width):  # type: ignore[no-untyped-def]
+    """Of `width` numbers from x[at] on; both NaN when one is not finite."""
+    whole = width // LANES * LANES
+    low = high = splat(wide(x[at]))
+    odd = zero()
+    for i in range(at, at + whole, LANES):
+        some = load(x, i)
+        low, high, odd = lesser(some, low), greater(some, high), fma(some, zero(), odd)
+    lows, highs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    store(lows, 0, low)
+    store(highs, 0, high)
+    least, largest, bad = lows.min(), highs.max(), total(odd)
+    for i in range(at + whole, at + width):
+        one = wide(x[i])
+        least, largest, bad = min(least, one), max(largest, one), bad + one * np.float32(0)
+    return least + bad, largest - least + bad
 
 
 @register_jitable
-def _largest(row, sizes):  # type: ignore[no-untyped-def]
-    largest, odd = np.float32(0), np.float32(0)
-    for i in range(len(row)):
-        x = wide(row[i]) * sizes[i]
-        largest = max(largest, abs(x))
-        odd += x * np.float32(0)
-    return largest + odd
+def _largest(x, at, width, sizes):  # type: ignore[no-untyped-def]
+    """Magnitude of the numbers times the sizes; NaN when one is not finite."""
+    whole = width // LANES * LANES
+    high = odd = zero()
+    for i in range(0, whole, LANES):
+        some = mul(load(x, at + i), load(sizes, i))
+        high, odd = greater(magnitude(some), high), fma(some, zero(), odd)
+    highs = np.empty(LANES, np.float32)
+    store(highs, 0, high)
+    largest, bad = highs.max(), total(odd)
+    for i in range(whole, width):
+        one = wide(x[at + i]) * sizes[i]
+        largest, bad = max(largest, abs(one)), bad + one * np.float32(0)
+    return largest + bad
+
+
+@register_jitable
+def _within(x, low, high):  # type: ignore[no-untyped-def]
+    """Rounded to whole numbers from low to high; NaN gives low."""
+    return lesser(greater(rounded(x), splat(np.float32(low))), splat(np.float32(high)))
+
+
+@register_jitable
+def _one_within(x, low, high):  # type: ignore[no-untyped-def]
+    """The same of one number."""
+    x = np.rint(x)
+    x = x if x > np.float32(low) else np.float32(low)
+    return x if x < np.float32(high) else np.float32(high)
 
 
 @family
@@ -50,21 +97,25 @@ def plain(dtype: Any) -> Kernel:
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS)
     def run(rows, width, stride, x_at, out_at, marks_at):  # type: ignore[no-untyped-def]
-        x = carray(pointer(x_at), (rows, width), dtype)
-        out = carray(pointer(out_at), (rows, stride), np.uint8)
+        x = carray(pointer(x_at), rows * width, dtype)
+        out = carray(pointer(out_at), rows * stride, np.uint8)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
+        whole = width // LANES * LANES
         for r in range(rows):
-            row, into = x[r], out[r]
-            least, span = _least_and_span(row)
+            at, into = r * width, r * stride
+            least, span = _least_and_span(x, at, width)
             marks[r, 0], marks[r, 1] = span / np.float32(255), least
             factor = (
                 np.float32(255) / span if span > TINY else np.float32(0)
             )  # a row that is not finite has a span of NaN
             least = least if least == least else np.float32(0)
-            for i in range(width):
-                into[i] = np.uint8(_within((wide(row[i]) - least) * factor, np.float32(0), np.float32(255)))
+            below, times = splat(-least), splat(factor)
+            for i in range(0, whole, LANES):
+                store_bytes(out, into + i, _within(mul(add(load(x, at + i), below), times), 0, 255))
+            for i in range(whole, width):
+                out[into + i] = np.uint8(_one_within((wide(x[at + i]) - least) * factor, 0, 255))
             for i in range(width, stride):
-                into[i] = 0
+                out[into + i] = 0
 
     return run
 
@@ -75,30 +126,31 @@ def fine(dtype: Any) -> Kernel:
 
     @kernel(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
     def run(rows, width, stride, x_at, sizes_at, out_at, marks_at):  # type: ignore[no-untyped-def]
-        x = carray(pointer(x_at), (rows, width), dtype)
+        x = carray(pointer(x_at), rows * width, dtype)
         sizes = carray(pointer(sizes_at), width, np.float32)
-        out = carray(pointer(out_at), (rows, 2, stride), np.uint8)
+        out = carray(pointer(out_at), rows * 2 * stride, np.uint8)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
+        whole = width // LANES * LANES
+        middle, parts = splat(np.float32(128)), splat(np.float32(254))
         for r in range(rows):
-            row, first, second = x[r], out[r, 0], out[r, 1]
-            largest = _largest(row, sizes)
+            at, first, second = r * width, 2 * r * stride, (2 * r + 1) * stride
+            largest = _largest(x, at, width, sizes)
             marks[r, 0] = marks[r, 1] = largest / np.float32(127)
             factor = np.float32(127) / largest if largest > TINY else np.float32(0)
-            for i in range(width):
-                scaled = wide(row[i]) * sizes[i] * factor
-                coarse = _within(scaled, np.float32(-127), np.float32(127))
-                rest = _within((scaled - coarse) * np.float32(254), np.float32(-127), np.float32(127))
-                first[i] = np.uint8(coarse + np.float32(128))
-                second[i] = np.uint8(rest + np.float32(128))
+            times, minus = splat(factor), splat(np.float32(-1))
+            for i in range(0, whole, LANES):
+                scaled = mul(mul(load(x, at + i), load(sizes, i)), times)
+                coarse = _within(scaled, -127, 127)
+                rest = _within(mul(fma(coarse, minus, scaled), parts), -127, 127)
+                store_bytes(out, first + i, add(coarse, middle))
+                store_bytes(out, second + i, add(rest, middle))
+            for i in range(whole, width):
+                scaled_one = wide(x[at + i]) * sizes[i] * factor
+                coarse_one = _one_within(scaled_one, -127, 127)
+                rest_one = _one_within((scaled_one - coarse_one) * np.float32(254), -127, 127)
+                out[first + i] = np.uint8(coarse_one + np.float32(128))
+                out[second + i] = np.uint8(rest_one + np.float32(128))
             for i in range(width, stride):
-                first[i] = second[i] = 0
+                out[first + i] = out[second + i] = 0
 
     return run
-
-
-@register_jitable
-def _within(x, low, high):  # type: ignore[no-untyped-def]
-    """x rounded to a whole number from low to high; NaN gives low."""
-    x = np.rint(x)
-    x = x if x > low else low
-    return x if x < high else high

@@ -26,6 +26,11 @@ def _blocks(weight: Tensor) -> Tensor:
     return padded.view(-1, WIDTH, weight.shape[1]).transpose(1, 2).contiguous()
 
 
+def _to_blocks(values: Tensor) -> Tensor:
+    """[out] with zeros behind, to whole blocks of 64."""
+    return F.pad(values, (0, -len(values) % WIDTH)).contiguous()
+
+
 def _interleaved(weight: Tensor, count: int) -> Tensor:
     """[out, in] to [out / 64, in / count, 64, count], zeros behind the last output and the last input."""
     padded = F.pad(weight, (0, -weight.shape[1] % count, 0, -weight.shape[0] % WIDTH))
@@ -88,12 +93,13 @@ class KernelInt8(_Layer):
         super().__init__(numbers.shape, bias, dtype)
         self._stride = -(-self.in_features // 4) * 4
         self._held = _interleaved(numbers, 4)
-        self._sums, self._scales = numbers.sum(1, dtype=torch.int32), scales.contiguous()
+        offsets = numbers.sum(1, dtype=torch.int32) * (1 if sizes is None else 128)
+        self._offsets, self._scales, self._bias = (_to_blocks(part) for part in (offsets, scales, self._bias))
         self._sizes, self._each = None if sizes is None else sizes.float().contiguous(), 1 if sizes is None else 2
         stored = STORED[dtype]
         self._round = int8.plain(stored) if sizes is None else int8.fine(stored)
         self._run = products.product_int8(stored, sizes is not None, shared())
-        parts = (self._held, self._sums, self._scales, self._bias, *(() if sizes is None else (sizes,)))
+        parts = (self._held, self._offsets, self._scales, self._bias, *(() if sizes is None else (sizes,)))
         self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ class KernelInt8(_Layer):
         sizes = () if self._sizes is None else (self._sizes.data_ptr(),)
         self._round(rows, self.in_features, self._stride, x.data_ptr(), *sizes, bytes_.data_ptr(), marks.data_ptr())
         out = self._empty(rows)
-        weight = (self._held.data_ptr(), self._sums.data_ptr(), self._scales.data_ptr(), self._bias.data_ptr())
+        weight = (self._held.data_ptr(), self._offsets.data_ptr(), self._scales.data_ptr(), self._bias.data_ptr())
         addresses = (bytes_.data_ptr(), marks.data_ptr(), *weight, out.data_ptr())
         self._run(rows, self._stride, self.out_features, *addresses)
         return out

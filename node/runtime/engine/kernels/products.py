@@ -30,6 +30,7 @@ from node.runtime.engine.kernels.simd import (
     load,
     load_lanes,
     lower_half,
+    mul,
     narrow,
     no_ints,
     pointer,
@@ -37,6 +38,8 @@ from node.runtime.engine.kernels.simd import (
     splat_lane,
     store,
     store_ints,
+    sub_ints,
+    to_floats,
     upper_half,
     zero,
 )
@@ -113,22 +116,23 @@ def product_bfloat16(parallel: bool) -> Kernel:
 
 @family
 def product_int8(dtype: Any, twice: bool, parallel: bool) -> Kernel:
-    """(rows, inputs, outputs, x, marks, weight, sums, scales, bias, out).
+    """(rows, inputs, outputs, x, marks, weight, offsets, scales, bias, out).
 
     inputs: a multiple of four, as wide as rows of bytes. twice: rows of bytes are in pairs (`int8.fine`). x: whole fours of rows
-    of bytes. sums: int32 [out], of a weight's numbers; scales: float32 [out].
+    of bytes. offsets: int32, the sum of an output's numbers, 128 times with `twice`; scales: float32. These two and bias are for
+    whole blocks of 64 outputs.
     """
     each = 2 if twice else 1
 
     @kernel(*(COUNT, COUNT, COUNT, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS), parallel=parallel)
-    def run(rows, inputs, outputs, x_at, marks_at, weight_at, sums_at, scales_at, bias_at, out_at):  # type: ignore[no-untyped-def]
+    def run(rows, inputs, outputs, x_at, marks_at, weight_at, offsets_at, scales_at, bias_at, out_at):  # type: ignore[no-untyped-def]
         blocks, fours = (outputs + WIDTH - 1) // WIDTH, (rows * each + 3) // 4
         x = carray(pointer(x_at), fours * 4 * inputs, np.uint8)
         marks = carray(pointer(marks_at), (rows, 2), np.float32)
         weight = carray(pointer(weight_at), blocks * WIDTH * inputs, np.int8)
-        weight_sums = carray(pointer(sums_at), outputs, np.int32)
-        scales = carray(pointer(scales_at), outputs, np.float32)
-        bias = carray(pointer(bias_at), outputs, np.float32)
+        offsets = carray(pointer(offsets_at), blocks * WIDTH, np.int32)
+        scales = carray(pointer(scales_at), blocks * WIDTH, np.float32)
+        bias = carray(pointer(bias_at), blocks * WIDTH, np.float32)
         out = carray(pointer(out_at), (rows, outputs), dtype)
         for block in prange(blocks):
             sums = np.empty(fours * 4 * WIDTH, np.int32)
@@ -176,18 +180,22 @@ def product_int8(dtype: Any, twice: bool, parallel: bool) -> Kernel:
                     _keep_ints(sums, four * 4 + 1, b0, b1, b2, b3)
                     _keep_ints(sums, four * 4 + 2, c0, c1, c2, c3)
                     _keep_ints(sums, four * 4 + 3, d0, d1, d2, d3)
-            first = block * WIDTH
+            first, done = block * WIDTH, np.empty(WIDTH, np.float32)
             for r in range(rows):
-                step, least, into, here = marks[r, 0], marks[r, 1], out[r], r * each * WIDTH - first
-                for o in range(first, min(first + WIDTH, outputs)):
-                    if twice:
-                        zero_point = 128 * weight_sums[o]
-                        coarse = np.float32(sums[here + o] - zero_point)
-                        rest = np.float32(sums[here + WIDTH + o] - zero_point)
-                        value = (coarse + rest / np.float32(254)) * step * scales[o]
+                step, least, into = splat(marks[r, 0]), splat(marks[r, 1]), out[r]
+                for lane in range(0, WIDTH, LANES):
+                    o, here = first + lane, r * each * WIDTH + lane
+                    if twice:  # both rows of bytes are 128 more than what they stand for
+                        more = load_lanes(offsets, o)
+                        coarse = to_floats(sub_ints(load_lanes(sums, here), more))
+                        rest = to_floats(sub_ints(load_lanes(sums, here + WIDTH), more))
+                        value = mul(fma(rest, splat(np.float32(1 / 254)), coarse), step)
                     else:
-                        value = (np.float32(sums[here + o]) * step + least * np.float32(weight_sums[o])) * scales[o]
-                    into[o] = narrow(value + bias[o], into)
+                        value = mul(to_floats(load_lanes(offsets, o)), least)
+                        value = fma(to_floats(load_lanes(sums, here)), step, value)
+                    store(done, lane, fma(value, load(scales, o), load(bias, o)))
+                for o in range(first, min(first + WIDTH, outputs)):
+                    into[o] = narrow(done[o - first], into)
 
     return run
 

@@ -175,6 +175,66 @@ def fma(context, x, y, z):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def add(context, x, y):  # type: ignore[no-untyped-def]
+    """x + y."""
+    return floats(floats, floats), lambda c, b, s, a: b.fadd(a[0], a[1], flags=_FUSED)
+
+
+@intrinsic
+def lesser(context, x, y):  # type: ignore[no-untyped-def]
+    """The lesser of each two; y where one is NaN."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        return b.select(b.fcmp_ordered("<", a[0], a[1]), a[0], a[1])
+
+    return floats(floats, floats), code
+
+
+@intrinsic
+def greater(context, x, y):  # type: ignore[no-untyped-def]
+    """The greater of each two; y where one is NaN."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        return b.select(b.fcmp_ordered(">", a[0], a[1]), a[0], a[1])
+
+    return floats(floats, floats), code
+
+
+@intrinsic
+def magnitude(context, x):  # type: ignore[no-untyped-def]
+    """Without its sign."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        bits = b.and_(b.bitcast(a[0], _lanes(_I32)), _same(_I32, 0x7FFFFFFF))
+        return b.bitcast(bits, _lanes(_F32))
+
+    return floats(floats), code
+
+
+@intrinsic
+def rounded(context, x):  # type: ignore[no-untyped-def]
+    """To the nearest whole number, ties to even."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(_lanes(_F32), [_lanes(_F32)])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.rint.v{LANES}f32"), a)
+
+    return floats(floats), code
+
+
+@intrinsic
+def store_bytes(context, array, index, value):  # type: ignore[no-untyped-def]
+    """array[index : index + 16] = value, whole numbers from 0 to 255, of uint8."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        value = b.trunc(b.fptosi(a[2], _lanes(_I32)), _lanes(_I8))
+        b.store(value, _address(c, b, s, a, _I8)).align = 1
+        return c.get_dummy_value()
+
+    return types.void(array, types.int64, floats), code
+
+
+@intrinsic
 def total(context, x):  # type: ignore[no-untyped-def]
     """The sum of the sixteen."""
 
@@ -222,6 +282,18 @@ def splat_lane(context, array, index):  # type: ignore[no-untyped-def]
         return _spread(b, four, _I32)
 
     return ints(array, types.int64), code
+
+
+@intrinsic
+def sub_ints(context, x, y):  # type: ignore[no-untyped-def]
+    """x - y."""
+    return ints(ints, ints), lambda c, b, s, a: b.sub(a[0], a[1])
+
+
+@intrinsic
+def to_floats(context, x):  # type: ignore[no-untyped-def]
+    """Sixteen int32 as floats, rounded to the nearest."""
+    return floats(ints), lambda c, b, s, a: b.sitofp(a[0], _lanes(_F32))
 
 
 @intrinsic
