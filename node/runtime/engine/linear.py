@@ -27,6 +27,7 @@ from torch import Tensor
 
 from node.runtime.engine.errors import UnsupportedModel
 from node.runtime.engine.kernels import importable
+from node.runtime.engine.kernels.arena import Arena
 
 FORMATS: Final = ("float32", "bfloat16", "float16", "int8", "int4")
 FEW_ROWS: Final = 4
@@ -185,8 +186,18 @@ class _TwoCopies:
         self._few, self._many = few, many
         self.nbytes = few.nbytes + many.nbytes
 
+    def hold(self, arena: Arena) -> None:
+        hold(self._few, arena)
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._few(x) if x.shape[0] <= FEW_ROWS else self._many(x)
+
+
+def hold(layer: Linear, arena: Arena) -> None:
+    """Move the weight of a compiled layer beside those of others; others stay."""
+    move = getattr(layer, "hold", None)
+    if move is not None:
+        move(arena)
 
 
 def _fits_float16(weight: Tensor) -> bool:

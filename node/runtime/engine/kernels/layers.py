@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from node.runtime.engine.kernels import int8, products
+from node.runtime.engine.kernels.arena import Arena
 from node.runtime.engine.kernels.compiled import STORED, demand, shared
 from node.runtime.engine.kernels.products import WIDTH
 
@@ -50,6 +51,13 @@ class _Layer:
         self.out_features, self.in_features = shape
         self._dtype = dtype
         self._bias = torch.zeros(self.out_features) if bias is None else bias.float().contiguous()
+
+    _held: Tensor
+    """The weight, packed."""
+
+    def hold(self, arena: Arena) -> None:
+        """Move the weight to where its neighbours are."""
+        self._held = arena.keep(self._held)
 
     def _rows(self, x: Tensor) -> Tensor:
         """x, its rows beside each other; `RuntimeError` when they are none of this layer."""

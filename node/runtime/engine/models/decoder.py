@@ -22,7 +22,8 @@ from torch import Tensor
 
 from node.runtime.engine.errors import UnsupportedModel
 from node.runtime.engine.kernels import kernels_for
-from node.runtime.engine.linear import Linear, compute_dtype, make_linear
+from node.runtime.engine.kernels.arena import Arena
+from node.runtime.engine.linear import Linear, compute_dtype, hold, make_linear
 from node.runtime.engine.paged import Attention, PagedCache, Plan
 
 if TYPE_CHECKING:
@@ -196,8 +197,13 @@ class Decoder:
         self.positions = None if config.rope else weights["positions"].to(self.dtype)
         self.norm = _Norm(config, "norm", weights, self.dtype, self.kernels)
         head = weights["embed" if config.tied else "head.weight"]
-        self.head = _tiled(make_linear(head, fmt, weights.get("head.bias"), head=True, few_rows=tile == 0), tile)
-        self.layers = [_Layer(config, n, weights, fmt, self.dtype, tile, self.kernels) for n in range(config.layers)]
+        arena = Arena()
+        made = make_linear(head, fmt, weights.get("head.bias"), head=True, few_rows=tile == 0)
+        hold(made, arena)
+        self.head = _tiled(made, tile)
+        self.layers = [
+            _Layer(config, n, weights, fmt, self.dtype, tile, self.kernels, arena) for n in range(config.layers)
+        ]
         ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
         self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
 
@@ -275,6 +281,7 @@ class _Layer:
         dtype: torch.dtype,
         tile: int,
         kernels: Kernels | None,
+        arena: Arena,
     ) -> None:
         self.index = index
         self.config = config
@@ -286,7 +293,9 @@ class _Layer:
             weight = (
                 torch.cat([weights[f"{key}.weight"] for key in keys]) if len(keys) > 1 else weights[f"{keys[0]}.weight"]
             )
-            return _tiled(make_linear(weight, fmt, torch.cat(biases) if biases else None, few_rows=tile == 0), tile)
+            made = make_linear(weight, fmt, torch.cat(biases) if biases else None, few_rows=tile == 0)
+            hold(made, arena)
+            return _tiled(made, tile)
 
         def norm(name: str, rms: bool = False) -> _Norm:
             return _Norm(config, f"{index}.{name}", weights, dtype, kernels, rms)
