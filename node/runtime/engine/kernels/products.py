@@ -24,6 +24,7 @@ from numba.extending import register_jitable
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import (
     LANES,
+    add,
     dot_fours,
     dot_pairs,
     fma,
@@ -61,7 +62,7 @@ def product_bfloat16(parallel: bool) -> Kernel:
         x = carray(pointer(x_at), fours * 4 * inputs, np.uint16)
         weight = carray(pointer(weight_at), blocks * WIDTH * inputs, np.uint16)
         bias = carray(pointer(bias_at), outputs, np.float32)
-        out = carray(pointer(out_at), (rows, outputs), np.uint16)
+        out = carray(pointer(out_at), rows * outputs, np.uint16)
         for block in prange(blocks):
             sums = np.empty(fours * 4 * WIDTH, np.float32)
             for begin in range(0, inputs, RUN):
@@ -109,7 +110,7 @@ def product_bfloat16(parallel: bool) -> Kernel:
                     _keep(sums, four * 4 + 2, c0, c1, c2, c3)
                     _keep(sums, four * 4 + 3, d0, d1, d2, d3)
             for r in range(rows):
-                _write(sums, r, bias, block * WIDTH, out[r])
+                _write(sums, r, bias, block * WIDTH, outputs, out, r * outputs)
 
     return run
 
@@ -133,7 +134,7 @@ def product_int8(dtype: Any, twice: bool, parallel: bool) -> Kernel:
         offsets = carray(pointer(offsets_at), blocks * WIDTH, np.int32)
         scales = carray(pointer(scales_at), blocks * WIDTH, np.float32)
         bias = carray(pointer(bias_at), blocks * WIDTH, np.float32)
-        out = carray(pointer(out_at), (rows, outputs), dtype)
+        out = carray(pointer(out_at), rows * outputs, dtype)
         for block in prange(blocks):
             sums = np.empty(fours * 4 * WIDTH, np.int32)
             for begin in range(0, inputs, RUN):
@@ -182,7 +183,7 @@ def product_int8(dtype: Any, twice: bool, parallel: bool) -> Kernel:
                     _keep_ints(sums, four * 4 + 3, d0, d1, d2, d3)
             first, done = block * WIDTH, np.empty(WIDTH, np.float32)
             for r in range(rows):
-                step, least, into = splat(marks[r, 0]), splat(marks[r, 1]), out[r]
+                step, least = splat(marks[r, 0]), splat(marks[r, 1])
                 for lane in range(0, WIDTH, LANES):
                     o, here = first + lane, r * each * WIDTH + lane
                     if twice:  # both rows of bytes are 128 more than what they stand for
@@ -193,9 +194,8 @@ def product_int8(dtype: Any, twice: bool, parallel: bool) -> Kernel:
                     else:
                         value = mul(to_floats(load_lanes(offsets, o)), least)
                         value = fma(to_floats(load_lanes(sums, here)), step, value)
-                    store(done, lane, fma(value, load(scales, o), load(bias, o)))
-                for o in range(first, min(first + WIDTH, outputs)):
-                    into[o] = narrow(done[o - first], into)
+                    store(done, lane, mul(value, load(scales, o)))
+                _write(done, 0, bias, first, outputs, out, r * outputs)
 
     return run
 
@@ -211,7 +211,7 @@ def product_int4(dtype: Any, parallel: bool) -> Kernel:
         weight = carray(pointer(weight_at), blocks * WIDTH * inputs // 2, np.int8)
         scales = carray(pointer(scales_at), blocks * groups * 2 * WIDTH, np.uint16)
         bias = carray(pointer(bias_at), outputs, np.float32)
-        out = carray(pointer(out_at), (rows, outputs), dtype)
+        out = carray(pointer(out_at), rows * outputs, dtype)
         totals = np.zeros(rows * groups, np.float32)  # of a group's inputs: what its zero is multiplied by
         for g in range(rows * groups):
             for k in range(GROUP):
@@ -234,7 +234,7 @@ def product_int4(dtype: Any, parallel: bool) -> Kernel:
                         w += WIDTH
                     s0, s1, s2, s3 = _scaled(scales, (block * groups + g) * 2, all_, a0, a1, a2, a3, s0, s1, s2, s3)
                 _keep(sums, 0, s0, s1, s2, s3)
-                _write(sums, 0, bias, first, out[0])
+                _write(sums, 0, bias, first, outputs, out, 0)
             for r in range(0, rows - 1, 2):
                 s0, s1, s2, s3 = zero(), zero(), zero(), zero()
                 t0, t1, t2, t3 = zero(), zero(), zero(), zero()
@@ -260,8 +260,8 @@ def product_int4(dtype: Any, parallel: bool) -> Kernel:
                     t0, t1, t2, t3 = _scaled(scales, at, each, b0, b1, b2, b3, t0, t1, t2, t3)
                 _keep(sums, 0, s0, s1, s2, s3)
                 _keep(sums, 1, t0, t1, t2, t3)
-                _write(sums, 0, bias, first, out[r])
-                _write(sums, 1, bias, first, out[r + 1])
+                _write(sums, 0, bias, first, outputs, out, r * outputs)
+                _write(sums, 1, bias, first, outputs, out, (r + 1) * outputs)
 
     return run
 
@@ -345,7 +345,11 @@ def _keep_ints(sums, row, a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _write(sums, row, bias, first, out):  # type: ignore[no-untyped-def]
-    """A block's outputs, as many as there are."""
-    for o in range(first, min(first + WIDTH, len(out))):
-        out[o] = narrow(sums[row * WIDTH + o - first] + bias[o], out)
+def _write(sums, row, bias, first, outputs, out, at):  # type: ignore[no-untyped-def]
+    """A block's outputs, as many as there are, to a row of results that begins at out[at]."""
+    if first + WIDTH <= outputs:
+        for lane in range(0, WIDTH, LANES):
+            store(out, at + first + lane, add(load(sums, row * WIDTH + lane), load(bias, first + lane)))
+    else:
+        for o in range(first, outputs):
+            out[at + o] = narrow(sums[row * WIDTH + o - first] + bias[o], out)
