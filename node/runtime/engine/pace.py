@@ -14,7 +14,7 @@ from typing import Final
 
 from node.runtime.engine.blocks import BLOCK_TOKENS
 
-STRETCH: Final = 1.0
+STRETCH: Final = 0.85
 """Measured with 16 streams and a prompt of 1,500 tokens: docs/measurements.md."""
 _DEARER, _CHEAPER = 0.25, 0.125
 
