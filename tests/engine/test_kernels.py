@@ -53,8 +53,8 @@ def same_bits(one: Any, other: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- functions
 
 
-@cache
-def _mapped(name: str) -> Any:
+@compiled.family
+def _mapped(name: str) -> compiled.Kernel:
     function = getattr(simd, name)
 
     @compiled.kernel(compiled.COUNT, compiled.ADDRESS, compiled.ADDRESS)
