@@ -85,7 +85,7 @@ class Packing:
 
 @cache
 def _compiled() -> bool:
-    """Whether the engine has its compiled kernels (`kernels.importable`), for which the copies for few rows are."""
+    """Whether the engine has its compiled kernels (`kernels.importable`)."""
     return find_spec("numba") is not None
 
 

@@ -1,8 +1,8 @@
 """Small operations of a step on a CPU, each in one pass over its data, compiled for the processor they run on.
 
 A step of a small model is a thousand torch operators; what they cost besides arithmetic is more than the arithmetic. These
-kernels are written in Python and compiled by Numba through LLVM: no compiler is needed on the machine. Products of many
-rows stay with torch, whose libraries are faster there.
+kernels are written in Python and compiled by Numba through LLVM: no compiler is needed on the machine. Products in
+float32 and float16, and attention of prompts, stay with torch.
 
 Rules:
 - `kernels_for` gives None where they cannot be used (another device, no Numba, a trial that disagrees with torch): the
@@ -15,7 +15,8 @@ Rules:
 - NaN in, NaN out: a model that computes nonsense must be noticed.
 
 `simd` is sixteen floats at a time; `norms`, `attention`, `products`, `int8` are the kernels; `calls` and `layers` are
-tensors to addresses; `compiled`, `objects`, `book` and `named` are how they are compiled, kept and given to another process.
+tensors to addresses; `arena` is where weights lie; `compiled`, `objects`, `book` and `named` are how kernels are compiled, kept
+and given to another process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def importable() -> bool:
         import node.runtime.engine.kernels.compiled
         import node.runtime.engine.kernels.simd  # noqa: F401
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # missing, or broken by what it is built on
-        log.warning("compiled kernels are not used, steps will take about half as long again: %s", error)
+        log.warning("compiled kernels are not used, steps will be slower: %s", error)
         return False
     return True
 

@@ -18,7 +18,7 @@ from node.runtime.engine.kernels.compiled import STORED, demand, shared
 from node.runtime.engine.kernels.products import WIDTH
 
 UNPACK_ROWS: Final = 17
-"""From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch."""
+"""From so many rows on an int4 weight is unpacked to bfloat16 and multiplied by torch (measured: even at 16)."""
 
 
 def _blocks(weight: Tensor) -> Tensor:

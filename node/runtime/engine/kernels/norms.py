@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numba import carray
+from numba.extending import register_jitable
 
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import exp, narrow, pointer, wide
@@ -38,9 +39,8 @@ def rms_norm(dtype: Any) -> Kernel:
     return run
 
 
-@family
-def silu_gate(dtype: Any) -> Kernel:
-    """(rows, width, x, out): out = silu(gate) * up, where a row of x is gate and up, each `width` numbers."""
+def _gate(dtype: Any, activation: Any) -> Kernel:
+    """(rows, width, x, out): out = activation(gate) * up, where a row of x is gate and up, each `width` numbers."""
 
     @kernel(COUNT, COUNT, ADDRESS, ADDRESS)
     def run(rows, width, x_at, out_at):  # type: ignore[no-untyped-def]
@@ -49,28 +49,33 @@ def silu_gate(dtype: Any) -> Kernel:
         for r in range(rows):
             gate, up, into = x[r, 0], x[r, 1], out[r]
             for i in range(width):
-                z = wide(gate[i])
-                into[i] = narrow(z / (np.float32(1) + exp(-z)) * wide(up[i]), into)
+                into[i] = narrow(activation(wide(gate[i])) * wide(up[i]), into)
 
     return run
+
+
+@register_jitable
+def _silu(z):  # type: ignore[no-untyped-def]
+    return z / (np.float32(1) + exp(-z))
+
+
+@register_jitable
+def _gelu_tanh(z):  # type: ignore[no-untyped-def]
+    """z * sigmoid(1.5957691 (z + 0.044715 z^3))."""
+    bent = np.float32(1.5957691216) * (z + np.float32(0.044715) * z * z * z)
+    return z / (np.float32(1) + exp(-bent))
+
+
+@family
+def silu_gate(dtype: Any) -> Kernel:
+    """`_gate` by SiLU."""
+    return _gate(dtype, _silu)
 
 
 @family
 def gelu_tanh_gate(dtype: Any) -> Kernel:
-    """(rows, width, x, out): out = gelu(gate) * up, in the tanh form: z * sigmoid(1.5957691 (z + 0.044715 z^3))."""
-
-    @kernel(COUNT, COUNT, ADDRESS, ADDRESS)
-    def run(rows, width, x_at, out_at):  # type: ignore[no-untyped-def]
-        x = carray(pointer(x_at), (rows, 2, width), dtype)
-        out = carray(pointer(out_at), (rows, width), dtype)
-        for r in range(rows):
-            gate, up, into = x[r, 0], x[r, 1], out[r]
-            for i in range(width):
-                z = wide(gate[i])
-                bent = np.float32(1.5957691216) * (z + np.float32(0.044715) * z * z * z)
-                into[i] = narrow(z / (np.float32(1) + exp(-bent)) * wide(up[i]), into)
-
-    return run
+    """`_gate` by GELU in the tanh form."""
+    return _gate(dtype, _gelu_tanh)
 
 
 @family
