@@ -165,7 +165,8 @@ class TorchBackend:
         async def generate(prompt: Prompt, params: Params) -> AsyncGenerator[Step, None]:
             host = one.engine()
             while host.running and not host.fits(len(prompt.token_ids), params.max_tokens):
-                await trio.sleep(0.05)  # streams that went on after a death have the room; one of them will end
+                host.go_on()
+                await trio.sleep(0.05)  # streams that go on after a death have the room; one of them will end
             async with aclosing(self._stream(one, prompt, params)) as steps:
                 async for step in steps:
                     yield step

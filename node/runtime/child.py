@@ -121,6 +121,7 @@ def _ready(engine: LoadedEngine, stepper: Stepper, walls: wire.Walls | None) -> 
         walls=walls,
         weight_bytes=engine.weight_bytes + draft_weights,
         cache_bytes=engine.cache_bytes + draft_cache,
+        step_tokens=getattr(engine, "step_tokens", 0),
         compiled=tuple(getattr(engine, "compiled", ()))[: wire.KERNELS],
     )
 

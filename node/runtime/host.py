@@ -4,7 +4,8 @@ Rules
 - The engine is not trusted. Each message is held against what was asked (`node.runtime.streams`): an engine that says anything
   else is killed.
 - A step's tokens come in one message for all streams.
-- An engine that has work must come forward with it, or it hangs, whatever it answers (`node.runtime.progress`).
+- An engine that is silent for much longer than its steps took hangs, and so does one that has work and does not come forward with
+  it, whatever it answers (`node.runtime.hangs`).
 - An engine that died (killed, crashed, out of memory, hung) is started again (`node.runtime.supervisor`), and its streams go on
   from the tokens that came: the same tokens as unbroken ones, since a stream is its tokens. A stream that was running in
   `MAX_DEATHS` deaths may be what kills engines, and ends. Streams that came in the meantime wait.
@@ -27,11 +28,11 @@ from msgspec.structs import replace
 from node.errors import ModelError, PromptInvalid
 from node.runtime import wire
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
+from node.runtime.hangs import Hangs
 from node.runtime.launch import Launcher
 from node.runtime.link import ProcessLost
-from node.runtime.progress import Progress
 from node.runtime.streams import Stream, room_of
-from node.runtime.supervisor import ROUNDS, Limits, Patience, Supervisor
+from node.runtime.supervisor import Limits, Supervisor
 from node.telemetry.engine import EngineMetrics, EngineStats
 from protocol.messages import ResponseFormat
 from protocol.tame import one_line
@@ -39,8 +40,6 @@ from protocol.tame import one_line
 log = logging.getLogger(__name__)
 MAX_DEATHS: Final = 2
 """A stream that was running in so many deaths is not tried again."""
-STANDSTILL: Final = 2
-"""An engine that answers must have come forward in so many times `Limits.hang_s`: every step is one, and ends in that time."""
 
 
 class StepObserver(Protocol):
@@ -63,9 +62,11 @@ class EngineHost:
         metrics: EngineMetrics | None = None,
         observers: Several[StepObserver] = (),
         kernels: Callable[[], wire.Kernels | None] = lambda: None,
+        test_first: bool = False,
     ) -> None:
         """`heard` is called when the engine's stage, failure or readiness changed; `observers` hear of every step; `kernels`:
-        what each new engine is given besides `load`."""
+        what each new engine is given besides `load`. `test_first`: streams that outlived an engine wait for `go_on` when another
+        is ready; ones that come then do not."""
         self.metrics = metrics or EngineMetrics("", 1)
         self.mode = launch.mode
         self._observers = (self.metrics, *observers)
@@ -82,14 +83,17 @@ class EngineHost:
             wire.TO_NODE,
         )
         self._heard = heard
-        self._numbers, self._pings = itertools.count(), itertools.count()
+        self._test_first = test_first
+        self._numbers = itertools.count()
         self._streams: dict[int, Stream] = {}
         self._room = 0
         self._sent = self._acknowledged = 0
         self._unheard: deque[Stream] = deque()
         """Submits that `_room` does not count yet."""
         self._step_ended = 0.0
-        self._silence, self._standstill, self._progress = Patience(), Patience(STANDSTILL * ROUNDS), Progress()
+        self._hangs = Hangs(
+            self._limits, hasty=self.mode != "thread"
+        )  # a thread cannot be ended: nothing is gained by haste
         self.stopped = False
         """`run` has ended."""
         self.facts: wire.Ready | None = None
@@ -122,6 +126,7 @@ class EngineHost:
         """Whether a sequence of this size would be taken now, by what the engine said last less what it has not counted yet."""
         size = prompt_tokens + max_tokens
         promised = sum(stream.room for stream in self._unheard)
+        promised += sum(stream.room for stream in self._streams.values() if not stream.submitted)
         return self.could_fit(size) and room_of(size) <= self._room - promised
 
     def could_fit(self, tokens: int) -> bool:
@@ -164,6 +169,7 @@ class EngineHost:
             if self._streams.pop(stream.number, None) is not None:
                 if stream.submitted:
                     self._process.send(wire.Abort(stream.number))
+                    self._hangs.leaves(stream, self._streams.values())
                 timing.end("stop" if sequence.id in self._satisfied else "abort", time.perf_counter())
             self._satisfied.discard(sequence.id)
 
@@ -176,6 +182,15 @@ class EngineHost:
             self.ready = False
             self.metrics.stats = lambda: None
             self._end_all("the model runtime is stopping")
+
+    def go_on(self) -> None:
+        """With the streams that wait since the engine was ready; nothing where none do."""
+        for stream in list(self._streams.values()) if self.ready else ():
+            if not stream.submitted:
+                try:
+                    self._submit(stream)
+                except ModelError as error:
+                    self._end(stream, error.message)
 
     # ----------------------------------------------------------------------------------------- for its supervisor
 
@@ -209,23 +224,18 @@ class EngineHost:
         self.facts, self._room = facts, facts.room
         self._sent = self._acknowledged = 0
         self._unheard.clear()
-        self._silence, self._standstill, self._progress = Patience(), Patience(STANDSTILL * ROUNDS), Progress()
+        self._hangs.begin(trio.current_time(), facts.step_tokens)
         self.ready, self.stage, self.failure = True, "ready", ""
-        for stream in list(self._streams.values()):
-            try:
-                self._submit(stream)
-            except ModelError as error:
-                self._end(stream, error.message)
+        if not self._test_first:
+            self.go_on()
         self._heard()
 
-    def look(self) -> None:
+    def look(self, late: float) -> None:
         """Questions without any answer are a hang, and so is work that nothing comes of."""
-        hang_s = self._limits.hang_s
-        if self._silence.over(self._process.heard):
-            raise ProcessLost(f"it hangs: no step has ended and no question was answered for {hang_s:g} s")
-        if self._standstill.over(self._progress.mark(self._streams.values())):
-            raise ProcessLost(f"it hangs: it answers, and nothing came of its work for {STANDSTILL * hang_s:g} s")
-        self._process.send(wire.Ping(next(self._pings)))
+        reason = self._hangs.look(trio.current_time(), late, self._process.heard, self._streams.values())
+        if reason:
+            raise ProcessLost(reason)
+        self._ask(wire.Ping(self._hangs.ping()))
 
     def take(self, message: wire.ToNode) -> None:
         match message:
@@ -235,8 +245,10 @@ class EngineHost:
                 refused = self._streams.get(message.number)
                 if refused is not None:
                     self._end(refused, f"the engine refused the sequence: {one_line(message.reason)}")
+                self._hangs.heard(trio.current_time(), self._streams.values())
             case wire.Pong():
-                pass
+                self._hangs.answered(message.number)
+                self._hangs.heard(trio.current_time(), self._streams.values())
             case wire.Failed():
                 raise ProcessLost(("out of memory: " if message.memory else "") + message.reason)
             case wire.Loading() | wire.Ready():
@@ -254,7 +266,7 @@ class EngineHost:
         self._acknowledged, self._room = message.submits, message.room
         if (stats := message.stats) is not None:
             self.metrics.stats = lambda: stats
-            self._progress.claims(stats.prompt_tokens)
+            self._hangs.progress.claims(stats.prompt_tokens)
         if message.seconds:
             began, self._step_ended = max(now - message.seconds, self._step_ended), now
             for observer in self._observers:
@@ -265,13 +277,16 @@ class EngineHost:
             if stream is None or self.facts is None:  # it was left, and the engine has yet to hear of it
                 continue
             output = stream.accept(said, self.facts.vocab_size)
-            self._progress.tokens += 1
+            self._hangs.progress.tokens += 1
             fresh.setdefault(stream, []).append(output)
             if output.finish_reason is not None:
                 del self._streams[stream.number]
         for stream, outputs in fresh.items():
             stream.deliver(outputs, now)
             self._credit(stream)
+        computed = max(stats.step_tokens if stats else 0, len(message.outputs), 1) if message.seconds else 0
+        longest = max((stream.length for stream in fresh), default=0)
+        self._hangs.heard(trio.current_time(), self._streams.values(), computed, longest)
 
     def bury(self, reason: str, failed: int) -> None:
         """Take stock: who waits for the next engine, and who was there once too often."""
@@ -293,15 +308,19 @@ class EngineHost:
     # ---------------------------------------------------------------------------------------------------- what we say
 
     def _submit(self, stream: Stream) -> None:
-        self._process.send(stream.question())
+        self._ask(stream.question())
         stream.submitted = True
-        self._progress.given(stream)
+        self._hangs.progress.given(stream)
         self._sent += 1
         self._unheard.append(stream)
 
     def _credit(self, stream: Stream) -> None:
         if stream.number in self._streams and (credit := stream.credit()) is not None:
-            self._process.send(credit)
+            self._ask(credit)
+
+    def _ask(self, message: wire.ToEngine) -> None:
+        self._process.send(message)
+        self._hangs.asked(trio.current_time())
 
     def _end_all(self, reason: str) -> None:
         for stream in list(self._streams.values()):

@@ -3,6 +3,7 @@
 Rules
 - An engine's news are events of its model's life (`node.runtime.life`); what they lead to, the table says.
 - An engine that comes up is given a real job before its model is sold. It goes on after a death, as every stream does.
+- After a death that job goes first, since it is short: the streams follow when it has passed, or after `FIRST_S` beside it.
 - A fault of ours in one model's host ends that model, not the worker.
 """
 
@@ -12,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import trio
 
@@ -30,6 +32,8 @@ from node.telemetry.engine import EngineMetrics
 from protocol.ids import ModelId
 
 log = logging.getLogger(__name__)
+FIRST_S: Final = 2.0
+"""So long, streams that outlived an engine wait for the test of the next one."""
 
 
 class Keeper:
@@ -90,6 +94,7 @@ class Keeper:
             metrics=one.metrics,
             observers=[one.tracing],
             kernels=lambda: self._kernels.given if self._kernels else None,
+            test_first=True,
         )
         one.scope = trio.CancelScope()
         await self._nursery.start(self._keep, one)
@@ -142,7 +147,9 @@ class Keeper:
             one.news(Event.LOADED)
             if one.phase is Phase.TESTING and not one.examining:
                 one.examining = True
-                self._nursery.start_soon(self._examine, one)
+                self._nursery.start_soon(self._examine, one, host)
+            else:  # among the streams is the test, if there is one
+                host.go_on()
         one.notify()
 
     def _met(self, one: Resident, host: EngineHost) -> None:
@@ -161,11 +168,13 @@ class Keeper:
                 params=(*SAMPLING_PARAMS, "response_format", *offered_logprobs(facts.vocab_size)),
             )
 
-    async def _examine(self, one: Resident) -> None:
+    async def _examine(self, one: Resident, host: EngineHost) -> None:
         """The self-test, and what follows from it."""
+        self._nursery.start_soon(self._no_longer_first, host)
         try:
             tested: SelfTest = await self._test(one)
         finally:
+            host.go_on()
             one.examining = False
             one.notify()
         one.test = tested
@@ -182,6 +191,10 @@ class Keeper:
             log.error("%s is not sold: %s", one.manifest.name, one.trouble)
             one.on(Event.FLUNKED)
             await self.end(one)
+
+    async def _no_longer_first(self, host: EngineHost) -> None:
+        await trio.sleep(FIRST_S)
+        host.go_on()
 
     def _learn(self, one: Resident) -> None:
         """Have what its engine had to compile compiled for the next one, now that its speed has been measured."""

@@ -2,7 +2,7 @@
 
 Rules
 - What is advertised has passed its self-test since its engine last started.
-- A model that dies goes through its test again before it is advertised again; its streams do not wait for that.
+- A model that dies goes through its test again before it is advertised again; its streams do not wait long for that.
 - Draining is the only way out of `READY` but death, so no stream is cut off by an operator's wish.
 """
 

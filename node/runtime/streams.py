@@ -44,6 +44,8 @@ class Stream:
     """`consumed` when it was last submitted."""
     credited: int = 0
     """What the engine knows of `consumed`."""
+    had: int = 0
+    """Tokens that had come when it was last submitted."""
     submitted: bool = False
     """The engine that runs now has it."""
     deaths: int = 0
@@ -68,12 +70,18 @@ class Stream:
         """The reader has a whole window to take, and the engine waits for it."""
         return len(self.received) - self.consumed >= self.window
 
+    @property
+    def silent(self) -> bool:
+        """The engine that has it has brought none of its tokens yet."""
+        return len(self.received) == self.had
+
     def question(self) -> wire.Submit:
         """What an engine is asked, for a first time or again."""
         sequence, sampling = self.sequence, self.sequence.sampling
         if not isinstance(sampling, SamplingParams):
             raise TypeError("a sequence's sampling is protocol.sampling's")
         self.first = self.credited = self.consumed
+        self.had = len(self.received)
         return wire.Submit(
             self.number,
             sequence.prompt_ids,

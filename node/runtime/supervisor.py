@@ -3,7 +3,7 @@
 Rules
 - The process is not trusted. Its owner holds what it says against what was asked; whatever the owner raises as `ProcessLost` is
   the end of the process, and so is a line that breaks, carries rubbish, or is not read at the other end.
-- A hang is counted in rounds, not timed: if it was the node that stood still, what follows is one round and no more.
+- A hang is counted in looks, not timed: if it was the node that stood still, what follows is one look and no more.
 - A process that had worked is started again at once; one that cannot be loaded, ever less often.
 """
 
@@ -25,8 +25,8 @@ from protocol.errors import LocalProtocolError
 from protocol.tame import one_line
 
 Said = TypeVar("Said", contravariant=True)
-ROUNDS: Final = 4
-"""Looks at a process in `Limits.hang_s`."""
+LOOKS: Final = 4
+"""At a process in `Limits.hang_s`, at least."""
 UNREAD: Final = 4
 """As many messages of the greatest size may a process leave unread. One that talks and does not listen would fill our memory and
 never hang."""
@@ -40,9 +40,17 @@ class Limits:
     """A process that is not ready by then is killed."""
     hang_s: float = 30.0
     """A process that owes an answer and has given none in this time is killed."""
+    floor_s: float = 3.0
+    """No silence shorter than this is a hang, however quick a process usually is."""
     backoff_s: float = 0.5
     """Wait before the second of several loads that fail; doubled each time."""
     backoff_max_s: float = 60.0
+    look_s: float = 0.5
+    """A process is looked at as often as this."""
+
+    @property
+    def between_looks_s(self) -> float:
+        return min(self.look_s, self.hang_s / LOOKS)
 
 
 class Owner(Protocol[Said]):
@@ -61,8 +69,9 @@ class Owner(Protocol[Said]):
     def take(self, message: Said) -> None:
         """What it says when it is ready."""
 
-    def look(self) -> None:
-        """Called as the process is ready, and each quarter of `Limits.hang_s` from then on: does it hang?"""
+    def look(self, late: float) -> None:
+        """Called as the process is ready, and each `Limits.between_looks_s` from then on: does it hang? `late`: seconds by
+        which we come too late ourselves."""
 
     def bury(self, reason: str, failed: int) -> None:
         """It died, and is started again. `failed`: how many in a row could not be loaded or did nothing; 0: it had worked."""
@@ -175,9 +184,12 @@ class Supervisor(Generic[Out, In]):
                 self._owner.take(message)
 
     async def _watch(self) -> NoReturn:
+        look_s, late = self._limits.between_looks_s, 0.0
         while True:
-            self._owner.look()
-            await trio.sleep(self._limits.hang_s / ROUNDS)
+            self._owner.look(late)
+            began = trio.current_time()
+            await trio.sleep(look_s)
+            late = max(trio.current_time() - began - look_s, 0.0)
 
     async def _bound(self, link: Link[Out, In]) -> NoReturn:
         while True:
@@ -187,15 +199,15 @@ class Supervisor(Generic[Out, In]):
 
 
 class Patience:
-    """Rounds that nothing came of."""
+    """For how long nothing came of waiting, in seconds that are counted."""
 
-    def __init__(self, rounds: int = ROUNDS) -> None:
-        self._rounds = rounds
+    def __init__(self) -> None:
         self._mark: object = None
-        self._still = 0
+        self._still = 0.0
 
-    def over(self, mark: object) -> bool:
-        """`mark`: changes with whatever is waited for; None while nothing is. True when it has been the same for all rounds."""
-        self._still = self._still + 1 if mark is not None and mark == self._mark else 0
+    def tried(self, mark: object, seconds: float) -> float:
+        """A look after so many more seconds. `mark`: changes with whatever is waited for; None while nothing is. For how long it
+        has been the same."""
+        self._still = self._still + seconds if mark is not None and mark == self._mark else 0.0
         self._mark = mark
-        return self._still >= self._rounds
+        return self._still

@@ -161,6 +161,8 @@ class Ready(_Message):
     """Of the weights as they are held, packed copies and a draft model included."""
     cache_bytes: Count = 0
     """Of keys and values, a draft model's included."""
+    step_tokens: Count = 0
+    """Of prompts in one step, at most; 0: it does not say."""
     compiled: Annotated[tuple[KernelName, ...], _Meta(max_length=KERNELS)] = ()
     """Kernels that it had to compile, for want of any or of ones that fit."""
 

@@ -5,9 +5,8 @@ Time is trio's mock clock; the engines are played in the same loop, on real sock
 
 from __future__ import annotations
 
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -21,75 +20,12 @@ from node.runtime import wire
 from node.runtime.engine.sequence import Sequence
 from node.runtime.host import EngineHost
 from node.runtime.supervisor import Limits
+from node.testing.played_engine import Actor
 from protocol.sampling import SamplingParams
 
 LOAD = wire.Load("/nowhere", "cpu", "float32", 1, 1 << 20, 8, 0)
-READY = wire.Ready(100_000, 97, "0" * 32, (96,), 100_000, 100_000)
-LIMITS = Limits(hang_s=30, backoff_s=0.01)
+LIMITS = Limits(hang_s=30, backoff_s=0.01, look_s=7.5)  # each look is a jump of the clock, which takes a moment
 PROMPT = 1000
-
-
-class Actor:
-    """Answers pings as an honest engine does, and plays a part beside. One part for each life; the last one again and again."""
-
-    mode = "process"
-
-    def __init__(self, *parts: Callable[[Actor, wire.Submit], Awaitable[None]]) -> None:
-        self.parts = parts
-        self.lives = 0
-        self.submits = 0
-        self.read = trio.Event()
-        """A reader has taken something."""
-        self._stream: trio.SocketStream | None = None
-        self._lock = trio.StrictFIFOLock()
-
-    async def say(self, message: wire.ToNode) -> None:
-        async with self._lock:
-            if self._stream is not None:
-                await self._stream.send_all(wire.TO_NODE.frame(message))
-
-    async def step(self, *outputs: wire.Output, prompt_tokens: int = 0) -> None:
-        await self.say(wire.Stepped(outputs, 1000, self.submits, 0.1, wire.Stats(1, prompt_tokens=prompt_tokens)))
-
-    @asynccontextmanager
-    async def start(self, theirs: socket.socket, folder: str) -> AsyncIterator[Any]:
-        part = self.parts[min(self.lives, len(self.parts) - 1)]
-        self.lives, self.submits = self.lives + 1, 0
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-
-        async def act(nursery: trio.Nursery) -> None:
-            stream, reader = self._stream, wire.TO_ENGINE.reader()
-            if stream is None:
-                return
-            try:
-                async for data in stream:
-                    for message in reader.feed(bytes(data)):
-                        match message:
-                            case wire.Load():
-                                await self.say(READY)
-                            case wire.Ping():
-                                await self.say(wire.Pong(message.number))
-                            case wire.Submit():
-                                self.submits += 1
-                                nursery.start_soon(part, self, message)
-                            case wire.Consumed():
-                                self.read.set()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return
-
-        class Nobody:
-            pid = None
-
-            def kill(self) -> None: ...
-
-            async def epitaph(self) -> str:
-                return "an actor"
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(act, nursery)
-            yield Nobody()
-            nursery.cancel_scope.cancel()
-        await self._stream.aclose()
 
 
 async def nothing(actor: Actor, asked: wire.Submit) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from node.models.manifest import Manifest
 from node.models.store import ModelStore
 from node.ports import Step
 from node.runtime import backend as backend_module
-from node.runtime import wire
+from node.runtime import keeper, wire
 from node.runtime.backend import TorchBackend, open_backend
 from node.runtime.child import LoadedEngine, Tell, load_engine
 from node.runtime.engine_settings import EngineSettings
@@ -389,6 +390,90 @@ def test_an_engine_that_dies_is_not_noticed_by_other_models(models: Models) -> N
             assert other.host is not None and other.host.deaths == 0
             while len(backend.models) < 2:  # tested again, sold again
                 await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+class Mortal:
+    """Loads engines that die when they are told to, and keeps what the last one was given and has finished, in order."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.step_s = step_s
+        self.dies = False
+        self.seen: list[str] = []
+
+    def load(self, load: wire.Load, tell: Tell) -> LoadedEngine:
+        engine = load_engine(load, tell)
+        self.seen, self.dies = [], False
+        submit, step = engine.submit, engine.step
+
+        def submits(sequence: Any) -> None:
+            self.seen.append("stream" if sequence.generated_ids else "test")
+            submit(sequence)
+
+        def steps(**hold: Any) -> list[Any]:
+            if self.dies:
+                raise RuntimeError("it dies")
+            time.sleep(self.step_s)
+            outputs = step(**hold)
+            self.seen += ["end" for output in outputs if output.finish_reason is not None]
+            return outputs
+
+        engine.submit, engine.step = submits, steps  # type: ignore[method-assign]
+        return engine
+
+
+@pytest.mark.parametrize(
+    ("step_s", "patience", "order"),
+    [(0.0, 1000.0, ["test", "end", "stream"]), (0.03, 0.05, ["test", "stream", "end"])],
+    ids=["the test goes first", "not for long"],
+)
+def test_after_a_death_the_test_goes_first(
+    step_s: float, patience: float, order: list[str], models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M8. It is short, and what it waits for is a worker that sells."""
+    monkeypatch.setattr(keeper, "FIRST_S", patience)
+    mortal = Mortal(step_s)
+
+    async def main() -> None:
+        async with open_backend(
+            models.store, models.manifests[:1], SETTINGS, launch=ThreadLauncher(mortal.load)
+        ) as backend:
+            wanted = await text(stream(backend, models, 0, 40))
+            async with aclosing(stream(backend, models, 0, 40)) as steps:
+                begun = (await anext(steps)).text
+                mortal.dies = True
+                assert begun + await text(steps) == wanted
+            assert mortal.seen[:3] == order
+            assert backend.fleet.residents[models.manifests[0].id].engine().deaths == 1
+
+    trio.run(main)
+
+
+def test_a_test_that_has_no_room_beside_the_streams_does_not_go_first(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "FIRST_S", 1000.0)
+    mortal = Mortal()
+
+    async def main() -> None:
+        settings = replace(SETTINGS, cache_bytes=1 << 15)
+        async with open_backend(
+            models.store, models.manifests[:1], settings, launch=ThreadLauncher(mortal.load)
+        ) as backend:
+            one = backend.fleet.residents[models.manifests[0].id]
+            assert one.capacity == one.engine()._room
+            length = len(backend.prepare(one.manifest.id, HELLO).token_ids)
+            async with aclosing(stream(backend, models, 0, one.capacity - length)) as steps:
+                await anext(steps)
+                mortal.dies = True
+                for _ in range(40):  # all the room is its own, still
+                    await anext(steps)
+                assert mortal.seen == ["stream"]
+                assert not one.ready
+            while not one.ready:
+                await trio.sleep(0.01)
+            assert mortal.seen == ["stream", "test", "end"]
 
     trio.run(main)
 

@@ -123,6 +123,7 @@ class LogitsEngine:
         """Whose turn is next comes first."""
         self._total = self._free = cache_bytes // (BLOCK_TOKENS * model.bytes_per_token)
         self.vocab_size, self.context_length, self.eos_ids = model.vocab_size, model.context_length, model.eos_ids
+        self.step_tokens = model.piece
         self._home = torch.device("cpu")
         self._scratch = Scratch(model.vocab_size, self._home)
         self.stats = LogitsStats(kv_blocks_total=self._total)

@@ -95,6 +95,8 @@ class Engine:
         torch.set_num_threads(threads)
         self._device = torch.device(device)
         self._chunk = prefill_chunk
+        self.step_tokens = token_budget
+        """Of prompts in one step, at most."""
         self._exact, self._lookup = exact, lookup
         self._model, self.eos_ids = weights.load(Path(model_dir), self._device, dtype, tile=TILE if exact else 0)
         config = self._model.config

@@ -143,9 +143,10 @@ class TaskHost:
         self._silence = Patience()
         return True
 
-    def look(self) -> None:
+    def look(self, late: float) -> None:
         waiting = [number for number, job in self._jobs.items() if job.waiting]
-        if self._silence.over((self._answered, min(waiting)) if waiting else None):
+        mark = (self._answered, min(waiting)) if waiting else None
+        if self._silence.tried(mark, self._limits.between_looks_s) >= self._limits.hang_s:
             raise ProcessLost(f"it said nothing for {self._limits.hang_s:g} s")
 
     def take(self, message: wire.ToNode) -> None:
