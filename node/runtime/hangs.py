@@ -24,9 +24,9 @@ STANDSTILL: Final = 2
 class Hangs:
     """Of one host's engines, one after another. `streams`: all that the host has; `now`: any clock's seconds, the same one's."""
 
-    def __init__(self, limits: Limits, *, hasty: bool) -> None:
-        """`hasty`: engines may be ended before the limit."""
-        self._limits = limits
+    def __init__(self, limits: Limits, *, hasty: bool, drafts: bool = False) -> None:
+        """`hasty`: engines may be ended before the limit. `drafts`: they have a draft model."""
+        self._limits, self._drafts = limits, drafts
         self._tempo = Tempo(limits.floor_s if hasty else limits.hang_s, limits.hang_s)
         self.begin(0.0, 0)
 
@@ -56,7 +56,7 @@ class Hangs:
     def leaves(self, stream: Stream, streams: Collection[Stream]) -> None:
         """A reader wants no more of a stream, which is none of `streams` now. Until the engine has heard of that, a step may be
         the stream's."""
-        self._left |= work_of([stream, *streams], self._step_tokens)
+        self._left |= self._work([stream, *streams])
         self._left_until = self._pings + 1
 
     def answered(self, ping: int) -> None:
@@ -67,7 +67,7 @@ class Hangs:
         """Why it is to be ended; empty when it is not. Asked each `Limits.between_looks_s`, `late` by so many seconds.
         `messages`: that it has sent."""
         look_s, hang_s = self._limits.between_looks_s, self._limits.hang_s
-        allowed = self._tempo.allowed(now, self._left | work_of(streams, self._step_tokens))
+        allowed = self._tempo.allowed(now, self._left | self._work(streams))
         silent = self._silence.tried(messages, look_s)
         excused = self._excused.tried(messages, max(look_s - late, 0.0))
         hasty = excused >= allowed
@@ -79,3 +79,6 @@ class Hangs:
         if self._standstill.tried(self.progress.mark(streams), look_s) >= STANDSTILL * hang_s:
             return f"it hangs: it answers, and nothing came of its work for {STANDSTILL * hang_s:g} s"
         return ""
+
+    def _work(self, streams: Collection[Stream]) -> Work:
+        return work_of(streams, self._step_tokens, drafts=self._drafts)

@@ -91,9 +91,8 @@ class EngineHost:
         self._unheard: deque[Stream] = deque()
         """Submits that `_room` does not count yet."""
         self._step_ended = 0.0
-        self._hangs = Hangs(
-            self._limits, hasty=self.mode != "thread"
-        )  # a thread cannot be ended: nothing is gained by haste
+        # A thread cannot be ended: nothing is gained by haste.
+        self._hangs = Hangs(self._limits, hasty=self.mode != "thread", drafts=bool(load.draft_folder))
         self.stopped = False
         """`run` has ended."""
         self.facts: wire.Ready | None = None

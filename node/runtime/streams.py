@@ -71,9 +71,9 @@ class Stream:
         return len(self.received) - self.consumed >= self.window
 
     @property
-    def silent(self) -> bool:
-        """The engine that has it has brought none of its tokens yet."""
-        return len(self.received) == self.had
+    def brought(self) -> int:
+        """Tokens of it that came from the engine that has it."""
+        return len(self.received) - self.had
 
     def question(self) -> wire.Submit:
         """What an engine is asked, for a first time or again."""

@@ -26,6 +26,8 @@ MULTIPLE: Final = 8
 """A machine that others use too may be several times slower from one step to the next."""
 FURTHER: Final = 2
 """A token looks at all before it, so a step costs more the longer its streams are: so much is within `MULTIPLE`."""
+CATCH_UP: Final = 64
+"""Tokens of an answer by which a draft model has computed what is before it."""
 LATELY_S: Final = 300.0
 """What was seen is remembered for so long at least, and twice as long at most while steps are made."""
 PAUSE_S: Final = 60.0
@@ -49,8 +51,9 @@ class Work:
         return Work(max(self.tokens, other.tokens), max(self.longest, other.longest), self.excused or other.excused)
 
 
-def work_of(streams: Iterable[Stream], step_tokens: int) -> Work:
-    """`step_tokens`: of prompts in one step, at most; 0: as many as there are."""
+def work_of(streams: Iterable[Stream], step_tokens: int, *, drafts: bool = False) -> Work:
+    """`step_tokens`: of prompts in one step, at most; 0: as many as there are. `drafts`: a draft model computes prompts, too, a
+    piece in each step of the answer."""
     prompts = answers = longest = 0
     excused = False
     for stream in streams:
@@ -58,7 +61,8 @@ def work_of(streams: Iterable[Stream], step_tokens: int) -> Work:
             answers += 1
             longest = max(longest, stream.length)
             excused = excused or stream.response_format is not None or stream.deaths > 0
-            if stream.silent or not stream.sequence.paid:  # one that is not paid may be set back, and is a prompt again
+            begins = stream.brought < (CATCH_UP if drafts else 1)
+            if begins or not stream.sequence.paid:  # one that is not paid may be set back, and is a prompt again
                 prompts += stream.length
     return Work(answers + (min(prompts, step_tokens) if step_tokens else prompts), longest, excused)
 

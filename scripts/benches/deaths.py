@@ -6,10 +6,10 @@ model's load without a death, its self-test included.
 
 Figures, medians of `--runs` (default 3), in seconds: `load_s` and `load_and_test_s` without a death. By way of death, from the
 moment of the harm on: `_noticed_s`; `_running_s`, another engine is loaded; `_resumed_s`, all streams that were under way have
-brought their next token; `_sold_s`, it has passed its self-test, and new jobs are taken; and `_beyond_load_s`, what of `_sold_s` is
-not the load, which is what the bar of 5 s is for. `engine.hang_ms` has its default. The third hang in a row is noticed later than
-the first two, since it might be a slow machine: `hung_noticed_each_s` has them all. `streams_identical`: of all streams, how many
-brought exactly the tokens that they bring when nothing dies.
+brought their next token; `_sold_s`, it has passed its self-test, and new jobs are taken; and `_beyond_load_s`, what of `_sold_s`
+is not the load, which is what the bar of 5 s is for. `engine.hang_ms` has its default. The third hang in a row is noticed later
+than the first two, since it might be a slow machine: `hung_noticed_each_s` has them all. `streams_identical`: of all streams, how
+many brought exactly the tokens that they bring when nothing dies.
 """
 
 from __future__ import annotations

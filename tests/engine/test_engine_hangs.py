@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 pytest.importorskip("torch", reason="torch is not installed: the engine's types need it")
 
@@ -31,11 +32,11 @@ SOON = LIMITS.floor_s + 3 * LIMITS.look_s
 Part = Callable[[Actor, wire.Submit], Awaitable[None]]
 
 
-def play(actor: Actor, work: Callable[[EngineHost, Any], Awaitable[None]]) -> None:
+def play(actor: Actor, work: Callable[[EngineHost, Any], Awaitable[None]], load: wire.Load = LOAD) -> None:
     clock = trio.testing.MockClock(autojump_threshold=0.01)
 
     async def main() -> None:
-        host = EngineHost(actor, LOAD, limits=LIMITS)
+        host = EngineHost(actor, load, limits=LIMITS)
         with trio.fail_after(2000):
             async with trio.open_nursery() as nursery:
                 await nursery.start(host.run)
@@ -184,6 +185,20 @@ def test_a_step_of_a_stream_that_was_left_is_no_hang(believed: bool, monkeypatch
     else:  # planted
         monkeypatch.setattr(hangs.Hangs, "leaves", lambda *_: None)
         assert notices(lambda: play(actor, work))
+
+
+@pytest.mark.parametrize("draft", ["/nowhere", ""])
+def test_a_draft_model_that_catches_up_is_no_hang(draft: str) -> None:
+    """It computes the prompts of answers that have begun: as many tokens as the model did before."""
+
+    async def part(actor: Actor, asked: wire.Submit) -> None:
+        await paced(1.0, 0.05, 6.0, then=0.05)(actor, asked)
+
+    async def work(host: EngineHost, clock: Any) -> None:
+        await tokens(host, sequence(0))
+        assert host.deaths == (0 if draft else 1)  # without one there was nothing that could take so long
+
+    play(Actor(part, paced(then=0.05)), work, replace(LOAD, draft_folder=draft))
 
 
 def test_a_grammar_that_compiles_is_no_hang() -> None:

@@ -97,7 +97,8 @@ class EngineConfig:
     hang_ms: int = setting(
         30_000,
         "An engine that ends no step in this time is killed and started again, and so is one that answers but comes forward with "
-        "nothing in twice this time. Long prompts are computed in many steps: only a step must end in it.",
+        "nothing in twice this time. Long prompts are computed in many steps: only a step must end in it. One whose steps were "
+        "quicker so far is killed sooner, after 3 s at the soonest.",
         unit="ms",
         low=100,
         high=3_600_000,
