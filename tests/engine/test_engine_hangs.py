@@ -264,6 +264,7 @@ def test_one_that_hangs_is_ended_also_where_we_are_always_late() -> None:
             nursery.start_soon(late)
             assert await tokens(host, sequence(0)) == list(range(6))
             assert host.deaths == 1
+            assert "no question was answered for 30 s" in host.last_death
             nursery.cancel_scope.cancel()
 
     play(Actor(paced(*QUICK), paced(then=0.05)), work)
