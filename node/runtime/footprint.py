@@ -101,7 +101,6 @@ def measure(folder: Path, manifest: Manifest, packing: Packing, cache_bytes: int
     weights = embedded + sum(sizes)
     widest = max(one.out for one in layers if not one.head)
     step = 4 * (4 * _STEP_TOKENS * widest + 4 * _STEP_ROWS * embedding[0])
-    step += packing.unpacked * max(one.out * one.inputs for one in layers if not one.head)
     return Footprint(
         weights,
         _cache(config, packing.item, cache_bytes, spare),

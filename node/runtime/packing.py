@@ -45,18 +45,13 @@ class Packing:
         """Bytes that each number of a layer takes for a moment, while the layer is packed."""
         return _MAKING[self.fmt]
 
-    @property
-    def unpacked(self) -> int:
-        """Bytes that each number of a layer takes in a step of many rows, as an int4 weight is unpacked for it."""
-        return 2 if self.fmt == "int4" else 0
-
     def linear(self, out: int, inputs: int, *, bias: bool, head: bool = False) -> int:
         """Bytes of a layer with a weight [out, inputs]."""
         if self.fmt == "int4" and not head and self._int4_fits(out, inputs):
             if not self.cpu:
                 return out * inputs // 2 + 4 * out * inputs // _GROUP + self._added(out, bias)
             # numbers; a scale and a zero for each group; a bias, or zeros
-            return _up(out, _BLOCK) * (inputs // 2 + 4 * inputs // _GROUP) + 4 * out
+            return _up(out, _BLOCK) * (inputs // 2 + 4 * inputs // _GROUP + 4)
         if self.fmt in ("int8", "int4"):
             return self._int8(out, inputs, bias, fine=head or inputs > out)
         if not self.cpu:
@@ -66,7 +61,7 @@ class Packing:
         many = self.item * _blocked(out, inputs, self.item) + self._added(out, bias)
         if self.fmt != "bfloat16" or not _compiled() or not (self.few_rows or _alone()):
             return many
-        return 2 * _up(out, _BLOCK) * _up(inputs, 2) + 4 * out + (0 if _alone() else many)
+        return _up(out, _BLOCK) * (2 * _up(inputs, 2) + 4) + (0 if _alone() else many)
 
     def _added(self, out: int, bias: bool) -> int:
         return out * self.item if bias else 0

@@ -8,7 +8,8 @@ Rules:
 - What 8 bits hurt most, layers that read the widest or the last activations, has them in 15 bits (*fine*): what rounding to 8
   left over is a second row. Columns of the weight are brought closer to one size before they are rounded, and the activations
   are multiplied to match.
-- int4: groups of 32 along `in`, each with a scale and a zero in bfloat16; activations stay in bfloat16.
+- int4: groups of 32 along `in`, each with a scale and a zero in bfloat16. On a CPU activations are quantized to 8 bits, a step
+  for each of these groups, so what lies far out coarsens its neighbours only; a group's sums are integers.
 - A weight that is not finite is refused; a weight whose shape the int4 kernel cannot take is held in int8, which is more.
 
 Sources: Dettmers et al. 2022 (LLM.int8(): vector-wise scales); Dettmers and Zettlemoyer 2023 (four bits, small groups).

@@ -14,7 +14,7 @@ Rules:
 - Where the machine lacks the library of threads they use one (`compiled.shared`).
 - NaN in, NaN out: a model that computes nonsense must be noticed.
 
-`simd` is sixteen floats at a time; `norms`, `attention`, `products`, `int8` are the kernels; `calls` and `layers` are
+`simd` is sixteen floats at a time; `norms`, `attention`, `activations`, `products` are the kernels; `calls` and `layers` are
 tensors to addresses; `arena` is where weights lie; `compiled`, `objects`, `book` and `named` are how kernels are compiled, kept
 and given to another process.
 """

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from node.runtime.engine.kernels import attention, int8, norms, objects, products
+from node.runtime.engine.kernels import attention, norms, objects, products
 from node.runtime.engine.kernels.book import ObjectCode
 
 log = logging.getLogger(__name__)
@@ -17,8 +17,7 @@ FAMILIES: Final[dict[str, Callable[..., Any]]] = {
     for make in (
         *(attention.attend, attention.write),
         *(norms.rms_norm, norms.silu_gate, norms.gelu_tanh_gate, norms.turn),
-        *(int8.plain, int8.fine),
-        *(products.product_bfloat16, products.product_int8, products.product_int4, products.unpack_int4),
+        *(products.product_bfloat16, products.product_int8, products.product_int4),
     )
 }
 _WORDS: Final = {"float32": np.float32, "uint16": np.uint16, "int8": np.int8, "True": True, "False": False}

@@ -117,25 +117,6 @@ def load(context, array, index):  # type: ignore[no-untyped-def]
     return floats(array, types.int64), code
 
 
-def _nibble(upper: bool) -> Callable[..., Any]:
-    @intrinsic
-    def half(context, array, index):  # type: ignore[no-untyped-def]
-        def code(c, b, s, a):  # type: ignore[no-untyped-def]
-            value = b.zext(_read(b, _address(c, b, s, a, _I8), 1), _lanes(_I32))
-            value = b.lshr(value, _same(_I32, 4)) if upper else b.and_(value, _same(_I32, 15))
-            return b.sitofp(value, _lanes(_F32))
-
-        return floats(array, types.int64), code
-
-    return half
-
-
-lower_half: Final = _nibble(False)
-"""The lower four bits of sixteen bytes, as 0 to 15."""
-upper_half: Final = _nibble(True)
-"""The upper four bits."""
-
-
 @intrinsic
 def store(context, array, index, value):  # type: ignore[no-untyped-def]
     """array[index : index + 16] = value, of float32 or uint16 (bfloat16)."""
@@ -224,7 +205,7 @@ def rounded(context, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_bytes(context, array, index, value):  # type: ignore[no-untyped-def]
-    """array[index : index + 16] = value, whole numbers from 0 to 255, of uint8."""
+    """array[index : index + 16] = value, whole numbers that fit, of uint8 or int8."""
 
     def code(c, b, s, a):  # type: ignore[no-untyped-def]
         value = b.trunc(b.fptosi(a[2], _lanes(_I32)), _lanes(_I8))
@@ -234,23 +215,32 @@ def store_bytes(context, array, index, value):  # type: ignore[no-untyped-def]
     return types.void(array, types.int64, floats), code
 
 
-@intrinsic
-def total(context, x):  # type: ignore[no-untyped-def]
-    """The sum of the sixteen."""
+def _folded(join: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    @intrinsic
+    def fold(context, x):  # type: ignore[no-untyped-def]
+        def code(c, b, s, a):  # type: ignore[no-untyped-def]
+            value, width = a[0], LANES
+            while width > 1:
+                width //= 2
+                nothing = ir.Constant(value.type, ir.Undefined)
+                halves = [
+                    b.shuffle_vector(
+                        value, nothing, ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width)))
+                    )
+                    for at in (0, width)
+                ]
+                value = join(b, *halves)
+            return b.extract_element(value, _I32(0))
 
-    def code(c, b, s, a):  # type: ignore[no-untyped-def]
-        value, width = a[0], LANES
-        while width > 1:
-            width //= 2
-            nothing = ir.Constant(value.type, ir.Undefined)
-            halves = [
-                b.shuffle_vector(value, nothing, ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width))))
-                for at in (0, width)
-            ]
-            value = b.fadd(*halves)
-        return b.extract_element(value, _I32(0))
+        return types.float32(floats), code
 
-    return types.float32(floats), code
+    return fold
+
+
+total: Final = _folded(lambda b, x, y: b.fadd(x, y))
+"""The sum of the sixteen."""
+largest: Final = _folded(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+"""The largest of the sixteen, none of which is NaN."""
 
 
 # -------------------------------------------------------------------------------------------------- products of parts of lanes
@@ -282,6 +272,29 @@ def splat_lane(context, array, index):  # type: ignore[no-untyped-def]
         return _spread(b, four, _I32)
 
     return ints(array, types.int64), code
+
+
+@intrinsic
+def splat_int(context, x):  # type: ignore[no-untyped-def]
+    """One int32 sixteen times."""
+    return ints(types.int32), lambda c, b, s, a: _spread(b, a[0], _I32)
+
+
+def _halves(upper: bool) -> Callable[..., Any]:
+    @intrinsic
+    def half(context, x):  # type: ignore[no-untyped-def]
+        def code(c, b, s, a):  # type: ignore[no-untyped-def]
+            return b.and_(b.lshr(a[0], _same(_I32, 4)) if upper else a[0], _same(_I32, 0x0F0F0F0F))
+
+        return ints(ints), code
+
+    return half
+
+
+lower_halves: Final = _halves(False)
+"""The lower four bits of each byte, as bytes from 0 to 15."""
+upper_halves: Final = _halves(True)
+"""The upper four bits."""
 
 
 @intrinsic
