@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,11 @@ class Near:
     def drop(self) -> None:
         self.dead = True
 
+    def end(self) -> None:
+        """What Ray does with the process of an actor; in this process the engine would stay, with its cache."""
+        with suppress(trio.RunFinishedError):
+            trio.from_thread.run_sync(self._replica._host._nursery.cancel_scope.cancel, trio_token=self._replica._token)
+
 
 class Cluster:
     """Where replicas are placed; each of the first ones lives for so many tokens."""
@@ -204,8 +209,12 @@ def head(stored: Stored, cluster: Cluster, test: Callable[[RayBackend], Awaitabl
             ) as backend:
                 await test(backend)
 
-    with plain_errors():
-        trio.run(main)
+    try:
+        with plain_errors():
+            trio.run(main)
+    finally:
+        for one in cluster.placed:
+            one.end()
 
 
 def job(stored: Stored, **changes: Any) -> tuple[Prompt, Params]:
