@@ -32,8 +32,8 @@ def normal(*shape: int, seed: int = 1, dtype: Any = torch.float32) -> Any:
 
 
 @cache
-def kernels(dtype: Any, dim: int = 16, parallel: bool = False) -> calls.Kernels:
-    return calls.Kernels(dtype, dim, parallel=parallel)
+def kernels(dtype: Any, dim: int = 16, parallel: bool = False, sharing: int = 1) -> calls.Kernels:
+    return calls.Kernels(dtype, dim, sharing, parallel=parallel)
 
 
 def close(got: Any, wanted: Any, least: float = 1e-30) -> None:
@@ -230,7 +230,10 @@ class Case:
         self.scale = 1.5 / math.sqrt(dim)
 
     def run(self, *, window: int | None = None, cap: float = 0.0, parallel: bool = False) -> Any:
-        some = kernels(self.q.dtype, self.q.shape[2], parallel)
+        sharing = self.q.shape[1] // (len(self.cache) // 2)
+        if self.q.shape[2] != 64 and sharing > 1:
+            sharing = min(sharing, 3) - 1  # fewer than there are: each is compiled
+        some = kernels(self.q.dtype, self.q.shape[2], parallel, sharing)
         return some.attend(self.cache, self.tables, self.q, self.scale, window, cap)
 
     def wanted(self, *, window: int | None = None, cap: float = 0.0) -> Any:

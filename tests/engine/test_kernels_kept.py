@@ -40,7 +40,16 @@ def made() -> wire.Kernels:
         "import sys, msgspec; from node.runtime.kernel_child import answer;"
         "sys.stdout.buffer.write(answer(msgspec.msgpack.encode(sys.argv[1:])))"
     )
-    names = [NAME, "turn uint16", "attend uint16 64", "attend uint16 x True", "nothing 3", "turn turn"]
+    names = [
+        NAME,
+        "turn uint16",
+        "attend uint16 64",
+        "attend uint16 64 0 False",
+        "attend uint16 64 999999 False",
+        "attend uint16 x 1 True",
+        "nothing 3",
+        "turn turn",
+    ]
     done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, check=True)
     return msgspec.msgpack.decode(done.stdout, type=wire.Kernels)
 
@@ -271,7 +280,7 @@ def test_the_second_start_compiles_nothing(make_chat_model: Callable[..., Path],
             async with open_backend(store, [manifest], settings) as backend:
                 host = backend.fleet.residents[manifest.id].engine()
                 assert host.facts is not None
-                assert "attend uint16 16 False" in host.facts.compiled
+                assert "attend uint16 16 3 False" in host.facts.compiled
                 wanted = await answered(backend, manifest)
                 while not (tmp_path / "kernels" / FILE).exists():
                     await trio.sleep(0.05)

@@ -8,14 +8,31 @@ Source: Kwon et al. 2023 (PagedAttention).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numba import carray, prange
+from numba.extending import register_jitable
 
 from node.runtime.engine.blocks import BLOCK_TOKENS
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, Kernel, family, kernel
-from node.runtime.engine.kernels.simd import LANES, exp, fma, load, mul, pointer, splat, store, tanh, total, zero
+from node.runtime.engine.kernels.heads import (
+    ahead,
+    each,
+    nothing,
+    products,
+    reader,
+    store_wide,
+    totals,
+    weighed,
+    widened,
+)
+from node.runtime.engine.kernels.simd import LANES, exp, load, mul, pointer, splat, store, tanh
+
+TOGETHER: Final = 4
+"""Queries that are computed together, at most: their sums are in registers, four each for heads of 64."""
+AHEAD: Final = 2
+"""Blocks are wanted so many before they are read: they lie anywhere, so no processor foresees them."""
 
 
 @family
@@ -37,14 +54,42 @@ def write(dtype: Any) -> Kernel:
 
 
 @family
-def attend(dtype: Any, dim: int, parallel: bool) -> Kernel:
+def attend(dtype: Any, dim: int, together: int, parallel: bool) -> Kernel:
     """(rows, kv_heads, sharing, row_step, q, tables, width, blocks, cache, window, scale, cap, out).
 
     q and out: [rows, kv_heads * sharing, dim], rows of q `row_step` numbers apart. tables: int64 [rows, 1 + width]: how many
     tokens a row sees, then its blocks. window: 0, or how many of the last tokens are seen. cap: 0, or scores s become
-    cap * tanh(s / cap). `dim` is a multiple of 16.
+    cap * tanh(s / cap). `dim` is a multiple of 16; `together` of the `sharing` queries look at a key before the next is read.
     """
-    parts = dim // LANES
+    if not 1 <= together <= TOGETHER:
+        raise ValueError(f"{together} queries together")
+    read, fetch, zeros = reader(dim), ahead(dim), nothing(dim)
+
+    @register_jitable
+    def begun(n):  # type: ignore[no-untyped-def]
+        return zeros()
+
+    @register_jitable
+    def query(n, queries, at):  # type: ignore[no-untyped-def]
+        return read(queries, at + n * dim)
+
+    @register_jitable
+    def score(n, qs, key, parts, at):  # type: ignore[no-untyped-def]
+        store(parts, at + n * BLOCK_TOKENS * LANES, products(qs[n], key))
+        return 0
+
+    @register_jitable
+    def add(n, sums, weights, at, step, value):  # type: ignore[no-untyped-def]
+        return weighed(weights[at + n * step], value, sums[n])
+
+    @register_jitable
+    def write(n, sums, out, at, totals_):  # type: ignore[no-untyped-def]
+        store_wide(out, at + n * dim, sums[n], np.float32(1) / totals_[n])
+        return 0
+
+    queries_of, score_all, nothings, add_all, write_all = (
+        each(together, one) for one in (query, score, begun, add, write)
+    )
 
     @kernel(
         *(COUNT, COUNT, COUNT, COUNT, ADDRESS, ADDRESS, COUNT, COUNT, ADDRESS, COUNT, FLOAT, FLOAT, ADDRESS),
@@ -57,48 +102,76 @@ def attend(dtype: Any, dim: int, parallel: bool) -> Kernel:
         out = carray(pointer(out_at), rows * kv_heads * sharing * dim, dtype)
         for job in prange(rows * kv_heads):
             r, head = job // kv_heads, job % kv_heads
-            table = tables[r, 1:]
-            seen = tables[r, 0]
+            table, seen = tables[r, 1:], tables[r, 0]
             first = max(seen - window, 0) if window > 0 else 0
             begin, end = first // BLOCK_TOKENS, (seen + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-            q, acc = np.empty(dim, np.float32), np.empty(dim, np.float32)
-            scores = np.empty(end * BLOCK_TOKENS, np.float32)
-            for n in range(head * sharing, (head + 1) * sharing):
-                for c in range(parts):
-                    store(q, c * LANES, mul(load(queries, r * row_step + n * dim + c * LANES), splat(scale)))
-                    store(acc, c * LANES, zero())
+            step = end * BLOCK_TOKENS
+            scores = np.empty(together * step, np.float32)
+            parts = np.empty(together * BLOCK_TOKENS * LANES, np.float32)
+            sums, done = np.empty(together, np.float32), np.empty(together * dim, np.float32)
+            for n in range(0, sharing, together):
+                n = min(n, sharing - together)  # the last ones again, rather than fewer
+                heads = head * sharing + n
+                qs = queries_of(queries, r * row_step + heads * dim)
                 for b in range(begin, end):
-                    keys = (head * blocks + table[b]) * BLOCK_TOKENS * dim
+                    at = (head * blocks + table[b]) * BLOCK_TOKENS * dim
+                    later = _later(table, b, begin, end, head, kv_heads + head, blocks) * BLOCK_TOKENS * dim
                     for t in range(BLOCK_TOKENS):
-                        products = zero()
-                        for c in range(parts):
-                            products = fma(load(q, c * LANES), load(cache, keys + t * dim + c * LANES), products)
-                        scores[b * BLOCK_TOKENS + t] = total(products)
-                if cap > 0:
-                    for t in range(first, seen):
-                        scores[t] = cap * tanh(scores[t] / cap)
-                highest = scores[first]
-                for t in range(first, seen):
-                    highest = max(highest, scores[t])
-                sum_ = np.float32(0)
-                for t in range(first, seen):
-                    weight = exp(scores[t] - highest)
-                    scores[t] = weight
-                    sum_ += weight
-                for t in range(begin * BLOCK_TOKENS, first):
-                    scores[t] = np.float32(0)
-                for t in range(seen, end * BLOCK_TOKENS):
-                    scores[t] = np.float32(0)
+                        fetch(cache, later + t * dim)
+                        score_all(qs, read(cache, at + t * dim), parts, t * LANES)
+                    for i in range(together):
+                        store(
+                            scores,
+                            i * step + b * BLOCK_TOKENS,
+                            mul(totals(parts, i * BLOCK_TOKENS * LANES), splat(scale)),
+                        )
+                for i in range(together):
+                    sums[i] = _shares(scores, i * step, begin * BLOCK_TOKENS, first, seen, step, cap)
+                values = nothings()
                 for b in range(begin, end):
-                    values = ((kv_heads + head) * blocks + table[b]) * BLOCK_TOKENS * dim
-                    for c in range(parts):
-                        part = load(acc, c * LANES)
-                        for t in range(BLOCK_TOKENS):
-                            seen_value = load(cache, values + t * dim + c * LANES)
-                            part = fma(splat(scores[b * BLOCK_TOKENS + t]), seen_value, part)
-                        store(acc, c * LANES, part)
-                for c in range(parts):
-                    into = (r * kv_heads * sharing + n) * dim + c * LANES
-                    store(out, into, mul(load(acc, c * LANES), splat(np.float32(1) / sum_)))
+                    at = ((kv_heads + head) * blocks + table[b]) * BLOCK_TOKENS * dim
+                    later = (
+                        _later(table, b, begin, end, kv_heads + head, min(head + 1, kv_heads), blocks)
+                        * BLOCK_TOKENS
+                        * dim
+                    )
+                    for t in range(BLOCK_TOKENS):
+                        fetch(cache, later + t * dim)
+                        value = widened(read(cache, at + t * dim))
+                        values = add_all(values, scores, b * BLOCK_TOKENS + t, step, value)
+                write_all(values, done, 0, sums)
+                into = (r * kv_heads * sharing + heads) * dim
+                for i in range(0, together * dim, LANES):
+                    store(out, into + i, load(done, i))
 
     return run
+
+
+@register_jitable
+def _later(table, b, begin, end, here, next_, blocks):  # type: ignore[no-untyped-def]
+    """Which block of the cache is needed `AHEAD` blocks after b: one of the same head, or of the next to be read."""
+    b += AHEAD
+    if b < end:
+        return here * blocks + table[b]
+    return next_ * blocks + table[min(begin + b - end, end - 1)]
+
+
+@register_jitable
+def _shares(scores, at, begin, first, seen, end, cap):  # type: ignore[no-untyped-def]
+    """Scores of `first` to `seen` to shares of their sum, which is returned; others from `begin` to `end` to 0."""
+    if cap > 0:
+        for t in range(at + first, at + seen):
+            scores[t] = cap * tanh(scores[t] / cap)
+    highest = scores[at + first]
+    for t in range(at + first, at + seen):
+        highest = max(highest, scores[t])
+    sum_ = np.float32(0)
+    for t in range(at + first, at + seen):
+        share = exp(scores[t] - highest)
+        scores[t] = share
+        sum_ += share
+    for t in range(at + begin, at + first):
+        scores[t] = np.float32(0)
+    for t in range(at + seen, at + end):
+        scores[t] = np.float32(0)
+    return sum_

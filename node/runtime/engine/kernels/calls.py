@@ -31,12 +31,16 @@ GATES: Final = {"silu": norms.silu_gate, "gelu_tanh": norms.gelu_tanh_gate}
 class Kernels:
     """The kernels of a decoder whose activations, keys and values are `dtype`."""
 
-    def __init__(self, dtype: torch.dtype, head_dim: int, *, parallel: bool) -> None:
-        """`head_dim`: a multiple of 16. `parallel`: attention is shared by all threads."""
-        self.dtype, self._dim = dtype, head_dim
+    def __init__(self, dtype: torch.dtype, head_dim: int, sharing: int = 1, *, parallel: bool) -> None:
+        """`head_dim`: a multiple of 16. `sharing`: queries at least that share a head of keys. `parallel`: attention is shared by
+        all threads."""
+        self.dtype, self._dim, self._together = dtype, head_dim, min(sharing, attention.TOGETHER)
         stored = STORED[dtype]
         self._norm, self._turn = norms.rms_norm(stored), norms.turn(stored)
-        self._write, self._attend = attention.write(stored), attention.attend(stored, head_dim, parallel)
+        self._write, self._attend = (
+            attention.write(stored),
+            attention.attend(stored, head_dim, self._together, parallel),
+        )
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of the last dimension. x: of `dtype`; weight: float32 [width]."""
@@ -93,6 +97,7 @@ class Kernels:
         kv_heads, tokens = cache.shape[0] // 2, cache.shape[1]
         demand(q.dtype is self.dtype and q.stride()[1:] == (dim, 1) and q.stride(0) >= 0, "attend", q)
         demand(dim == self._dim and kv_heads > 0 and heads % kv_heads == 0, "attend", q, cache)
+        demand(heads // kv_heads >= self._together, "attend", q, cache)
         fits = cache.shape == (2 * kv_heads, tokens, dim) and tokens % BLOCK_TOKENS == 0
         demand(fits and cache.dtype is self.dtype and cache.is_contiguous(), "attend", cache)
         fits = tables.dim() == 2 and tables.shape[0] == rows and tables.is_contiguous()
@@ -117,21 +122,21 @@ class Kernels:
 
 
 @cache
-def tried(dtype: torch.dtype, head_dim: int, parallel: bool) -> Kernels | None:
+def tried(dtype: torch.dtype, head_dim: int, sharing: int, parallel: bool) -> Kernels | None:
     """Kernels that agree with torch on this machine; None, and a line in the log, when they do not or cannot be."""
     if dtype not in STORED or head_dim % LANES:
         log.info("no compiled kernels for %s and heads of %d", dtype, head_dim)
         return None
     try:
-        kernels = Kernels(dtype, head_dim, parallel=parallel)
-        _compare(kernels, head_dim)
+        kernels = Kernels(dtype, head_dim, sharing, parallel=parallel)
+        _compare(kernels, head_dim, sharing)
     except (ArithmeticError, RuntimeError, OSError) as error:
         log.warning("compiled kernels are not used for %s: %s", dtype, str(error).partition("\n")[0][:200])
         return None
     return kernels
 
 
-def _compare(kernels: Kernels, dim: int) -> None:
+def _compare(kernels: Kernels, dim: int, sharing: int) -> None:
     """Raises `ArithmeticError` when a kernel disagrees with torch on a small case."""
     generator = torch.Generator().manual_seed(7)
 
@@ -145,22 +150,24 @@ def _compare(kernels: Kernels, dim: int) -> None:
         up = 4 * numbers(3, 160)
         if gate is not None:
             _same(name, gate(up), plain(up[:, :80].float()) * up[:, 80:].float())
-    heads, cos, sin = numbers(3, 8, dim), numbers(3, 1, dim), numbers(3, 1, dim)
-    turned = heads[:, :6].float() * cos.float() + heads[:, :6].float().roll(dim // 2, -1) * sin.float()
-    kernels.turn(heads[:, :6], cos, sin)
-    _same("turn", heads[:, :6], turned)
+    queries = 2 * sharing
+    heads, cos, sin = numbers(3, queries + 4, dim), numbers(3, 1, dim), numbers(3, 1, dim)
+    q, kv = heads[:, :queries], heads[:, queries:]
+    turned = q.float() * cos.float() + q.float().roll(dim // 2, -1) * sin.float()
+    kernels.turn(q, cos, sin)
+    _same("turn", q, turned)
     cache, seen = numbers(4, 6 * BLOCK_TOKENS, dim), [37, 16, 1]
     tables = torch.tensor([[37, 4, 0, 2], [16, 1, 1, 1], [1, 5, 5, 5]])
-    kernels.write(cache, torch.tensor([2 * 16 + 4, 31, 80]), heads[:, 4:])
+    kernels.write(cache, torch.tensor([2 * 16 + 4, 31, 80]), kv)
     for row, length in enumerate(seen):
         at = torch.cat([torch.arange(16) + 16 * block for block in tables[row, 1:].tolist()])[:length]
-        _same("write", cache[:, at[-1]], heads[row, 4:].float())
-    out = kernels.attend(cache, tables, heads[:, :4], 0.2, None, 0.0).view(3, 2, 2, dim)
+        _same("write", cache[:, at[-1]], kv[row].float())
+    out = kernels.attend(cache, tables, q, 0.2, None, 0.0).view(3, 2, sharing, dim)
     for row, length in enumerate(seen):
         at = torch.cat([torch.arange(16) + 16 * block for block in tables[row, 1:].tolist()])[:length]
         keys, values = cache[:, at].float().chunk(2)
-        q = heads[row, :4].float().view(2, 2, dim)
-        _same("attend", out[row], (0.2 * q @ keys.transpose(1, 2)).softmax(-1) @ values)
+        scores = 0.2 * q[row].float().view(2, sharing, dim) @ keys.transpose(1, 2)
+        _same("attend", out[row], scores.softmax(-1) @ values)
 
 
 def _same(what: str, got: Tensor, wanted: Tensor) -> None:

@@ -191,7 +191,7 @@ class Decoder:
             raise UnsupportedModel("exact mode needs an intermediate size that is a multiple of 64")
         self.config = config
         self.dtype = compute_dtype(fmt, device)
-        self.kernels = kernels_for(device, self.dtype, config.head_dim)
+        self.kernels = kernels_for(device, self.dtype, config.head_dim, config.heads // config.kv_heads)
         """Compiled operations for a CPU."""
         self.embedding = weights["embed"].to(self.dtype)
         self.positions = None if config.rope else weights["positions"].to(self.dtype)
