@@ -14,9 +14,9 @@ Rules:
 - Where the machine lacks the library of threads they use one (`compiled.shared`).
 - NaN in, NaN out: a model that computes nonsense must be noticed.
 
-`simd` is sixteen floats at a time; `heads` a head's; `norms`, `attention`, `activations`, `products` are the kernels; `calls` and `layers` are
-tensors to addresses; `arena` is where weights lie; `compiled`, `objects`, `book` and `named` are how kernels are compiled, kept
-and given to another process.
+`simd` is sixteen floats at a time, `heads` a head's; `norms`, `attention`, `activations`, `products` are the kernels; `calls`
+and `layers` are tensors to addresses; `arena` is where weights lie; `compiled`, `objects`, `book` and `named` are how kernels are
+compiled, kept and given to another process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def importable() -> bool:
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int, sharing: int = 1) -> Kernels | None:
-    """The kernels of a decoder, of whose queries so many share a head of keys, or None where torch's operators must do; the log says why."""
+    """The kernels of a decoder, or None where torch's operators must do; the log says why. `sharing`: queries for each head of
+    keys."""
     if device.type != "cpu" or not importable():
         return None
     from node.runtime.engine.kernels import calls, compiled
