@@ -62,13 +62,16 @@ class Intake:
         part, inputs, began = self._part, self._part.machine.inputs, trio.current_time()
         stall = part.server.settings.stall_ms / 1000
         patience = min(stall, stall + inputs.taken_bytes / SLOWEST - self._waited)
-        while part.finish is not None or (until := self._payable()) == inputs.taken:
-            if not await part.changed(until=began + patience) and part.finish is None:
+        while part.finish is None and (until := self._payable()) == inputs.taken:
+            if await part.changed(until=began + patience) or self._payable() > inputs.taken:
+                continue  # the second: it came in the very turn in which time was up
+            if part.finish is None:
                 unpaid = inputs.untaken > 0
                 code = WireCode.UNPAID if unpaid else WireCode.BAD_INPUT
                 part.fault = RemoteProtocolError(code, "no voucher came in time" if unpaid else "input came too slowly")
                 part.end(FinishReason.CANCELLED)
-                await trio.sleep_forever()  # until the part is closed
+        if part.finish is not None:
+            await trio.sleep_forever()  # until the part is closed: nothing more is taken
         self._waited += trio.current_time() - began
         data, frame = part.machine.take(until)
         part.server.meter.set(part.channel_id, part.key, part.machine.spent)

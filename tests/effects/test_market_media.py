@@ -16,6 +16,7 @@ from node.testing.cheaters import TASK_CHEATS, Hand, Talk, corrupt
 from node.testing.fake_tasks import SECOND, FakeTasks, FakeTaskSettings, fake_model
 from node.testing.market import Market, run_market
 from node.worker.intake import Intake
+from node.worker.part import ServedPart
 from protocol.channel import Role
 from protocol.errors import WireCode
 from protocol.messages import Abort, Accept, Chunk, Input, JobConversation
@@ -260,6 +261,33 @@ def test_a_fault_that_comes_while_something_else_is_sent_ends_the_job_too(monkey
 
     monkeypatch.setattr(Intake, "tell", slow)
     test_input_that_may_not_be_ends_the_job_and_nothing_else("paid with less")
+
+
+def test_input_that_comes_as_the_patience_ends_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both can be due in one turn of the scheduler. Then the input is there, paid for, and nobody is to blame."""
+    real = ServedPart.changed
+
+    async def as_time_is_up(part: ServedPart, until: float | None = None) -> bool:
+        sent = part.machine.inputs.sent
+        return await real(part, until) and part.machine.inputs.sent == sent
+
+    monkeypatch.setattr(ServedPart, "changed", as_time_is_up)
+
+    async def source() -> Any:
+        for _ in range(8):
+            await trio.sleep(0.01)
+            yield bytes(SECOND)
+
+    async def test(market: Market) -> None:
+        worker, client = await market.worker(tasks=FakeTasks()), await market.client()
+        async with client.run("fake-transcribe", TranscribeRequest(Audio(b"", SIZE)), source()) as stream:
+            words = (await stream.text()).split()
+        assert stream.receipt is not None and len(words) == 8
+        while worker.server.busy:
+            await trio.sleep(0.01)
+        assert await audit(worker.ledger, Role.WORKER, worker.chains) == []
+
+    run_market(test)
 
 
 def test_what_does_not_decode_is_the_clients_fault_and_is_charged() -> None:
