@@ -13,7 +13,6 @@ busy process on the machine, OpenMP's spinning makes torch 20 to 60 times slower
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from node.runtime.engine import sampler, weights
+from node.runtime.engine import probe, sampler, weights
 from node.runtime.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from node.runtime.engine.draft import DraftModel
 from node.runtime.engine.errors import CacheFull, ContextOverflow, EngineError, InvalidSequence
@@ -30,13 +29,12 @@ from node.runtime.engine.graphs import DecodeGraphs
 from node.runtime.engine.history import History
 from node.runtime.engine.kernels.book import BOOK
 from node.runtime.engine.lookup import Lookup
-from node.runtime.engine.paged import PagedCache, Plan, Span
+from node.runtime.engine.paged import PagedCache
+from node.runtime.engine.passes import TILE, Passes
 from node.runtime.engine.sampler import Draw, Picked, Scratch
 from node.runtime.engine.scheduler import Running, Scheduler, Work
 from node.runtime.engine.sequence import FinishReason, Sequence, StepOutput
 
-TILE = 16
-"""Rows of every linear layer in exact mode."""
 LOOKUP_STREAMS = 3
 """With more answers at once, guesses cost more than they bring."""
 
@@ -94,10 +92,9 @@ class Engine:
             raise EngineError("threads, prefill_chunk and token_budget must be at least 1, cache_bytes at least 0")
         torch.set_num_threads(threads)
         self._device = torch.device(device)
-        self._chunk = prefill_chunk
         self.step_tokens = token_budget
         """Of prompts in one step, at most."""
-        self._exact, self._lookup = exact, lookup
+        self._lookup = lookup
         self._model, self.eos_ids = weights.load(Path(model_dir), self._device, dtype, tile=TILE if exact else 0)
         config = self._model.config
         self.dtype = dtype
@@ -120,6 +117,7 @@ class Engine:
             )
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain RuntimeError on a CPU
             raise CacheFull(f"the machine has no {cache_bytes} bytes for the KV cache: {error}"[:300]) from None
+        self._passes = Passes(self._model, self._cache, self._device, exact=exact, chunk=prefill_chunk)
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and not exact and graph_bytes:
             self._graphs = DecodeGraphs(self._model, self._cache, spare=self._pool.total, budget=graph_bytes)
@@ -296,18 +294,12 @@ class Engine:
             tokens += one.draft[: max(end - len(one.tokens), 0)]
             rows += range(len(tokens) - item.rows, len(tokens))
         spans = [item.span for item in work]
-        plan = self._plan(spans)
+        plan = self._passes.plan(spans)
         if self._graphs is not None and len(rows) == len(tokens):
             logits = self._graphs.run(spans, torch.tensor(tokens, device=self._device), plan)
             if logits is not None:
                 return logits
-        wanted = torch.tensor(rows, device=self._device, dtype=torch.int64) if len(rows) < len(tokens) else None
-        hidden = self._model.forward(torch.tensor(tokens, device=self._device), plan, self._cache, wanted)
-        return self._model.logits(hidden) if rows else hidden.new_empty(0, self.vocab_size)
-
-    def _plan(self, spans: list[Span]) -> Plan:
-        config = self._model.config
-        return Plan(spans, self._device, exact=self._exact, width=config.heads * config.head_dim)
+        return self._passes.logits(tokens, plan, rows)
 
     def _draw(self, work: list[Work], logits: Tensor) -> list[StepOutput]:
         picked = iter(sampler.pick_rows(logits, [draw for item in work for draw in _draws(item)], self._scratch))
@@ -347,59 +339,11 @@ class Engine:
             raise InvalidSequence(f"a token id is outside the vocabulary of {self.vocab_size}")
         if len(token_ids) > self.context_length:
             raise ContextOverflow(f"{len(token_ids)} tokens pass the context of {self.context_length}")
-        return torch.cat(list(self._all_logits(list(token_ids), start)))
-
-    @torch.inference_mode()
-    def _all_logits(self, tokens: list[int], start: int) -> Iterator[Tensor]:
-        table = self._pool.allocate(blocks_for(len(tokens)))
-        try:
-            for begin in range(0, len(tokens), self._chunk):
-                chunk = tokens[begin : begin + self._chunk]
-                plan = self._plan([Span(table, begin, len(chunk))])
-                first = min(max(start - begin, 0), len(chunk))
-                wanted = torch.arange(first, len(chunk), device=self._device) if first else None
-                hidden = self._model.forward(torch.tensor(chunk, device=self._device), plan, self._cache, wanted)
-                if len(hidden):
-                    yield self._model.logits(hidden)
-        finally:
-            self._pool.release(table)
+        return self._passes.all_logits(token_ids, start, self._pool)
 
     def numerics_probe(self) -> bytes:
-        """sha256 of the exact logits of a fixed token sequence: equal on machines that compute bit for bit alike.
-
-        Raises `EngineError` in exact mode when this machine's libraries do not keep its promise.
-        """
-        tokens = [(7 * n * n + 3) % self.vocab_size for n in range(min(self.context_length, 40))]
-        start = max(len(tokens) - 8, 0)
-        logits = self.prefill_logits(tokens, start)
-        if self._exact and not torch.equal(self._in_company(tokens, max(start, 1)), logits[max(start, 1) - start :]):
-            raise EngineError("exact mode cannot be offered: this machine's libraries do not compute rows alike")
-        mode = f"exact {TILE}" if self._exact else f"{self._chunk}"
-        digest = hashlib.sha256(f"{self.dtype} {mode}".encode())
-        digest.update(logits.cpu().numpy().tobytes())
-        return digest.digest()
-
-    @torch.inference_mode()
-    def _in_company(self, tokens: list[int], start: int) -> Tensor:
-        """The logits from `start` on, computed in two passes, each with another sequence beside."""
-        table, other = (self._pool.allocate(blocks_for(len(tokens))) for _ in range(2))
-        try:
-            parts = [tokens[:start], tokens[start:]]
-            first, second = Span(table, 0, start), Span(table, start, len(tokens) - start)
-            self._model.forward(
-                torch.tensor(parts[0] + parts[1], device=self._device),
-                self._plan([first, Span(other, 0, len(parts[1]))]),
-                self._cache,
-            )
-            hidden = self._model.forward(
-                torch.tensor([tokens[0], *parts[1]], device=self._device),
-                self._plan([Span(other, len(parts[1]), 1), second]),
-                self._cache,
-            )
-            return self._model.logits(hidden)[1:]
-        finally:
-            self._pool.release(table)
-            self._pool.release(other)
+        """sha256 of the exact logits of a fixed text. Raises as `probe.numerics`."""
+        return probe.numerics(self._passes, self._pool, fmt=self.dtype, context=self.context_length)
 
     def check_integrity(self) -> None:
         """Compare the engine's books with themselves. Raises `IntegrityError`; cheap enough to run whenever idle."""
