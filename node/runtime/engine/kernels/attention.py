@@ -27,7 +27,21 @@ from node.runtime.engine.kernels.heads import (
     weighed,
     widened,
 )
-from node.runtime.engine.kernels.simd import LANES, exp, load, mul, pointer, splat, store, tanh
+from node.runtime.engine.kernels.simd import (
+    LANES,
+    add,
+    exps,
+    greater,
+    largest,
+    load,
+    mul,
+    pointer,
+    splat,
+    store,
+    tanh,
+    total,
+    zero,
+)
 
 TOGETHER: Final = 4
 """Queries that are computed together, at most: their sums are in registers, four each for heads of 64."""
@@ -101,7 +115,7 @@ def attend(dtype: Any, dim: int, together: int, parallel: bool) -> Kernel:
         cache = carray(pointer(cache_at), 2 * kv_heads * blocks * BLOCK_TOKENS * dim, dtype)
         out = carray(pointer(out_at), rows * kv_heads * sharing * dim, dtype)
         for job in prange(rows * kv_heads):
-            r, head = job // kv_heads, job % kv_heads
+            head, r = job // rows, job % rows  # rows of one sequence find its keys near
             table, seen = tables[r, 1:], tables[r, 0]
             first = max(seen - window, 0) if window > 0 else 0
             begin, end = first // BLOCK_TOKENS, (seen + BLOCK_TOKENS - 1) // BLOCK_TOKENS
@@ -115,7 +129,7 @@ def attend(dtype: Any, dim: int, together: int, parallel: bool) -> Kernel:
                 qs = queries_of(queries, r * row_step + heads * dim)
                 for b in range(begin, end):
                     at = (head * blocks + table[b]) * BLOCK_TOKENS * dim
-                    later = _later(table, b, begin, end, head, kv_heads + head, blocks) * BLOCK_TOKENS * dim
+                    later = _later(tables, r, r, b, begin, end, head, kv_heads + head, blocks) * BLOCK_TOKENS * dim
                     for t in range(BLOCK_TOKENS):
                         fetch(cache, later + t * dim)
                         score_all(qs, read(cache, at + t * dim), parts, t * LANES)
@@ -131,7 +145,7 @@ def attend(dtype: Any, dim: int, together: int, parallel: bool) -> Kernel:
                 for b in range(begin, end):
                     at = ((kv_heads + head) * blocks + table[b]) * BLOCK_TOKENS * dim
                     later = (
-                        _later(table, b, begin, end, kv_heads + head, min(head + 1, kv_heads), blocks)
+                        _later(tables, r, min(r + 1, rows - 1), b, begin, end, kv_heads + head, head, blocks)
                         * BLOCK_TOKENS
                         * dim
                     )
@@ -148,30 +162,36 @@ def attend(dtype: Any, dim: int, together: int, parallel: bool) -> Kernel:
 
 
 @register_jitable
-def _later(table, b, begin, end, here, next_, blocks):  # type: ignore[no-untyped-def]
-    """Which block of the cache is needed `AHEAD` blocks after b: one of the same head, or of the next to be read."""
+def _later(tables, row, next_row, b, begin, end, here, next_, blocks):  # type: ignore[no-untyped-def]
+    """Which block of the cache is needed `AHEAD` blocks after b: one more of these, or one of `next_row` and `next_`."""
     b += AHEAD
     if b < end:
-        return here * blocks + table[b]
-    return next_ * blocks + table[min(begin + b - end, end - 1)]
+        return here * blocks + tables[row, 1 + b]
+    last = (tables[next_row, 0] - 1) // BLOCK_TOKENS
+    return next_ * blocks + tables[next_row, 1 + min(begin + b - end, last)]
 
 
 @register_jitable
 def _shares(scores, at, begin, first, seen, end, cap):  # type: ignore[no-untyped-def]
-    """Scores of `first` to `seen` to shares of their sum, which is returned; others from `begin` to `end` to 0."""
+    """Scores of `first` to `seen` to shares of their sum, which is returned; others from `begin` to `end` to 0. begin and end are
+    ends of blocks."""
     if cap > 0:
         for t in range(at + first, at + seen):
             scores[t] = cap * tanh(scores[t] / cap)
-    highest = scores[at + first]
-    for t in range(at + first, at + seen):
-        highest = max(highest, scores[t])
-    sum_ = np.float32(0)
-    for t in range(at + first, at + seen):
-        share = exp(scores[t] - highest)
-        scores[t] = share
-        sum_ += share
+    for t in range(at + begin, at + first):
+        scores[t] = -np.inf
+    for t in range(at + seen, at + end):
+        scores[t] = -np.inf
+    highest = splat(np.float32(-np.inf))
+    for t in range(at + begin, at + end, LANES):
+        highest = greater(load(scores, t), highest)  # without NaN, of which the sum will have heard
+    less, sums = splat(-largest(highest)), zero()
+    for t in range(at + begin, at + end, LANES):
+        share = exps(add(load(scores, t), less))
+        store(scores, t, share)
+        sums = add(sums, share)  # what is not seen adds 1e-38, or nothing
     for t in range(at + begin, at + first):
         scores[t] = np.float32(0)
     for t in range(at + seen, at + end):
         scores[t] = np.float32(0)
-    return sum_
+    return total(sums)

@@ -416,6 +416,31 @@ def exp(x):  # type: ignore[no-untyped-def]
     return (series * rest * rest + rest + np.float32(1)) * _power_of_two(power)
 
 
+@intrinsic
+def _powers_of_two(context, x):  # type: ignore[no-untyped-def]
+    """`_power_of_two` of each."""
+
+    def code(c, b, s, a):  # type: ignore[no-untyped-def]
+        whole = b.bitcast(b.fadd(a[0], _same(_F32, 12582912.0)), _lanes(_I32))
+        return b.bitcast(b.add(b.shl(whole, _same(_I32, 23)), _same(_I32, 127 << 23)), _lanes(_F32))
+
+    return floats(floats), code
+
+
+@register_jitable
+def exps(x):  # type: ignore[no-untyped-def]
+    """`exp` of each of the sixteen."""
+    x = lesser(splat(np.float32(88)), greater(splat(np.float32(-87)), x))  # NaN stays
+    power = rounded(mul(x, splat(np.float32(1.44269504))))
+    rest = fma(power, splat(np.float32(2.12194440e-4)), fma(power, splat(np.float32(-0.693359375)), x))
+    series = fma(splat(np.float32(1.9875691500e-4)), rest, splat(np.float32(1.3981999507e-3)))
+    series = fma(series, rest, splat(np.float32(8.3334519073e-3)))
+    series = fma(series, rest, splat(np.float32(4.1665795894e-2)))
+    series = fma(series, rest, splat(np.float32(1.6666665459e-1)))
+    series = fma(series, rest, splat(np.float32(5.0000001201e-1)))
+    return mul(fma(mul(series, rest), rest, add(rest, splat(np.float32(1)))), _powers_of_two(power))
+
+
 @register_jitable
 def tanh(x):  # type: ignore[no-untyped-def]
     """Within a few units in the last place. NaN gives NaN.
