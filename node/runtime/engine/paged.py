@@ -7,8 +7,8 @@ A `Plan` says what one forward pass computes: first *rows*, one new token of one
 groups of similar length; then *chunks*, several new tokens of one sequence.
 Attention reads whole blocks and masks what is not seen.
 
-Where there are compiled kernels, a row attends by `kernels.attention`, which reads the blocks where they lie; what follows of
-rows and groups is how torch's operators do it.
+Where there are compiled kernels, every token attends for itself by `kernels.attention`, which reads the blocks where they lie.
+Rows, groups and chunks are how torch's operators do it.
 
 With `exact` a prompt's tokens are rows, too, and a group holds only rows that see equally many blocks: how a row is computed
 then depends on its position alone, not on its company or on how a prompt was cut. That batched products compute each
@@ -147,42 +147,50 @@ class Plan:
             for position in range(span.start, span.start + span.count):
                 positions.append(position)
                 slots.append(span.table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
-        self.last = max(positions)
+        self.spans, self.last = spans, max(positions)
         """The highest position."""
         self.positions = torch.tensor(positions, device=device)
         self.slots = torch.tensor(slots, device=device)
         self.begun = torch.tensor(begun, device=device, dtype=torch.int64)
         """Blocks that this pass begins and does not fill."""
         self.device = device
-        alone = spans if exact else list(takewhile(lambda span: span.count == 1, spans))
-        self._rows = [Span(span.table, span.start + n, 1) for span in alone for n in range(span.count)]
-        self.rows = begin = len(self._rows)
-        """How many tokens of the pass, its first, attend each for itself."""
-        self.chunks: list[_Chunk] = []
-        for span in spans[len(alone) :]:
-            self.chunks.append(_Chunk(begin, span, device))
-            begin += span.count
+        self._singles = len(spans) if exact else sum(1 for _ in takewhile(lambda span: span.count == 1, spans))
+        """How many of the spans, the first, are rows."""
 
     @cached_property
     def groups(self) -> list[Group]:
         """The rows, for attention by torch's operators."""
+        rows = [Span(span.table, span.start + n, 1) for span in self.spans[: self._singles] for n in range(span.count)]
         groups: list[Group] = []
         begun = 0
-        for end in range(1, len(self._rows) + 1):
-            if end == len(self._rows) or not self._alike(self._rows[begun], self._rows[end]):
-                groups.append(Group(begun, self._rows[begun:end], self.device, exact=self.exact))
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or not self._alike(rows[begun], rows[end]):
+                groups.append(Group(begun, rows[begun:end], self.device, exact=self.exact))
                 begun = end
         return groups
 
     @cached_property
+    def chunks(self) -> list[_Chunk]:
+        """What follows the rows."""
+        begin, chunks = sum(span.count for span in self.spans[: self._singles]), []
+        for span in self.spans[self._singles :]:
+            chunks.append(_Chunk(begin, span, self.device))
+            begin += span.count
+        return chunks
+
+    @cached_property
     def tables(self) -> Tensor:
-        """The rows, for attention by a kernel: int64 [rows, 1 + most blocks], how many tokens each sees and its blocks."""
-        most = max(blocks_for(row.start + 1) for row in self._rows)
-        lines: list[list[int]] = []
-        for row in self._rows:
-            own = blocks_for(row.start + 1)
-            lines.append([row.start + 1, *row.table[:own], *([0] * (most - own))])
-        return torch.tensor(lines, device=self.device)
+        """For attention by a kernel: int64 [tokens, 1 + most blocks], how many tokens each sees and blocks, the first its own."""
+        most = max(blocks_for(span.start + span.count) for span in self.spans)
+        lines = []
+        for span in self.spans:
+            own = span.table[: blocks_for(span.start + span.count)]
+            lines.append([0, *own, *([0] * (most - len(own)))])
+        tables, counts = torch.tensor(lines, device=self.device), [span.count for span in self.spans]
+        if len(self.positions) > len(counts):
+            tables = tables.repeat_interleave(torch.tensor(counts, device=self.device), 0)
+        tables[:, 0] = self.positions + 1
+        return tables
 
     def _alike(self, one: Span, other: Span) -> bool:
         if self.exact:
@@ -203,7 +211,7 @@ class PagedCache:
         device: torch.device,
         kernels: Kernels | None = None,
     ) -> None:
-        """`kernels`: what single tokens attend with; None: torch's operators."""
+        """`kernels`: what tokens attend with; None: torch's operators."""
         self._kernels = kernels
         # On a CPU the pages become real only as tokens fill them.
         self.data = torch.empty(layers, 2, kv_heads, blocks, BLOCK_TOKENS, head_dim, dtype=dtype, device=device)
@@ -221,10 +229,7 @@ class PagedCache:
     def _check(self, plan: Plan) -> None:
         """Kernels read and write wherever the plan says. Raises `IntegrityError` where the cache has no such place."""
         blocks = self._shape[1]
-        named = [(plan.slots, blocks * BLOCK_TOKENS)]
-        if plan.rows:
-            named.append((plan.tables[:, 1:], blocks))
-        for numbers, end in named:
+        for numbers, end in ((plan.slots, blocks * BLOCK_TOKENS), (plan.tables[:, 1:], blocks)):
             low, high = numbers.aminmax()
             if low < 0 or high >= end:
                 raise IntegrityError(f"a plan names places from {int(low)} to {int(high)}, the cache has {end}")
@@ -237,17 +242,13 @@ class PagedCache:
         if layer == 0:
             self.begin(plan)
         kernels, by_slot = self._kernels, self._by_slot[layer]
-        if kernels is None:
-            by_slot.index_copy_(1, plan.slots, kv.transpose(0, 1))
-            parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
-        else:
+        if kernels is not None:
             if layer == 0:
                 self._check(plan)
             kernels.write(by_slot, plan.slots, kv)
-            some = q[: plan.rows]
-            parts = (
-                [kernels.attend(by_slot, plan.tables, some, how.scale, how.window, how.softcap)] if len(some) else []
-            )
+            return kernels.attend(by_slot, plan.tables, q, how.scale, how.window, how.softcap)
+        by_slot.index_copy_(1, plan.slots, kv.transpose(0, 1))
+        parts = [self._rows(group, layer, how, q[group.begin : group.end]) for group in plan.groups]
         parts += [self._chunk(chunk, layer, how, q[chunk.begin : chunk.end]) for chunk in plan.chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

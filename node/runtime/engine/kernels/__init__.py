@@ -2,7 +2,7 @@
 
 A step of a small model is a thousand torch operators; what they cost besides arithmetic is more than the arithmetic. These
 kernels are written in Python and compiled by Numba through LLVM: no compiler is needed on the machine. Products in
-float32 and float16, and attention of prompts, stay with torch.
+float32 and float16 stay with torch.
 
 Rules:
 - `kernels_for` gives None where they cannot be used (another device, no Numba, a trial that disagrees with torch): the
