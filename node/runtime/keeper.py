@@ -190,7 +190,10 @@ class Keeper:
             one.trouble = f"the self-test did not pass: {tested.reason}"
             log.error("%s is not sold: %s", one.manifest.name, one.trouble)
             one.on(Event.FLUNKED)
-            await self.end(one)
+            while one.users and one.phase is Phase.FAILED:
+                await one.changed.wait()
+            if one.phase is Phase.FAILED:  # else another engine came, and has a test of its own
+                await self.end(one)
 
     async def _no_longer_first(self, host: EngineHost) -> None:
         await trio.sleep(FIRST_S)

@@ -23,7 +23,7 @@ class Phase(StrEnum):
     TESTING = "testing"
     """Its engine runs; the self-test job is under way."""
     READY = "ready"
-    """SelfTest: new jobs are taken."""
+    """Tested: new jobs are taken."""
     DRAINING = "draining"
     """No new jobs; those that run come to their end."""
     FAILED = "failed"

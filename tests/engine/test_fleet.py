@@ -478,6 +478,39 @@ def test_a_test_that_has_no_room_beside_the_streams_does_not_go_first(
     trio.run(main)
 
 
+def test_a_model_that_passes_its_next_test_is_not_ended_for_the_one_before(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that fails its test is ended once its streams have. If its engine dies before that and the next one passes, it is
+    sold, and must have an engine."""
+    real, mortal = backend_module.self_test, Mortal()
+
+    async def red(prepare: object, generate: object) -> SelfTest:
+        found = await real(prepare, generate)  # type: ignore[arg-type]
+        return replace(found, passed=False, reason="planted")
+
+    async def main() -> None:
+        async with open_backend(
+            models.store, models.manifests[:1], SETTINGS, launch=ThreadLauncher(mortal.load)
+        ) as backend:
+            one = backend.fleet.residents[models.manifests[0].id]
+            async with aclosing(stream(backend, models, 0, 40)) as steps:
+                await anext(steps)
+                monkeypatch.setattr(backend_module, "self_test", red)
+                mortal.dies = True
+                while one.phase is not Phase.FAILED:
+                    await trio.sleep(0.01)
+                monkeypatch.setattr(backend_module, "self_test", real)
+                mortal.dies = True
+                while not one.ready:
+                    await trio.sleep(0.01)
+            await trio.sleep(0.1)
+            assert one.ready and one.in_memory
+            assert await text(stream(backend, models, 0, 4))
+
+    trio.run(main)
+
+
 class NoProcess(ThreadLauncher):
     """Starts nothing while `full`."""
 
