@@ -16,9 +16,9 @@ from node.runtime.engine.kernels import compiled, layers, products, simd  # noqa
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [0, 1, 2, 3, 4, 5, 7, 16, 33]
-SHAPES = [(64, 32), (1, 32), (63, 64), (65, 96), (100, 33), (130, 577), (1000, 160), (48, 320)]
-"""[out, in]: outputs that fill blocks of 64 and that do not, inputs that are a multiple of 16 and that are not."""
-INT4_SHAPES = [(64, 32), (16, 64), (17, 64), (80, 96), (99, 64), (144, 576), (1008, 160)]
+SHAPES = [(64, 32), (1, 32), (63, 64), (65, 96), (100, 33), (130, 577), (1000, 160), (48, 320), (70, 4131)]
+"""[out, in]: outputs that fill blocks of 64 and that do not; inputs that are a multiple of 16, that are not, and several runs."""
+INT4_SHAPES = [(64, 32), (16, 64), (17, 64), (80, 96), (99, 64), (144, 576), (1008, 160), (80, 4128)]
 KINDS = ["bfloat16", "plain", "fine", "int4"]
 NAN, INF = float("nan"), float("inf")
 
@@ -183,19 +183,22 @@ def test_sums_of_bytes_that_could_overflow_are_not_taken() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_any_company_at_any_place_by_any_threads(dtype: Any, kind: str) -> None:
-    weight, bias = normal(144, 576), normal(144, seed=2)
+@pytest.mark.parametrize(("inputs", "seeds"), [(576, 12), (products.RUN + 64, 2)], ids=["one run", "two runs"])
+def test_a_row_has_the_same_bits_in_any_company_at_any_place_by_any_threads(
+    dtype: Any, kind: str, inputs: int, seeds: int
+) -> None:
+    weight, bias = normal(144, inputs), normal(144, seed=2)
     one = make(kind, weight, bias, dtype)
     torch.set_num_threads(2)
     threaded = make(kind, weight, bias, dtype) if compiled.shared() else one
     torch.set_num_threads(1)
-    for seed in range(12):
-        x = normal(1, 576, seed=seed, dtype=dtype)
+    for seed in range(seeds):
+        x = normal(1, inputs, seed=seed, dtype=dtype)
         alone = one(x)[0]
         assert same_bits(threaded(x)[0], alone)
         for rows in (2, 3, 4, 5, 8, 16, 33):
             at = seed % rows
-            company = (normal(rows, 576, seed=rows) * 10.0 ** (torch.arange(rows)[:, None] % 7 - 3)).to(dtype)
+            company = (normal(rows, inputs, seed=rows) * 10.0 ** (torch.arange(rows)[:, None] % 7 - 3)).to(dtype)
             company[at] = x[0]
             for layer in (one, threaded):
                 assert same_bits(layer(company)[at], alone), (rows, at)
