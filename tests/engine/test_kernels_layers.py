@@ -107,6 +107,16 @@ def test_int4_is_off_by_half_a_step_of_each_activation_at_most(dtype: Any, shape
             assert error(layer(x), theirs + bias) <= 2**-5, rows
 
 
+@pytest.mark.parametrize("value", [0.3, 0.01, -0.02, 1e-6, -3e4, 1e-38, 1e-44, 0.0])
+def test_int4_holds_groups_of_equal_numbers(value: float) -> None:
+    weight = torch.full((64, 64), value)
+    weight[:, 32:] = normal(64, 32)
+    numbers, _ = quantize.quantize_groups(weight)
+    assert 0 <= int(numbers.min()) <= int(numbers.max()) <= 15
+    off = (held("int4", weight)[:, :32] - value).abs().max()
+    assert float(off) <= 2**-7 * abs(value) + 1e-40
+
+
 def step(kind: str, x: Any, sizes: Any) -> Any:
     """What activations are rounded to multiples of, before the columns' sizes; [rows, 1]."""
     if kind == "plain":
