@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from node.models.manifest import FileEntry, Manifest  # noqa: E402
+from node.runtime.engine import linear, quantize  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
 from node.runtime.engine.errors import UnsupportedModel  # noqa: E402
 from node.runtime.engine.kernels import importable  # noqa: E402
@@ -134,16 +135,32 @@ def test_greedy_in_company_is_transformers_token_for_token(
             assert made[name] == logits.argmax(-1).tolist(), name
 
 
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_exact_mode_is_one_set_of_bits_however_a_prompt_is_cut(
+    case: tuple[Path, Any], fmt: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to single tokens, as answers are computed; in company, the probe looks."""
+    if compiled and not importable():
+        pytest.skip("numba is not installed")
+    if not compiled:
+        monkeypatch.setattr(decoder, "kernels_for", lambda *_: None)
+        for module in (linear, quantize):
+            monkeypatch.setattr(module, "importable", lambda: False)
+    made = []
+    for chunk in (256, 16, 7, 1):
+        engine = Engine(case[0], dtype=fmt, exact=True, prefill_chunk=chunk, cache_bytes=1 << 24)
+        engine.numerics_probe()
+        made.append(engine.prefill_logits(PROMPT))
+    assert all(torch.equal(one, made[0]) for one in made)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_what_it_will_weigh_is_known_before_it_is_loaded(case: tuple[Path, Any], fmt: str, exact: bool) -> None:
     """By names and shapes in the files' headers alone, to the byte: every layer's packed form, and every block of the cache."""
     folder, _ = case
-    try:
-        engine = Engine(folder, dtype=fmt, exact=exact, cache_bytes=100_000)
-    except UnsupportedModel as error:
-        assert exact and "exact mode" in str(error)
-        return
+    engine = Engine(folder, dtype=fmt, exact=exact, cache_bytes=100_000)
     expected = measure(folder, _manifest(folder), Packing(fmt, few_rows=not exact), 100_000)
     assert (expected.weights, expected.cache) == (engine.weight_bytes, engine.cache_bytes)
 

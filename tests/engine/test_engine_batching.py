@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from node.runtime.engine import draft, lookup  # noqa: E402
 from node.runtime.engine.blocks import BlockPool, chain, root  # noqa: E402
 from node.runtime.engine.engine import Engine  # noqa: E402
-from node.runtime.engine.errors import CacheFull, EngineError, IntegrityError, UnsupportedModel  # noqa: E402
+from node.runtime.engine.errors import CacheFull, IntegrityError, UnsupportedModel  # noqa: E402
 from node.runtime.engine.graphs import DecodeGraphs  # noqa: E402
 from node.runtime.engine.lookup import Lookup  # noqa: E402
 from node.runtime.engine.sequence import Sequence  # noqa: E402
@@ -508,61 +508,3 @@ def test_graphs_stay_within_their_memory(make_model: Callable[..., Path]) -> Non
         assert run(fixed, *jobs) == plain
         assert len(graphs._graphs) <= most and bool(graphs._graphs) is bool(limit)
         assert graphs.nbytes == 2 * graphs.expected(8, 8) * len(graphs._graphs)
-
-
-# --------------------------------------------------------------------------------------------------------------- exact
-
-
-def rows_of(engine: Engine, *jobs: Sequence) -> dict[Any, list[torch.Tensor]]:
-    """The logits behind every token."""
-    rows: dict[Any, list[torch.Tensor]] = {one.id: [] for one in jobs}
-    inner = engine._draw
-
-    def draw(work: Any, logits: torch.Tensor) -> Any:
-        given = [(item.running.sequence.id, item.rows) for item in work]
-        outputs = inner(work, logits)
-        for name, count in given:
-            own, logits = logits[:count], logits[count:]
-            rows[name] += [row.clone() for row in own[: sum(output.id == name for output in outputs)]]
-        return outputs
-
-    engine._draw = draw  # type: ignore[method-assign]
-    run(engine, *jobs)
-    return rows
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_exact_logits_are_the_same_bits_in_any_company(tiny: Path, dtype: str) -> None:
-    jobs = [job(n, (SHARED * 2)[n : n + 7 + 13 * n], 20) for n in range(9)]
-    options: dict[str, Any] = {"dtype": dtype, "exact": True}
-    alone = {}
-    for one in jobs:
-        alone |= rows_of(Engine(tiny, **options), one)
-    crowds = [
-        rows_of(Engine(tiny, **options), *jobs),
-        rows_of(Engine(tiny, **options, prefill_chunk=11, token_budget=29), *reversed(jobs)),
-        rows_of(Engine(tiny, **options, prefix_cache=False, threads=2), *jobs[1:], jobs[0]),
-    ]
-    torch.set_num_threads(1)
-    for one in jobs:
-        tokens = [int(row.argmax()) for row in alone[one.id]]
-        replay = Engine(tiny, **options).prefill_logits([*one.prompt_ids, *tokens[:-1]], len(one.prompt_ids) - 1)
-        for n, row in enumerate(alone[one.id]):
-            assert all(torch.equal(crowd[one.id][n], row) for crowd in crowds), f"row {n} of {one.id}"
-            assert torch.equal(replay[n], row), "one prefill computes the same bits"
-
-
-def test_exact_is_not_claimed_where_it_does_not_hold(tiny: Path) -> None:
-    engine = Engine(tiny, exact=True)
-    probe = engine.numerics_probe()
-    assert probe == Engine(tiny, exact=True).numerics_probe() != Engine(tiny).numerics_probe()
-    inner = engine._model.layers[1].output
-
-    def by_company(x: torch.Tensor) -> torch.Tensor:
-        """A library whose rows depend on how many there are."""
-        return inner(x) * (1 + 1e-6 * (len(x) % 3))
-
-    engine._model.layers[1].output = by_company  # type: ignore[assignment]
-    with pytest.raises(EngineError, match="alike"):
-        engine.numerics_probe()
-    engine.check_integrity()

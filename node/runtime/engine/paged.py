@@ -73,6 +73,7 @@ class Group:
         width = blocks_for(max(lengths))
         self.tokens = width * BLOCK_TOKENS
         """Whole blocks: dense matrices are multiplied without a copy."""
+        self.exact = exact
         self.even = not exact and min(lengths) == self.tokens
         flat: list[int] = []
         for row in rows:
@@ -264,7 +265,7 @@ class PagedCache:
         keys, values = self._dense(layer, group.blocks, rows)
         # The queries that share a key head become the rows of one small matrix.
         q = q.reshape(rows, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads * rows, -1, dim)
-        out = _products(q, keys, values, group.mask(how.window, q.dtype, kv_heads), how)
+        out = _products(q, keys, values, group.mask(how.window, q.dtype, kv_heads), how, exact=group.exact)
         return out.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, heads * dim)
 
     def _chunk(self, chunk: _Chunk, layer: int, how: Attention, q: Tensor) -> Tensor:
@@ -284,11 +285,18 @@ class PagedCache:
         return out.view(kv_heads, sharing, count, dim).permute(2, 0, 1, 3).reshape(count, heads * dim)
 
 
-def _products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, how: Attention) -> Tensor:
-    """Attention as two batched matrix products. q [n, rows, dim]; keys, values [n, tokens, dim]; mask broadcasts."""
+def _products(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, how: Attention, *, exact: bool = False
+) -> Tensor:
+    """Attention as two batched matrix products. q [n, rows, dim]; keys, values [n, tokens, dim]; mask broadcasts.
+
+    `exact`: functions of scores see one matrix at a time; what is left over of vectors is rounded otherwise."""
     turned = keys.transpose(1, 2)
     if how.softcap:
-        scores = torch.tanh(torch.bmm(q, turned) * (how.scale / how.softcap)) * how.softcap
+        scores = torch.bmm(q, turned) * (how.scale / how.softcap)
+        alone = exact and scores.device.type == "cpu"
+        scores = torch.stack([torch.tanh(one) for one in scores]) if alone else torch.tanh(scores)
+        scores = scores * how.softcap
         if mask is not None:
             scores = scores + mask
     elif mask is None:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from node.runtime.engine.errors import UnsupportedModel
 from node.runtime.engine.kernels import kernels_for
 from node.runtime.engine.kernels.arena import Arena
 from node.runtime.engine.linear import Linear, compute_dtype, hold, make_linear
@@ -186,9 +185,6 @@ class Decoder:
     ) -> None:
         """`weights`: one tensor for each entry of `config.shapes()`. `fmt`: of the linear layers, one of `linear.FORMATS`.
         `tile`: linear layers always see exactly so many rows at a time; 0: as many as there are."""
-        if tile and not config.gated and config.intermediate_size % 64:
-            # An activation over whole rows would round differently at the end of the tensor than elsewhere.
-            raise UnsupportedModel("exact mode needs an intermediate size that is a multiple of 64")
         self.config = config
         self.dtype = compute_dtype(fmt, device)
         self.kernels = kernels_for(device, self.dtype, config.head_dim, config.heads // config.kv_heads)
@@ -201,8 +197,9 @@ class Decoder:
         made = make_linear(head, fmt, weights.get("head.bias"), head=True, few_rows=tile == 0)
         hold(made, arena)
         self.head = _tiled(made, tile)
+        self._tanh = _alike(torch.tanh, tile, device)
         self.layers = [
-            _Layer(config, n, weights, fmt, self.dtype, tile, self.kernels, arena) for n in range(config.layers)
+            _Layer(config, n, weights, fmt, self.dtype, tile, self.kernels, arena, device) for n in range(config.layers)
         ]
         ropes = {rope for rope in (config.rope, config.local_rope) if rope is not None}
         self._turns = {rope: _Turns(rope, self.dtype, device) for rope in ropes}
@@ -236,7 +233,7 @@ class Decoder:
         logits = self.head(self.norm(hidden)).float()
         if self.config.logit_softcap:
             cap = self.config.logit_softcap
-            logits = torch.tanh(logits / cap) * cap
+            logits = self._tanh(logits / cap) * cap
         return logits
 
 
@@ -282,6 +279,7 @@ class _Layer:
         tile: int,
         kernels: Kernels | None,
         arena: Arena,
+        device: torch.device,
     ) -> None:
         self.index = index
         self.config = config
@@ -307,7 +305,7 @@ class _Layer:
         self.attention_post = norm("attention_post_norm") if config.block == "sandwich" else None
         self.feed_post = norm("feed_post_norm") if config.block == "sandwich" else None
         self.q_norm, self.k_norm = (norm("q_norm", True), norm("k_norm", True)) if config.qk_norm else (None, None)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = _alike(ACTIVATIONS[config.activation], tile, device)
         self._kernels = kernels
         self._gate = kernels.gate(config.activation) if kernels is not None and config.gated else None
         window = config.windows[index] if config.windows else None
@@ -384,6 +382,17 @@ class _Tiled:
         if x.shape[0] == tile:
             return self._inner(x)[:rows]
         return torch.cat([self._inner(x[n : n + tile]) for n in range(0, x.shape[0], tile)])[:rows]
+
+
+def _alike(function: Callable[[Tensor], Tensor], tile: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """In exact mode, a function of each number that treats all rows alike.
+
+    On CPUs, vectors of numbers are rounded otherwise than the few that are left over: where a tensor ends, and where torch cuts
+    it between threads, which may be in the middle of a row. So each row is computed for itself.
+    """
+    if not tile or device.type != "cpu":
+        return function
+    return lambda x: torch.stack([function(row) for row in x])
 
 
 def _tiled(inner: Linear, tile: int) -> Linear | _Tiled:
