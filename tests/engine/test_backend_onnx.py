@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, nullcontext
 from dataclasses import replace
@@ -415,40 +413,6 @@ async def ids_of(backend: TorchBackend, prompt: Prompt, params: Params, resume: 
         async for step in steps:
             found += step.token_ids
     return found
-
-
-def test_it_runs_in_a_process_of_its_own_and_a_killed_one_is_resumed(exported: Exported, tmp_path: Path) -> None:
-    manifest = exported.add("served")
-    secret = tmp_path / "key"
-    secret.write_text("secret")
-
-    async def test(backend: TorchBackend) -> None:
-        (report,) = backend.report()
-        assert report["self_test"]["passed"] and report["isolation"].startswith(("bwrap:", "process:"))
-        if report["isolation"].startswith("bwrap:"):
-            assert "OPEN" not in report["isolation"], report["isolation"]
-        host = backend.fleet.get(manifest.id).engine()
-        assert host.pid is not None and host.pid != os.getpid()
-        params = Params(max_tokens=200, temperature=1.0, seed=4)
-        first, second = (Prompt(manifest.id, tuple(range(start, start + 20))) for start in (5, 50))
-        wanted = {prompt: await ids_of(backend, prompt, params) for prompt in (first, second)}
-        found: dict[Prompt, list[int]] = {first: [], second: []}
-
-        async def one(prompt: Prompt) -> None:
-            async with aclosing(backend.generate(prompt, params)) as steps:
-                async for step in steps:
-                    found[prompt] += step.token_ids
-                    if len(found[first]) >= 20 and host.deaths == 0 and host.pid is not None:
-                        os.kill(host.pid, signal.SIGKILL)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(one, first)
-            nursery.start_soon(one, second)
-        assert found == wanted and host.deaths == 1
-        while manifest.id not in backend.models:
-            await trio.sleep(0.02)
-
-    run(exported.store, manifest, test, isolation="auto", hidden=(str(secret),))
 
 
 def test_the_setting_opens_it(exported: Exported, plain: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -199,36 +197,6 @@ def test_leaving_ends_within_a_step_and_memory_is_kept_account_of(tmp_path: Path
         assert "e" not in text and reason in (FinishReason.STOP_STRING, FinishReason.LENGTH, FinishReason.STOP)
 
     run(store, manifest, test, cache_bytes=1024 * 2 * 2 * 2 * 8 * 4)
-
-
-def test_it_runs_in_a_process_of_its_own_and_a_killed_one_is_resumed(tmp_path: Path) -> None:
-    """As our own engine: not in the node, behind its walls, tested again after each start, streams unbroken."""
-    store, folder = ModelStore(tmp_path / "store"), tmp_path / "tiny"
-    folder.mkdir()
-    manifest = add_tiny(store, folder)
-    secret = tmp_path / "key"
-    secret.write_text("secret")
-
-    async def test(backend: TorchBackend) -> None:
-        (report,) = backend.report()
-        assert report["self_test"]["passed"] and report["isolation"].startswith(("bwrap:", "process:"))
-        if report["isolation"].startswith("bwrap:"):
-            assert "OPEN" not in report["isolation"], report["isolation"]
-        host = backend.fleet.get(manifest.id).engine()
-        assert host.pid is not None and host.pid != os.getpid()
-        prompt, params = Prompt(manifest.id, tuple(range(5, 25))), Params(max_tokens=300, temperature=1.0, seed=4)
-        whole = await ids_of(backend, prompt, params)
-        found: list[int] = []
-        async with aclosing(backend.generate(prompt, params)) as steps:
-            async for step in steps:
-                found += step.token_ids
-                if len(found) >= 20 and host.deaths == 0 and host.pid is not None:
-                    os.kill(host.pid, signal.SIGKILL)
-        assert found == whole and host.deaths == 1
-        while manifest.id not in backend.models:
-            await trio.sleep(0.02)
-
-    run(store, manifest, test, isolation="auto", hidden=(str(secret),))
 
 
 def test_a_model_that_fails_its_self_test_is_not_sold(tmp_path: Path) -> None:
