@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import trio
-
 from node.errors import ModelError
-from node.models.manifest import Manifest
 from node.models.tokenizer import Tokenizer
-from node.ports import ModelInfo
 from node.runtime import walls
 from node.runtime.drafts import Draft
-from node.runtime.footprint import UNKNOWN, Footprint
 from node.runtime.host import EngineHost
 from node.runtime.life import Event, Phase, can, move
 from node.runtime.selftest import SelfTest
+from node.runtime.stored_model import StoredModel
 from node.telemetry.engine import EngineMetrics
 from node.telemetry.steps import Tracing
 
@@ -28,22 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, slots=True)
-class Resident:
-    manifest: Manifest
-    folder: Path
-    pinned: bool = False
-    """Never put out of memory to make room for another."""
+class Resident(StoredModel):
     phase: Phase = Phase.COLD
-    footprint: Footprint = UNKNOWN
-    """Known from the first load on; an estimate until its engine has weighed it."""
-    weighed: tuple[int, int] | None = None
-    """Bytes of weights and of keys and values, as its engine said."""
     draft: Draft | None = None
     """The smaller model that guesses for it."""
     host: EngineHost | None = None
     """There from the start of a load until the memory is free again."""
-    info: ModelInfo | None = None
-    """Of the last engine that was ready."""
     tokenizer: Tokenizer | None = None
     grammars: Grammars | None = None
     metrics: EngineMetrics | None = None
@@ -54,22 +37,6 @@ class Resident:
     test: SelfTest | None = None
     examining: bool = False
     """A self-test is under way. It goes on after a death of the engine, as every stream does."""
-    trouble: str = ""
-    """Why it is not sold, in words."""
-    used: int = 0
-    """When it was last used, as a count of uses of all models."""
-    users: int = 0
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    """Ends its engine."""
-    hashing: int | None = None
-    """Bytes hashed so far, while it is."""
-    proven: tuple[tuple[str, int, int, int], ...] = ()
-    """Files as they were when they last matched their hashes: name, inode, size, change time."""
-    changed: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def name(self) -> str:
-        return self.manifest.name
 
     @property
     def in_memory(self) -> bool:
@@ -99,20 +66,6 @@ class Resident:
         if can(self.phase, event):
             self.on(event)
 
-    def notify(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
-
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        """Kept in memory for the length of the block."""
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            self.notify()
-
     def engine(self) -> EngineHost:
         """Raises `ModelError` when there is none."""
         if self.host is None:
@@ -130,18 +83,11 @@ class Resident:
         host, test = self.host, self.test
         facts = host.facts if host else None
         return {
-            "name": self.manifest.name,
-            "id": str(self.manifest.id),
-            "dtype": self.info.dtype if self.info else self.manifest.dtype,
+            **self.described(),
             "phase": self.phase.value,
             "stage": self._stage(),
             "trouble": self.trouble,
-            "pinned": self.pinned,
             "streams": host.running if host else 0,
-            "weight_bytes": self.footprint.weights,
-            "cache_bytes": self.footprint.cache,
-            "memory_bytes": self.footprint.total,
-            "weighed": self.weighed is not None,
             "draft": self.draft.manifest.name if self.draft else "",
             "in_memory": self.in_memory,
             "load_ms": round(self.load_s * 1000),
