@@ -334,3 +334,17 @@ def test_int4_rounds_to_the_nearest_of_16() -> None:
     held = (numbers.view(64, 3, 32) - 8) * scale[..., None] + zero[..., None]
     # Half a step, and what rounding scale and zero to bfloat16 leaves at a range's ends.
     assert bool(((held - weight.view(64, 3, 32)).abs() <= scale[..., None] * 0.6).all())
+
+
+def test_int4_holds_groups_of_equal_numbers() -> None:
+    """Which have no range to make steps of; beside steps of 1, 0.02 would be nothing."""
+    values = torch.tensor([0.02, -0.25, 1e-6, -3.3, 1000.7, 0.0])
+    weight = values[:, None].expand(6, 64)
+    numbers, scales = quantize.quantize_groups(weight)
+    scale, zero = scales.float().transpose(0, 1).unbind(-1)
+    held = (numbers.view(6, 2, 32) - 8) * scale[..., None] + zero[..., None]
+    assert bool(((held.view(6, 64) - weight).abs() <= weight.abs() * 2**-8).all())
+    x = normal(3, 64, seed=2)
+    got = make_linear(weight.contiguous(), "int4")(x.bfloat16()).float()
+    wanted = x.bfloat16().float() @ weight.t()
+    assert bool(((got - wanted).abs() <= 0.02 * (x.abs() @ weight.abs().t())).all())

@@ -109,10 +109,10 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     low, high = groups.aminmax(dim=2)
     if not bool((high - low).isfinite().all()):
         raise UnsupportedModel("a weight is not finite")
-    # A group of equal numbers has a scale of their size: with any other, its zero would round them off.
-    scales = torch.where(high > low, (high - low) / 15, low.abs() / 8).bfloat16()
-    scales = torch.where(scales > 0, scales, 1.0)
-    zeros = (low + 8 * scales.float()).bfloat16()
+    scales = ((high - low) / 15).bfloat16()
+    flat = scales == 0  # all alike: the zero says it, since beside a step of 1 it would be lost
+    scales[flat] = 1.0
+    zeros = torch.where(flat, low, low + 8 * scales.float()).bfloat16()
     numbers = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
     return numbers.to(torch.int32).view(out_features, in_features), torch.stack((scales, zeros), -1).transpose(
         0, 1
