@@ -49,9 +49,12 @@ class Hangs:
         """Something that it has to answer."""
         self._tempo.asked(now)
 
-    def heard(self, now: float, streams: Collection[Stream], tokens: int = 0, longest: int = 0) -> None:
+    def heard(
+        self, now: float, streams: Collection[Stream], tokens: int = 0, longest: int = 0, seconds: float = 0.0
+    ) -> None:
         """It said something: see `Tempo.heard`."""
-        self._tempo.heard(now, any(one.submitted and not one.held for one in streams), tokens, longest)
+        owes = any(one.submitted and not one.held for one in streams)
+        self._tempo.heard(now, owes, tokens, longest, seconds)
 
     def leaves(self, stream: Stream, streams: Collection[Stream]) -> None:
         """A reader wants no more of a stream, which is none of `streams` now. Until the engine has heard of that, a step may be

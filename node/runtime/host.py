@@ -285,7 +285,7 @@ class EngineHost:
             self._credit(stream)
         computed = max(stats.step_tokens if stats else 0, len(message.outputs), 1) if message.seconds else 0
         longest = max((stream.length for stream in fresh), default=0)
-        self._hangs.heard(trio.current_time(), self._streams.values(), computed, longest)
+        self._hangs.heard(trio.current_time(), self._streams.values(), computed, longest, message.seconds)
 
     def bury(self, reason: str, failed: int) -> None:
         """Take stock: who waits for the next engine, and who was there once too often."""

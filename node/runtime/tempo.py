@@ -3,6 +3,8 @@
 Rules
 - An engine says something at the end of every step, so silence is a step that does not end. One that takes `MULTIPLE` times what
   steps of its size took of late will not end; never is it less than a floor, nor more than a limit.
+- What a step took is what we waited for it, or what the engine says where that is more: steps that are read together, because we
+  were late, seem to take nothing. An engine that lies about it gains the limit at most, as one does whose steps are slow.
 - A step is expected to take as long as the slowest one of no more tokens did, and no longer than any other in proportion to its
   tokens. So a few small ones say what the first large one may take.
 - What was not seen of late is not judged and has the whole limit: a first step, also after a pause, since weights may have been
@@ -96,13 +98,14 @@ class Tempo:
         if self._owed is None:
             self._owed = now
 
-    def heard(self, now: float, owes: bool, tokens: int = 0, longest: int = 0) -> None:
+    def heard(self, now: float, owes: bool, tokens: int = 0, longest: int = 0, seconds: float = 0.0) -> None:
         """It said something, the end of a step of so many `tokens` if there are any, whose longest stream that brought one has
-        `longest`. `owes`: there is work left."""
+        `longest`, and which took `seconds`, as it says. `owes`: there is work left."""
         if tokens > 0:
             if now - self._window >= LATELY_S:
                 self._before, self._seen, self._window = self._seen, _Seen(), now
             size, took = 1 << tokens.bit_length() - 1, 0.0 if self._owed is None else now - self._owed
+            took = max(took, seconds)
             self._seen.slowest[size] = max(took, self._seen.slowest.get(size, 0.0))
             self._seen.longest = max(longest, self._seen.longest)
             self._stepped = now

@@ -143,6 +143,39 @@ def test_the_first_long_prompt_after_short_ones_is_no_hang() -> None:
     play(Actor(part), work)
 
 
+@pytest.mark.parametrize("believed", [True, False])
+def test_steps_that_are_read_together_took_what_the_engine_says(
+    believed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """We were busy during a step, and read its end together with what was said before it: it seems to have taken nothing,
+    and the next prompt is to be as quick."""
+
+    async def part(actor: Actor, asked: wire.Submit) -> None:
+        if asked.number != 1:
+            await paced(5 if asked.number else 0.05, then=0.05)(actor, asked)
+            return
+        first = wire.Output(asked.number, 0, len(asked.prompt_ids), "")
+        said = wire.Stepped((first,), 1000, actor.submits, 1.2, wire.Stats(1, step_tokens=PROMPT))
+        async with actor._lock:
+            await trio.sleep(1.2)
+            assert actor._stream is not None
+            await actor._stream.send_all(wire.TO_NODE.frame(wire.Pong(0)) + wire.TO_NODE.frame(said))
+        await paced(then=0.05)(actor, replace(asked, generated_ids=(0,)))
+
+    async def work(host: EngineHost, clock: Any) -> None:
+        await tokens(host, sequence(0, prompt=1))
+        await tokens(host, sequence(1))
+        await tokens(host, sequence(2, prompt=2 * PROMPT))
+        assert host.deaths == 0
+
+    if believed:
+        play(Actor(part), work)
+    else:  # planted
+        heard = hangs.Hangs.heard
+        monkeypatch.setattr(hangs.Hangs, "heard", lambda self, *told: heard(self, *told[:4]))
+        assert notices(lambda: play(Actor(part), work))
+
+
 def test_many_prompts_at_once_are_no_hang() -> None:
     """The step of all of them takes as much longer as they have more tokens."""
 
