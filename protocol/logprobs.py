@@ -11,8 +11,9 @@ Rules:
 
    with the N likeliest tokens, likeliest first, equals by id. -inf is a probability of 0.
 4. No model can have computed NaN, +inf or a figure above 0, likeliest tokens out of order or one of them twice, two figures for
-   one token, a token that is likelier than the likeliest, ids outside its vocabulary, or probabilities of more than 1 together.
-   `fault` says so. Whoever takes rows from somebody else asks it before they are used; a wrong number of bytes is no row at all.
+   one token, a token that is likelier than the likeliest, ids outside its vocabulary, probabilities of more than 1 together, or
+   of less than 1 if all other tokens were as likely as the last of the likeliest. `fault` says so. Whoever takes rows from
+   somebody else asks it before they are used; a wrong number of bytes is no row at all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LOGPROBS_LIMIT: Final = 20
 ID_LIMIT: Final = 1 << 32
 """No vocabulary is larger."""
 _SLACK: Final = 1e-3
-"""By which probabilities may add up to more than 1: each was rounded."""
+"""By which probabilities may add up to more than 1, or to less: each was rounded."""
 
 Top = tuple[tuple[int, float], ...]
 """(token id, logprob) of the likeliest tokens, likeliest first."""
@@ -108,8 +109,11 @@ def fault(token: int, logprob: float | None, top: Top, count: int, vocabulary: i
             return "two log probabilities for one token"
     elif figures and logprob > figures[-1]:
         return "a token that is likelier than the likeliest"
-    if math.fsum(map(math.exp, figures)) > 1 + _SLACK:
+    told = math.fsum(map(math.exp, figures))
+    if told + (0.0 if token in ids else math.exp(logprob)) > 1 + _SLACK:
         return "probabilities of more than 1 together"
+    if figures and told + (vocabulary - count) * math.exp(figures[-1]) < 1 - _SLACK:
+        return "probabilities of less than 1, were all others as likely as the last that is told"
     return ""
 
 

@@ -13,6 +13,7 @@ The idea is h11's ConnectionPair.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -65,8 +66,9 @@ def key(name: str) -> PrivateKey:
 
 
 def fake_row(token: int, count: int) -> bytes:
-    """Figures that could be true of a token: it is the likeliest, and each after it has a fraction of the one before."""
-    return pack(-0.5, tuple((token + rank, -0.5 - 2.0 * rank) for rank in range(count)))
+    """Figures that could be true of a token: it is the likeliest, and each after it is half as likely as the one before."""
+    half = math.log(0.5)
+    return pack(half, tuple((token + rank, half * (rank + 1)) for rank in range(count)))
 
 
 @dataclass(frozen=True)

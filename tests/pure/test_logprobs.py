@@ -68,6 +68,9 @@ LIES: dict[str, tuple[int, Any, Any]] = {
     "two log probabilities for one token": (3, -1.25, GOOD),
     "likelier than the likeliest": (5, -2.0, GOOD),
     "more than 1 together": (5, -9.0, ((7, -0.5), (3, -0.5), (9, -2.5))),
+    "more than 1 together: with the token's own": (5, -1.2, ((7, -1.1), (3, -1.15), (9, -1.2))),
+    "less than 1, were all others": (5, -9.0, ((7, -0.5), (3, -9.0), (9, -9.0))),
+    "less than 1, were all others: none has any": (7, -INF, ((7, -INF), (3, -INF), (9, -INF))),
 }
 
 
@@ -89,6 +92,7 @@ def test_every_lie_is_seen_and_named(name: str) -> None:
         (9, -2.5, GOOD),
         (5, -2.5, GOOD),
         (5, -INF, GOOD),
+        (0, -0.1 - math.log(10), tuple((one, -math.log(10)) for one in (7, 3, 9))),
         (7, 0.0, ((7, 0.0), (3, -INF), (9, -INF))),
         (7, -0.0, ((7, -0.0), (3, -100.0), (9, -100.0))),
         (2, math.log(1 / 3), ((9, math.log(1 / 3)), (2, math.log(1 / 3)), (4, math.log(1 / 3)))),
@@ -214,7 +218,9 @@ PLANTED: dict[str, tuple[str, str]] = {
     "a token may stand twice": ("if len(set(ids)) != count:", "if False:"),
     "one token may have two figures": ("if figures[ids.index(token)] != logprob:", "if False:"),
     "a token may be likelier than the likeliest": ("elif figures and logprob > figures[-1]:", "elif False:"),
-    "probabilities may be any": ("if math.fsum(map(math.exp, figures)) > 1 + _SLACK:", "if False:"),
+    "probabilities may be any": ("if told + (0.0 if token in ids else math.exp(logprob)) > 1 + _SLACK:", "if False:"),
+    "the token's own does not count": ("(0.0 if token in ids else math.exp(logprob))", "0.0"),
+    "probabilities may be too small": ("if figures and told + (vocabulary - count)", "if False and (vocabulary - count)"),
     "bytes are not counted": ("if len(data) != wanted:", "if False:"),
     "rows that nobody asked for": ("        if data:\n            raise", "        if False:\n            raise"),
 }  # fmt: skip
