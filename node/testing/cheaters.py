@@ -9,6 +9,7 @@ A check that was never seen failing proves nothing, so these are for our tests a
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ LOGPROB_CHEATS: MappingProxyType[str, Callable[[Worker], Tamper]] = MappingProxy
             Chunk, lambda m: (msgspec.structs.replace(m, token_ids=tuple(t + 1 for t in m.token_ids)),)
         ),
         "other figures than signed": _rows(
-            lambda data: data.replace(struct.pack("<f", -2.5), struct.pack("<f", -2.75))
+            lambda data: data.replace(struct.pack("<f", math.log(0.25)), struct.pack("<f", -1.5))
         ),
     }
 )
