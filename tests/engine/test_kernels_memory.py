@@ -92,6 +92,22 @@ def run_row_kernels(guard: Guarded, dtype: Any) -> None:
             some.attend(cache, tables, heads[:, :4], 0.1, window, 5.0)
 
 
+def run_attention(guard: Guarded, dtype: Any) -> None:
+    """Queries that are computed together, the last ones again, and blocks that are fetched ahead at the cache's ends."""
+    for dim, shares in ((16, (3, 5, 9)), (80, (2,))):
+        for sharing in shares:
+            some = Kernels(dtype, dim, sharing, parallel=False)
+            for kv_heads in (1, 3):
+                for blocks in (1, 2, 5):
+                    cache = guard(normal(2 * kv_heads, blocks * BLOCK_TOKENS, dim, dtype=dtype))
+                    heads = guard(normal(3, kv_heads * sharing + 1, dim, dtype=dtype))
+                    lengths = torch.tensor([blocks * BLOCK_TOKENS, 1, blocks * BLOCK_TOKENS - 15])
+                    order = torch.arange(blocks - 1, -1, -1).expand(3, blocks)
+                    tables = guard(torch.cat((lengths[:, None], order), dim=1))
+                    for window in (None, 1, 17):
+                        some.attend(cache, tables, heads[:, 1:] if guard.behind else heads[:, :-1], 0.1, window, 0.0)
+
+
 def run_layers(guard: Guarded, dtype: Any) -> None:
     for out, inputs in ((64, 32), (48, 64), (80, 96), (16, 32), (1, 32), (65, 33), (63, 577)):
         weight, bias = normal(out, inputs), normal(out)
@@ -107,6 +123,9 @@ def run_layers(guard: Guarded, dtype: Any) -> None:
                 layer(guard(normal(rows, inputs, dtype=dtype)))
 
 
+PARTS = {"rows": run_row_kernels, "attention": run_attention, "layers": run_layers}
+
+
 def run(part: str) -> None:
     """In the child."""
     torch.set_num_threads(1)
@@ -114,7 +133,7 @@ def run(part: str) -> None:
         torch.empty = guard.empty
         torch.empty_like = lambda x, guard=guard: guard.empty(x.shape, dtype=x.dtype)
         for dtype in DTYPES:
-            run_row_kernels(guard, dtype) if part == "rows" else run_layers(guard, dtype)
+            PARTS[part](guard, dtype)
     print("all ran")
 
 
@@ -135,7 +154,7 @@ def child(call: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are guarded as Linux does it")
-@pytest.mark.parametrize("part", ["rows", "layers"])
+@pytest.mark.parametrize("part", PARTS)
 def test_nothing_beyond_a_tensor_is_touched(part: str) -> None:
     done = child(f"run({part!r})")
     assert done.returncode == 0 and done.stdout == "all ran\n", done.stderr[-2000:]
