@@ -16,8 +16,9 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from node.runtime.engine import dense, filters, philox, sampler  # noqa: E402
+from node.runtime.engine import dense, few, kernels, philox, race, sampler  # noqa: E402
 from node.runtime.engine.history import History  # noqa: E402
+from node.runtime.engine.maxima import GROUP, maxima  # noqa: E402
 from node.runtime.engine.sampler import Draw, Scratch, pick_rows  # noqa: E402
 from node.testing.sampler_vectors import allowed_of, logits_of, params_of, prompt_of  # noqa: E402
 from protocol import sampling as reference  # noqa: E402
@@ -27,8 +28,8 @@ VECTORS = json.loads((Path(__file__).resolve().parents[1] / "vectors/sampler.jso
 CPU = torch.device("cpu")
 
 
-def column(value: int) -> Any:
-    return torch.tensor([value])
+def column(*values: int) -> Any:
+    return torch.tensor(values) if len(values) == 1 else torch.tensor(values)[:, None]
 
 
 def mask_of(allowed: Collection[int] | None, size: int) -> Any:
@@ -57,7 +58,7 @@ def test_gumbel_vectors() -> None:
         if token < 100_000:
             noise = philox.Complements(token // 4 + 1, CPU)
             rounded = noise.draw(seed, position)
-            assert float(noise.gumbel_of(column(token))[0]) == one
+            assert float(philox.gumbel(philox.MASK - noise.of(column(token)))[0]) == one
             words = (0xFFFFFFFF - rounded[token].double() + 0.5) / 2**32
             assert -math.log(-math.log(float(words))) == pytest.approx(one, abs=1e-6)
 
@@ -73,11 +74,23 @@ def test_draw_vectors(case: dict[str, Any]) -> None:
 def on_a_gpu(logits: Any, draws: list[Draw], scratch: Scratch | None = None) -> list[sampler.Picked]:
     """`pick_rows` by the code for GPUs, which runs anywhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_choose", sampler._choose_many)
+        patch.setattr(sampler, "_choose", sampler._choose_dense)
         return pick_rows(logits, draws, scratch)
 
 
-@pytest.mark.parametrize("pick", [pick_rows, on_a_gpu])
+def without_kernels(logits: Any, draws: list[Draw], scratch: Scratch | None = None) -> list[sampler.Picked]:
+    """`pick_rows` where Numba is missing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "importable", lambda: False)
+        plain = Scratch.of(logits)
+    assert isinstance(plain.field, race.TorchField)
+    return pick_rows(logits, draws, plain)
+
+
+WAYS = [pick_rows, without_kernels, on_a_gpu]
+
+
+@pytest.mark.parametrize("pick", WAYS)
 def test_all_vectors_of_one_size_in_one_batch(pick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows do not see each other, whatever their parameters, and the logits stay as they were."""
     monkeypatch.setattr(dense, "CHUNK", 3 * 257)  # so that a batch is several chunks
@@ -117,12 +130,47 @@ def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list
     return logits, params, draw(st.lists(ids, min_size=1, max_size=20)), draw(st.lists(ids, max_size=20)), allowed
 
 
-def survivors_of(scores: Any, params: SamplingParams) -> list[int]:
-    """`filters.survivors`, and every id where no filter is on."""
-    padded = torch.full((-(-len(scores) // filters.GROUP) * filters.GROUP,), -math.inf, dtype=torch.float64)
-    padded[: len(scores)] = torch.as_tensor(scores, dtype=torch.float64)
-    kept = filters.survivors(padded, padded.view(-1, filters.GROUP).amax(1), float(padded.max()), params)
-    return list(range(len(scores))) if kept is None else [i for i in kept.tolist() if i < len(scores)]
+def fields_of(vocab: int) -> list[Any]:
+    """Both where there are two."""
+    plain = race.TorchField(vocab, CPU)
+    return list({type(one): one for one in (race.field_for(vocab, CPU), plain)}.values())
+
+
+def row_of(values: Any, temperature: float = 1.0, seed: int = 0, position: int = 0) -> race.Row:
+    values = torch.as_tensor(values)
+    return race.Row(values, maxima(values[None])[0], float(values.max()), temperature, seed, position)
+
+
+def survivors_of(scores: Any, params: SamplingParams, ids: Collection[int] | None = None) -> list[int]:
+    """Those of `ids`, or of all, that `race` would let win if they were drawn."""
+    row = row_of(torch.as_tensor(scores, dtype=torch.float64))
+    field, kept = fields_of(len(scores))[0], []
+    for token in range(len(scores)) if ids is None else ids:
+        drawn = [race.Place(float(row.values[token]), token)]
+
+        def winner(row: Any, limit: race.Place, field: Any, drawn: Any = drawn) -> tuple[race.Place, float]:
+            one = drawn.pop()  # only once: that raises
+            if not before(one, limit):
+                raise IndexError
+            return one, 0.0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(race, "_winner", winner)
+            try:
+                kept.append(race.pick(row, params, field))
+            except IndexError:
+                pass
+    return kept
+
+
+def before(one: race.Place, other: race.Place) -> bool:
+    return (one.value, -one.token) > (other.value, -other.token)
+
+
+def noise_of(seed: int, position: int, size: int) -> Any:
+    """Of the first tokens, float64."""
+    ids = torch.arange(size)
+    return philox.gumbel_of(column(seed & philox.MASK, seed >> 32).expand(2, size), column(position).expand(size), ids)
 
 
 Case = tuple[list[float], SamplingParams, list[int], list[int], list[int] | None]
@@ -218,7 +266,7 @@ def test_the_token_that_reaches_top_p_exactly_is_the_last() -> None:
     assert survivors_of([0.0] * 4, SamplingParams(top_p=0.5)) == [0, 1]
 
 
-@pytest.mark.parametrize("pick", [pick_rows, on_a_gpu])
+@pytest.mark.parametrize("pick", WAYS)
 def test_top_p_is_of_what_top_k_leaves(pick: Any) -> None:
     """1/2, 1/4, 1/4: of the two that are left the first has 2/3."""
     logits = torch.tensor([[math.log(2), 0.0, 0.0]]).repeat(60, 1)
@@ -253,7 +301,12 @@ STEEP = [-((i * 7919) % 9000) / 40 for i in range(9000)]
 def test_filters_of_a_large_vocabulary(logits: list[float], filters: dict[str, Any]) -> None:
     """More tokens than are ever ranked at once, ties at every edge, all in one bucket, most in the last."""
     params = SamplingParams(temperature=1.0, seed=4, **filters)
-    assert survivors_of(logits, params) == sorted(reference.survivors(logits, params))
+    ranking = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    kept = reference.survivors(logits, params)
+    assert kept == ranking[: len(kept)]
+    asked = [*ranking[max(0, len(kept) - 20) : len(kept) + 20], *ranking[:: len(ranking) // 40]]
+    wanted = set(kept)
+    assert survivors_of(logits, params, asked) == [i for i in asked if i in wanted]
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 10.0])
@@ -265,25 +318,25 @@ def test_draws_over_a_whole_vocabulary(temperature: float, filters: dict[str, An
         logits = [((i * 7919 + position * 31) % 4999) / 4999 * spread for i in range(4999)]
         params = SamplingParams(temperature=temperature, seed=position << 40 | 5, **filters)
         scores = [x / temperature for x in logits]
-        noise = philox.Complements(1250, CPU)
-        noise.draw(params.seed, position)
-        every = torch.tensor(scores, dtype=torch.float64) + noise.gumbel_of(torch.arange(4999))
-        kept = torch.tensor(survivors_of(scores, params))
+        every = torch.tensor(scores, dtype=torch.float64) + noise_of(params.seed, position, 4999)
+        kept = torch.tensor(sorted(reference.survivors(scores, params)))
         wanted = int(kept[every[kept].argmax()])
-        assert sampler.pick(torch.tensor(logits, dtype=torch.float64), params, range(position), []) == wanted
+        row = torch.tensor(logits, dtype=torch.float64)[None]
+        for pick in (pick_rows, without_kernels):
+            assert pick(row, [Draw(params, range(position), [])])[0].token == wanted
 
 
 @pytest.mark.parametrize("below", [-30.0, -3.0, -1.0, 0.0, 0.5, 2.0, 9.0])
 def test_the_winner_is_found_wherever_it_is_looked_for_first(below: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too high, and candidates come up that lose to others further down; too low, and there are many."""
-    monkeypatch.setattr(sampler, "_BELOW", below)
+    monkeypatch.setattr(race, "_BELOW", below)
+    fields = fields_of(403)
     for position in range(150):
         logits = torch.tensor([0.0, -0.3, -2.0, *[-6.0 - i % 7 for i in range(400)]])
         params = SamplingParams(temperature=1.0, seed=77)
-        noise = philox.Complements(101, CPU)
-        noise.draw(77, position)
-        wanted = int((logits.double() + noise.gumbel_of(torch.arange(403))).argmax())
-        assert sampler.pick(logits, params, range(position), []) == wanted
+        wanted = int((logits.double() + noise_of(77, position, 403)).argmax())
+        for field in fields:
+            assert race.pick(row_of(logits, 1.0, 77, position), params, field) == wanted
 
 
 @pytest.mark.parametrize("vocab", [1, 63, 64, 65, 128, 200])

@@ -21,19 +21,19 @@ DOMAIN: Final = 0x474D5331
 LANES: Final = 4
 ROUNDS: Final = 10
 MASK: Final = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(block: Tensor, position: Tensor, seed_low: Tensor, seed_high: Tensor) -> Tensor:
-    """Words of counters (block, position, DOMAIN): int64 [n, 4], each below 2^32. All arguments int64 [n]."""
+    """Words of counters (block, position, DOMAIN): int64 [..., 4], each below 2^32. All arguments int64 of one shape."""
     a, b, c, d = block, position & MASK, (position >> 32) & MASK, torch.full_like(block, DOMAIN)
     k0, k1 = seed_low, seed_high
     for _ in range(ROUNDS):
-        left, right = a * _M0, c * _M1
+        left, right = a * M0, c * M1
         a, b = ((right >> 32) ^ b ^ k0) & MASK, right
         c, d = ((left >> 32) ^ d ^ k1) & MASK, left
-        k0, k1 = (k0 + _W0) & MASK, (k1 + _W1) & MASK
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
     return torch.stack((a, b & MASK, c, d & MASK), dim=-1)
 
 
@@ -56,7 +56,7 @@ class Complements:
 
     def __init__(self, blocks: int, device: torch.device) -> None:
         """Room for 4 * `blocks` tokens."""
-        product = torch.arange(blocks, device=device) * _M0
+        product = torch.arange(blocks, device=device) * M0
         self._high, self._low = product >> 32, product & MASK
         """Of the first round, where every other word is the same in all blocks."""
         self._free = torch.empty((6, blocks), dtype=torch.int64, device=device)
@@ -67,19 +67,19 @@ class Complements:
         """Of all tokens: float32 [4 * blocks], by token id; rounded to 24 bits, exact below 2^24."""
         a, b, c, d, left, right = self._free
         # Rounds 1 and 2, where one product each is of scalars.
-        keys = [(((seed & MASK) + n * _W0) & MASK, ((seed >> 32) + n * _W1) & MASK) for n in range(ROUNDS)]
-        product = (position >> 32) * _M1
+        keys = [(((seed & MASK) + n * W0) & MASK, ((seed >> 32) + n * W1) & MASK) for n in range(ROUNDS)]
+        product = (position >> 32) * M1
         first, second = (product >> 32) ^ (position & MASK) ^ keys[0][0], product & MASK
         torch.bitwise_xor(self._high, DOMAIN ^ keys[0][1], out=c)
-        torch.mul(c, _M1, out=b)
+        torch.mul(c, M1, out=b)
         torch.bitwise_right_shift(b, 32, out=a)
         a.bitwise_xor_(second ^ keys[1][0]).bitwise_and_(MASK)
-        product = first * _M0
+        product = first * M0
         torch.bitwise_xor(self._low, (product >> 32) ^ keys[1][1], out=c)
         d.fill_(product & MASK)
         for count, (k0, k1) in enumerate(keys[2:], start=3):
-            torch.mul(a, _M0, out=left)
-            torch.mul(c, _M1, out=right)
+            torch.mul(a, M0, out=left)
+            torch.mul(c, M1, out=right)
             # In the last round the keys are flipped, which flips the two lanes that they enter.
             last = MASK if count == ROUNDS else 0
             torch.bitwise_right_shift(right, 32, out=a)
@@ -95,8 +95,8 @@ class Complements:
             self._rounded[:, lane] = complements
         return self._rounded.view(-1)
 
-    def gumbel_of(self, ids: Tensor) -> Tensor:
-        """Noise of single tokens in the last `draw`: float64, exact."""
+    def of(self, ids: Tensor) -> Tensor:
+        """Of single tokens in the last `draw`: int64, exact."""
         block = ids >> 2
         complements = torch.stack([lane[block] for lane in self._lanes], dim=-1)
-        return gumbel(MASK - complements.gather(1, (ids & 3)[:, None])[:, 0])
+        return complements.gather(1, (ids & 3)[:, None])[:, 0]

@@ -1,15 +1,12 @@
 """The normative sampler on tensors. The definition is the reference in the protocol package; rule numbers are its.
 
-It must pick the same token as the reference. What is not float64 or int64 here only excludes tokens that provably cannot
-win, by margins far above its rounding:
+It must pick the same token as the reference. What is not float64 or int64 only excludes tokens that provably cannot win:
 
 - Greedy without adjustments is the first largest of the raw logits, whatever their width: widening keeps order and ties.
-- Filters (rules 7 to 9) rank only what stands around the end of the prefix that they keep (`filters`).
-- A draw over many tokens computes noise as integers, and logarithms only for tokens whose noise could suffice: the winner of
-  a Gumbel draw is about ln(sum exp s) + one standard Gumbel, which is almost never more than 2 below its centre.
+  So does division by a temperature, of what was float32: rows that nothing adjusts are never widened.
+- On a CPU rows of which top_k leaves few tokens are narrowed to these together (`few`); in others a token is drawn from the
+  whole vocabulary, and filters are asked about it alone (`race`).
 - On a GPU all rows go through the plain form of the rules together (`dense`).
-
-Sources: as in the definition; "the winner is lse + Gumbel": Maddison et al. 2014.
 """
 
 from __future__ import annotations
@@ -22,17 +19,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from node.runtime.engine import dense
-from node.runtime.engine.filters import FEW, GROUP, survivors
+from node.runtime.engine import dense, few, race
 from node.runtime.engine.history import History, Past
-from node.runtime.engine.philox import LANES, MASK, Complements, gumbel_of
+from node.runtime.engine.maxima import GROUP, first_largest, maxima
 from node.runtime.engine.sequence import Sampling
 
-_BELOW: Final = 2.0
-"""How far under ln(sum exp s) the winner is looked for at first: it lies lower once in 1,600 draws."""
-
-_BLOCK: Final = 64
-"""Tokens whose largest logit stands for them in the search for the likeliest."""
+_WIDENED: Final = 1 << 20
+"""Logits at a time, or one row: 8 MiB."""
 
 
 class UnusableLogits(ValueError):
@@ -53,6 +46,11 @@ class Draw:
     history: Past | None = None
     """Of prompt + generated, kept up by the caller; None makes it anew, in time proportional to the tokens."""
 
+    @property
+    def position(self) -> int:
+        """Of the token that is chosen."""
+        return len(self.prompt) + len(self.generated)
+
 
 @dataclass(slots=True)
 class Picked:
@@ -67,30 +65,17 @@ class Picked:
 
 
 class Scratch:
-    """Memory for one call at a time, made once for a vocabulary on a device."""
+    """What one call at a time needs, made once for a vocabulary on a device."""
 
     def __init__(self, vocab: int, device: torch.device) -> None:
-        size = -(-vocab // GROUP) * GROUP
         self.vocab = vocab
-        self.device = device
-        self.scores = torch.full((size,), -math.inf, dtype=torch.float64, device=device)
-        """The row at hand, widened; what lies past the vocabulary stays -inf."""
-        self.likely = torch.empty(size, dtype=torch.float32, device=device)
-        self.noise = Complements(size // LANES, device)
+        self.widened = torch.empty((max(1, _WIDENED // vocab), vocab), dtype=torch.float64, device=device)
+        """Rows at hand that are adjusted."""
+        self.field = race.field_for(vocab, device)
 
     @classmethod
     def of(cls, logits: Tensor) -> Scratch:
         return cls(logits.shape[-1], logits.device)
-
-
-@dataclass(slots=True)
-class _Few:
-    """A row whose draw is between few tokens."""
-
-    row: int
-    ids: Tensor
-    """Ascending."""
-    scores: Tensor
 
 
 def home(device: torch.device) -> torch.device:
@@ -109,7 +94,8 @@ def pick_rows(logits: Tensor, draws: Sequence[Draw], scratch: Scratch | None = N
     logits = logits.to(home(logits.device))
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    best, largest = _first_largest(logits)
+    groups = maxima(logits)
+    best, largest = first_largest(logits, groups)
     tops, firsts = largest.tolist(), best.tolist()
     tokens = [-1] * len(draws)
     open_rows: list[tuple[int, Past]] = []
@@ -122,8 +108,8 @@ def pick_rows(logits: Tensor, draws: Sequence[Draw], scratch: Scratch | None = N
         else:
             open_rows.append((row, history))
     if open_rows:
-        choose = _choose_many if logits.device.type == "cuda" else _choose
-        for row, token in choose(logits, draws, open_rows, scratch):
+        choose = _choose_dense if logits.device.type == "cuda" else _choose
+        for row, token in choose(logits, groups, draws, open_rows, scratch):
             tokens[row] = token
     picked = [Picked(token, unusable=token < 0) for token in tokens]
     _add_logprobs(logits, draws, picked)
@@ -148,54 +134,88 @@ def _allows(mask: Tensor | None, token: int) -> bool:
     return mask is None or (token < len(mask) and bool(mask[token]))
 
 
-def _choose_many(
-    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], _: Scratch | None
+def _choose_dense(
+    logits: Tensor, _: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], scratch: Scratch | None
 ) -> list[tuple[int, int]]:
     """(row, token) on a GPU; -1 where the constraint leaves nothing."""
     numbers = [row for row, _ in rows]
-    adjusted = logits[numbers].double()
-    for (row, history), own in zip(rows, adjusted, strict=True):
+    samplings = [draws[row].sampling for row in numbers]
+    scores = logits[numbers].double()
+    for (row, history), own in zip(rows, scores, strict=True):
         _adjust(own, draws[row].mask, history)
-    positions = [len(draws[row].prompt) + len(draws[row].generated) for row in numbers]
-    found = dense.pick(adjusted, [draws[row].sampling for row in numbers], positions)
+    temperatures = [[1.0 if one.greedy else one.temperature] for one in samplings]
+    scores /= torch.tensor(temperatures, dtype=torch.float64, device=scores.device)
+    found = dense.pick(scores, samplings, [draws[row].position for row in numbers])
     return list(zip(numbers, found.tolist(), strict=True))
 
 
 def _choose(
-    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], scratch: Scratch | None
+    logits: Tensor, groups: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], scratch: Scratch | None
 ) -> list[tuple[int, int]]:
-    """(row, token) on a CPU, row by row, so that what a row needs stays in the cache."""
+    """(row, token) on a CPU; -1 where the constraint leaves nothing. `groups`: the logits' maxima."""
     scratch = scratch or Scratch.of(logits)
-    found: list[tuple[int, int]] = []
-    few: list[_Few] = []
-    for row, history in rows:
-        one = _choose_one(logits[row], draws[row], history, scratch)
-        if isinstance(one, int):
-            found.append((row, one))
-        else:
-            few.append(_Few(row, *one))
-    return found + _draw_few(few, draws)
+    exact = logits.dtype is torch.float32  # numbers of float64 may become equal by division
+    free = [row for row, history in rows if exact and draws[row].mask is None and not history.adjusts]
+    found = list(zip(free, _draw(logits, groups, free, [draws[row] for row in free], scratch.field), strict=True))
+    others = [one for one in rows if one[0] not in {*free}]
+    step = len(scratch.widened)
+    for start in range(0, len(others), step):
+        found += _choose_adjusted(logits, draws, others[start : start + step], scratch)
+    return found
 
 
-def _choose_one(logits: Tensor, draw: Draw, history: Past, scratch: Scratch) -> int | tuple[Tensor, Tensor]:
-    """The token; or, for `_draw_few`, ids and scores of those to draw from."""
-    sampling, scores = draw.sampling, scratch.scores
-    scores[: scratch.vocab] = logits
-    _adjust(scores[: scratch.vocab], draw.mask, history)
-    groups = scores.view(-1, GROUP).amax(1)
-    top = float(groups.max())
-    if top == -math.inf:
-        return -1
-    if sampling.greedy:
-        return int(_first_largest(scores[None])[0])
-    scores.div_(sampling.temperature)
-    groups.div_(sampling.temperature)
-    top /= sampling.temperature
-    ids = survivors(scores, groups, top, sampling)
-    if ids is None or len(ids) > FEW:
-        position = len(draw.prompt) + len(draw.generated)
-        return _draw_many(scores, ids, top, sampling.seed, position, scratch)
-    return ids, scores[ids]
+def _choose_adjusted(
+    logits: Tensor, draws: Sequence[Draw], rows: Sequence[tuple[int, Past]], scratch: Scratch
+) -> list[tuple[int, int]]:
+    scores = scratch.widened[: len(rows)]
+    each = []
+    for own, (row, history) in zip(scores, rows, strict=True):  # one by one, so that a row stays in the cache
+        own.copy_(logits[row])
+        _adjust(own, draws[row].mask, history)
+        if not draws[row].sampling.greedy:
+            own.div_(draws[row].sampling.temperature)
+        each.append(maxima(own[None]))
+    groups = torch.cat(each)
+    best, largest = first_largest(scores, groups)
+    tokens = [token if top > -math.inf else -1 for token, top in zip(best.tolist(), largest.tolist(), strict=True)]
+    drawn = [at for at, (row, _) in enumerate(rows) if tokens[at] >= 0 and not draws[row].sampling.greedy]
+    asked = [draws[rows[at][0]] for at in drawn]
+    for at, token in zip(drawn, _draw(scores, groups, drawn, asked, scratch.field, divided=True), strict=True):
+        tokens[at] = token
+    return [(row, token) for (row, _), token in zip(rows, tokens, strict=True)]
+
+
+def _draw(
+    values: Tensor,
+    groups: Tensor,
+    rows: Sequence[int],
+    draws: Sequence[Draw],
+    field: race.Field,
+    *,
+    divided: bool = False,
+) -> list[int]:
+    """Rules 6 to 10 on some rows of float32 or float64 [rows, vocab]; rules 7 to 10 where they are `divided`."""
+    temperatures = [1.0 if divided else draw.sampling.temperature for draw in draws]
+    tokens = [-1] * len(rows)
+    narrow = [at for at, draw in enumerate(draws) if few.leaves_few(draw.sampling, groups.shape[1])]
+    if narrow:
+        where = [rows[at] for at in narrow]
+        found = few.pick(
+            values if len(where) == len(values) else values[where],
+            groups if len(where) == len(values) else groups[where],
+            [temperatures[at] for at in narrow],
+            [draws[at].sampling for at in narrow],
+            [draws[at].position for at in narrow],
+        )
+        for at, token in zip(narrow, found, strict=True):
+            tokens[at] = token
+    if len(narrow) < len(rows):
+        tops = groups.amax(1).tolist()
+        for at in sorted({*range(len(rows))} - {*narrow}):
+            row, draw = rows[at], draws[at]
+            one = race.Row(values[row], groups[row], tops[row], temperatures[at], draw.sampling.seed, draw.position)
+            tokens[at] = race.pick(one, draw.sampling, field)
+    return tokens
 
 
 def _adjust(row: Tensor, mask: Tensor | None, history: Past) -> None:
@@ -205,79 +225,6 @@ def _adjust(row: Tensor, mask: Tensor | None, history: Past) -> None:
         row[: len(allowed)].masked_fill_(~allowed, -math.inf)
         row[len(allowed) :] = -math.inf
     history.adjust_(row)
-
-
-def _first_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [rows] of the largest values, of equals the first, and the values; a NaN counts as the largest.
-
-    Six times as fast on a CPU as argmax over the vocabulary, which compares one by one.
-    """
-    whole = rows.shape[1] // GROUP * GROUP
-    if whole == 0:
-        found = rows.argmax(1)
-        return found, rows.gather(1, found[:, None])[:, 0]
-    grouped = rows[:, :whole].unflatten(1, (-1, GROUP))
-    largest = grouped.amax(2)
-    group = largest.argmax(1)
-    at = torch.arange(len(rows), device=rows.device)
-    found = group * GROUP + grouped[at, group].argmax(1)
-    values = largest[at, group]
-    if whole == rows.shape[1]:
-        return found, values
-    rest, tail = rows[:, whole:].max(1)[0], rows[:, whole:].argmax(1) + whole
-    later = (rest > values) | (rest.isnan() & ~values.isnan())
-    return torch.where(later, tail, found), torch.where(later, rest, values)
-
-
-# ------------------------------------------------------------------------------------------------------------ rule 10
-
-
-def _draw_few(rows: Sequence[_Few], draws: Sequence[Draw]) -> list[tuple[int, int]]:
-    """(row, token) of all rows that have few candidates, with one computation of noise."""
-    if not rows:
-        return []
-    sizes = [len(few.ids) for few in rows]
-    device = rows[0].ids.device
-    keys = torch.tensor(
-        [
-            (draw.sampling.seed & MASK, draw.sampling.seed >> 32, len(draw.prompt) + len(draw.generated))
-            for draw in (draws[few.row] for few in rows)
-        ],
-        device=device,
-    )
-    each = keys.repeat_interleave(torch.tensor(sizes, device=device), 0, output_size=sum(sizes)).T.contiguous()
-    ids = torch.cat([few.ids for few in rows])
-    totals = torch.cat([few.scores for few in rows]) + gumbel_of(each[:2], each[2], ids)
-    winners = torch.stack([part.argmax() for part in totals.split(sizes)])  # ascending ids: the first of equals
-    starts = torch.tensor([sum(sizes[:n]) for n in range(len(sizes))], device=device)
-    return list(zip((few.row for few in rows), ids[starts + winners].tolist(), strict=True))
-
-
-def _draw_many(scores: Tensor, ids: Tensor | None, top: float, seed: int, position: int, scratch: Scratch) -> int:
-    """The token that wins among `ids`, or among all.
-
-    With y = 1 - u a token reaches the value B only if y <= -ln u <= exp(s - B). So noise is compared with exp(s - B) for a B
-    that the winner most likely passes; whoever is in by that is computed exactly, and B is lowered if nobody passed it.
-    """
-    likely = torch.sub(scores, top, out=scratch.likely).exp_()
-    if ids is not None:
-        kept = likely[ids]
-        likely.zero_()[ids] = kept
-    noise = scratch.noise.draw(seed, position)  # 2^32 y - 0.5
-    below = math.log(float(likely.sum())) - _BELOW  # B - top
-    likely.mul_(math.exp(-below) * 4294967296.0 * 1.001)  # room for the rounding of float32
-    while True:
-        hits = (noise <= likely).view(torch.int64).nonzero()[:, 0]  # eight at a time
-        near = (hits[:, None] * 8 + torch.arange(8, device=hits.device)).view(-1)
-        near = near[noise[near] <= likely[near]]
-        near = near[scores[near] > -math.inf]
-        if len(near):
-            totals = scores[near] + scratch.noise.gumbel_of(near)
-            winner = totals.argmax()
-            if float(totals[winner]) >= top + below:
-                return int(near[winner])
-        below -= 4.0
-        likely.mul_(math.exp(4.0))
 
 
 # ----------------------------------------------------------------------------------------------------------- logprobs
@@ -305,11 +252,11 @@ def _likeliest(rows: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, Te
 
     A block of a row that holds one of its n largest has one of the n largest maxima of blocks, so few blocks are sorted.
     """
-    blocks = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _BLOCK), value=-math.inf).view(len(rows), -1, _BLOCK)
+    blocks = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP), value=-math.inf).view(len(rows), -1, GROUP)
     tops = blocks.amax(2)
     edges = tops.topk(min(max(counts), tops.shape[1]), 1).values
     for row, count in enumerate(counts):
         near = (tops[row] >= edges[row, min(count, edges.shape[1]) - 1]).nonzero()[:, 0]
         values, order = blocks[row, near].flatten().sort(descending=True, stable=True)
         order = order[:count]
-        yield near[order // _BLOCK] * _BLOCK + order % _BLOCK, values[:count]
+        yield near[order // GROUP] * GROUP + order % GROUP, values[:count]

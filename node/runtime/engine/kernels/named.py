@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from node.runtime.engine.kernels import attention, norms, objects, products
+from node.runtime.engine.kernels import attention, norms, objects, products, race
 from node.runtime.engine.kernels.book import ObjectCode
 
 log = logging.getLogger(__name__)
@@ -17,10 +17,12 @@ FAMILIES: Final[dict[str, Callable[..., Any]]] = {
     for make in (
         *(attention.attend, attention.write),
         *(norms.rms_norm, norms.silu_gate, norms.gelu_tanh_gate, norms.turn),
+        *(race.contenders, race.mass),
         *(products.product_bfloat16, products.product_int8, products.product_int4),
     )
 }
-_WORDS: Final = {"float32": np.float32, "uint16": np.uint16, "int8": np.int8, "True": True, "False": False}
+_TYPES: Final = {kind.__name__: kind for kind in (np.float32, np.float64, np.uint16, np.int8)}
+_WORDS: Final = {**_TYPES, "True": True, "False": False}
 
 
 def by_names(names: Iterable[str]) -> list[ObjectCode]:

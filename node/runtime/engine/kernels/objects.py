@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import llvmlite
 import numba
@@ -25,14 +25,16 @@ from numba.core.registry import cpu_target
 
 from node.runtime.engine.kernels.book import ObjectCode
 
+_IMPORTED: Final = ("blocks.py", "maxima.py", "philox.py", "race.py")
+
 
 @cache
 def stamp() -> str:
-    """What compiled kernels depend on: versions, processor, and the text of the kernels. Hexadecimal."""
+    """What compiled kernels depend on: versions, processor, the text of the kernels and of what they import. Hexadecimal."""
     versions = (platform.python_version(), numba.__version__, llvmlite.__version__, np.__version__)
     digest = hashlib.sha256(repr((versions, cpu_target.target_context.codegen().magic_tuple())).encode())
     here = Path(__file__).parent
-    for source in (here.parent / "blocks.py", *sorted(here.glob("*.py"))):
+    for source in (*(here.parent / name for name in _IMPORTED), *sorted(here.glob("*.py"))):
         text = source.read_bytes()
         digest.update(f"{source.name} {len(text)}\n".encode() + text)
     return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""What drawing from a whole vocabulary looks at, as kernels: one pass each over a row. See `engine.race`.
+
+`groups` are the row's maxima, always in float64; `values` the row.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11, section 3.3 (philox4x32-10).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from numba import carray, types
+from torch import Tensor
+
+from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, Kernel, demand, family, kernel
+from node.runtime.engine.kernels.simd import exp, pointer
+from node.runtime.engine.maxima import GROUP, maxima
+from node.runtime.engine.philox import DOMAIN, LANES, M0, M1, MASK, ROUNDS, W0, W1
+from node.runtime.engine.race import ROOM, Hit, Place, Row, TorchField
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+_DOUBLE: Final = types.float64
+_M0, _M1, _W0, _W1 = np.uint64(M0), np.uint64(M1), np.uint64(W0), np.uint64(W1)
+_LOW, _HALF, _DOMAIN = np.uint64(MASK), np.uint64(32), np.uint64(DOMAIN)
+_HITS: Final = 64
+"""Hits that there is room for at first. Usual are eight."""
+
+
+@family
+def contenders() -> Kernel:
+    """(vocab, narrow, wide, groups, top, inverse, limit, token, lower, low, high, position, room, out).
+
+    narrow, wide: the row in float32 or float64, the other's address 0. limit, token: a place. low, high: the seed.
+    out: float64 [2 + 3 * room]: the sum of the maxima, how many hits there are, and so many of them as there is room for.
+    """
+
+    @kernel(
+        *(COUNT, ADDRESS, ADDRESS, ADDRESS, _DOUBLE, FLOAT, _DOUBLE, COUNT),
+        *(_DOUBLE, COUNT, COUNT, COUNT, COUNT, ADDRESS),
+    )
+    def run(  # type: ignore[no-untyped-def]
+        vocab, narrow_at, wide_at, groups_at, top, inverse, limit, limit_token, lower, low, high, position, room, out_at
+    ):
+        narrow, wide = carray(pointer(narrow_at), vocab, np.float32), carray(pointer(wide_at), vocab, np.float64)
+        groups = carray(pointer(groups_at), -(-vocab // GROUP), np.float64)
+        out = carray(pointer(out_at), 2 + 3 * room, np.float64)
+        mass = 0.0
+        for g in range(len(groups)):
+            if groups[g] >= limit:
+                mass += exp(np.float32(groups[g] - top) * inverse)
+        factor = np.float32(math.exp(lower) / mass * 4294967296.0 * ROOM)
+        near, far = np.uint64(position) & _LOW, np.uint64(position) >> _HALF
+        words = np.empty(GROUP, np.uint32)  # 2^32 - 1 - the words of a group
+        found = 0
+        for g in range(len(groups)):
+            most = exp(np.float32(groups[g] - top) * inverse) * factor
+            if groups[g] < limit or most < np.float32(0.4):  # the least noise is half a unit
+                continue
+            first, least = np.uint64(g * (GROUP // LANES)), _LOW
+            for n in range(GROUP // LANES):  # in place, or LLVM makes no vectors of it
+                a, b, c, d = first + np.uint64(n), near, far, _DOMAIN
+                k0, k1 = np.uint64(low), np.uint64(high)
+                for _ in range(ROUNDS):
+                    left, right = a * _M0, c * _M1
+                    a, b = (right >> _HALF) ^ b ^ k0, right & _LOW
+                    c, d = (left >> _HALF) ^ d ^ k1, left & _LOW
+                    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+                a, b, c, d = a ^ _LOW, b ^ _LOW, c ^ _LOW, d ^ _LOW
+                words[4 * n], words[4 * n + 1], words[4 * n + 2], words[4 * n + 3] = a, b, c, d
+                least = min(least, min(min(a, b), min(c, d)))
+            if np.float32(least) > most:
+                continue
+            for token in range(GROUP * g, min(GROUP * g + GROUP, vocab)):
+                value = wide[token] if wide_at else np.float64(narrow[token])
+                word = words[token - GROUP * g]
+                likely = exp(np.float32(value - top) * inverse) * factor
+                if np.float32(word) <= likely and (value > limit or (value == limit and token < limit_token)):
+                    if found < room:
+                        out[2 + 3 * found], out[3 + 3 * found], out[4 + 3 * found] = token, word, value
+                    found += 1
+        out[0], out[1] = mass, found
+
+    return run
+
+
+@family
+def mass(dtype: Any) -> Kernel:
+    """(vocab, values, groups, top, inverse, limit, token, above, out): the sum of exp((value - top) * inverse) of what is ranked
+    before a place, into out: float64 [1].
+
+    limit, token: the place; above: the least value above the limit.
+    """
+
+    @kernel(COUNT, ADDRESS, ADDRESS, _DOUBLE, FLOAT, _DOUBLE, COUNT, _DOUBLE, ADDRESS)
+    def run(vocab, values_at, groups_at, top, inverse, limit, limit_token, above, out_at):  # type: ignore[no-untyped-def]
+        values = carray(pointer(values_at), vocab, dtype)
+        groups = carray(pointer(groups_at), -(-vocab // GROUP), np.float64)
+        out = carray(pointer(out_at), 1, np.float64)
+        total = 0.0
+        for g in range(len(groups)):
+            if groups[g] >= limit:
+                begin, end = GROUP * g, min(GROUP * g + GROUP, vocab)
+                part = np.float32(0)
+                for token in range(begin, end):
+                    likely = exp(np.float32(values[token] - dtype(top)) * inverse)
+                    least = limit if token < limit_token else above
+                    part += likely if values[token] >= dtype(least) else np.float32(0)
+                total += part
+        out[0] = total
+
+    return run
+
+
+class CompiledField:
+    """`race.Field` by kernels, for rows of any vocabulary."""
+
+    def __init__(self) -> None:
+        kinds = {torch.float32: np.float32, torch.float64: np.float64}
+        self._contenders = contenders()
+        self._mass = {dtype: (mass(kind), kind) for dtype, kind in kinds.items()}
+        self._out = torch.empty(2 + 3 * _HITS, dtype=torch.float64)
+
+    def contenders(self, row: Row, limit: Place, lower: float) -> tuple[float, Sequence[Hit]]:
+        groups = _checked(row)
+        out, room, address = self._out, _HITS, row.values.data_ptr()
+        wide = row.values.dtype is torch.float64
+        while True:
+            self._contenders(
+                *(len(row.values), 0 if wide else address, address if wide else 0, groups.data_ptr()),
+                *(row.top, 1 / row.temperature),
+                *(limit.value, limit.token, lower),
+                *(row.seed & MASK, row.seed >> 32, row.position, room, out.data_ptr()),
+            )
+            maxima, found, *hits = out.tolist()
+            if found <= room:
+                break
+            room = int(found)
+            out = torch.empty(2 + 3 * room, dtype=torch.float64)
+        parts = (hits[part : 3 * int(found) : 3] for part in range(3))
+        return maxima, [Hit(int(token), int(word), value) for token, word, value in zip(*parts, strict=True)]
+
+    def mass(self, row: Row, place: Place) -> float:
+        groups = _checked(row)
+        run, kind = self._mass[row.values.dtype]
+        run(
+            *(len(row.values), row.values.data_ptr(), groups.data_ptr(), row.top, 1 / row.temperature),
+            *(place.value, place.token, float(np.nextafter(kind(place.value), kind(math.inf))), self._out.data_ptr()),
+        )
+        return float(self._out[0])
+
+
+def _checked(row: Row) -> Tensor:
+    """Its maxima, in float64."""
+    values, groups = row.values, row.groups.double()
+    fits = values.dim() == 1 and values.is_contiguous() and values.dtype in (torch.float32, torch.float64)
+    demand(fits and values.device.type == "cpu", "a draw", values)
+    demand(groups.shape == (-(-len(values) // GROUP),) and groups.is_contiguous(), "a draw", values, groups)
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------- trial
+
+
+@cache
+def tried() -> bool:
+    """Whether the kernels say here what torch says of a small case; the log says when not."""
+    try:
+        _compare()
+    except (ArithmeticError, RuntimeError, OSError) as error:
+        log.warning("tokens are drawn without compiled kernels: %s", str(error).partition("\n")[0][:200])
+        return False
+    return True
+
+
+def _compare() -> None:
+    """Raises `ArithmeticError` when a kernel disagrees with torch."""
+    vocab = 1000
+    values = (3 * torch.randn(vocab, generator=torch.Generator().manual_seed(7))).round_(decimals=1)
+    place = Place(float(values[500]), 500)
+    for dtype in (torch.float32, torch.float64):
+        some = values.to(dtype)
+        row = Row(some, maxima(some[None])[0], float(some.max()), 0.8, 1 << 63 | 5, 1 << 32 | 3)
+        mine, torchs = CompiledField(), TorchField(vocab, torch.device("cpu"))
+        for limit, lower in ((Place(-math.inf, vocab), 2.0), (place, 7.0)):
+            maxima_sum, hits = mine.contenders(row, limit, lower)
+            wanted_sum, wanted = torchs.contenders(row, limit, lower)
+            if list(hits) != wanted or not hits:
+                raise ArithmeticError("other tokens might be drawn")
+            sums = ((maxima_sum, wanted_sum), (mine.mass(row, limit), torchs.mass(row, limit)))
+            if not all(abs(one - other) <= 1e-5 * other for one, other in sums):
+                raise ArithmeticError("sums are off")
