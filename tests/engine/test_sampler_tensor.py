@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from node.runtime.engine import dense, few, kernels, philox, race, sampler  # noqa: E402
+from node.runtime.engine import dense, kernels, philox, race, sampler  # noqa: E402
 from node.runtime.engine.history import History  # noqa: E402
-from node.runtime.engine.maxima import GROUP, maxima  # noqa: E402
+from node.runtime.engine.maxima import maxima  # noqa: E402
 from node.runtime.engine.sampler import Draw, Scratch, pick_rows  # noqa: E402
 from node.testing.sampler_vectors import allowed_of, logits_of, params_of, prompt_of  # noqa: E402
 from protocol import sampling as reference  # noqa: E402
@@ -183,9 +183,10 @@ def test_same_token_as_the_reference(case: Case) -> None:
     logits, params, prompt, generated, allowed = case
     wanted = reference.sample(logits, params, prompt, generated, allowed)
     row, mask = torch.tensor(logits, dtype=torch.float64), mask_of(allowed, len(logits))
-    assert sampler.pick(row, params, prompt, generated, mask) == wanted
     draws = [Draw(params, prompt, generated, mask)] * 2
-    assert [one.token for one in on_a_gpu(torch.stack((row, row)), draws)] == [wanted] * 2
+    for rows in (torch.stack((row, row)), torch.stack((row, row)).float()):
+        for pick in WAYS:
+            assert [one.token for one in pick(rows, draws)] == [wanted] * 2
     adjusted = row if mask is None else row.masked_fill(~mask, -math.inf)
     History(params, prompt, generated, CPU).adjust_(adjusted)
     assert adjusted.tolist() == reference.adjust(logits, params, prompt, generated, allowed)

@@ -25,6 +25,7 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from node.runtime.engine import dense
 from node.runtime.engine.dense import WEIGHT_UNIT
 from node.runtime.engine.philox import LANES, MASK, Complements
 from node.runtime.engine.sequence import Sampling
@@ -36,6 +37,10 @@ ROOM: Final = 1.001
 """Bounds on noise are that much wider than they follow from the scores: float32 is off by less than a hundredth of it."""
 _DOUBT: Final = 1e-4
 """Where float32 sums come that close to top_p's threshold, as a part of all, they decide nothing. They are off by about 1e-5."""
+
+
+_ABSORBS: Final = 1e9
+"""Scores beyond it swallow some of the noise, so that tokens tie: there the plain form of the rules decides."""
 
 
 class Place(NamedTuple):
@@ -93,6 +98,8 @@ def field_for(vocab: int, device: torch.device) -> Field:
 
 def pick(row: Row, sampling: Sampling, field: Field) -> int:
     """The token that is drawn."""
+    if abs(row.top / row.temperature) > _ABSORBS:
+        return int(dense.pick((row.values.double() / row.temperature)[None], [sampling], [row.position]))
     floor = math.ceil(sampling.min_p * float(WEIGHT_UNIT))
     end = Place(-math.inf, len(row.values))
     kept = _after_top_k(row.values, sampling.top_k) or end
