@@ -77,8 +77,8 @@ def _pick(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int
 def _noise(ids: Tensor | None, width: int, position: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Of rule 10: float64 [rows, width]; position and key: int64 [rows, 1]."""
     if ids is not None:
-        words = philox(ids >> 2, *(part.expand_as(ids) for part in (position, low, high)))
+        words = philox(ids >> 2, position, low, high)
         return gumbel(words.gather(2, (ids & 3)[:, :, None])[:, :, 0])
     blocks = torch.arange(-(-width // LANES), device=position.device).expand(len(position), -1)
-    words = philox(blocks, *(part.expand_as(blocks) for part in (position, low, high)))
+    words = philox(blocks, position, low, high)
     return gumbel(words.flatten(1)[:, :width])

@@ -34,11 +34,10 @@ _BELOW: Final = 2.0
 """How far under the winner's expected value the bound is at first: the winner lies lower once in 1,600 draws."""
 _LOWER: Final = 4.0
 ROOM: Final = 1.001
-"""Bounds on noise are that much wider than they follow from the scores: float32 is off by less than a hundredth of it."""
+"""Bounds on noise are that much wider than follows from the scores; float32 is off by less than a hundredth of it, for scores that
+differ by more than 30 do not matter."""
 _DOUBT: Final = 1e-4
 """Where float32 sums come that close to top_p's threshold, as a part of all, they decide nothing. They are off by about 1e-5."""
-
-
 _ABSORBS: Final = 1e9
 """Scores beyond it swallow some of the noise, so that tokens tie: there the plain form of the rules decides."""
 

@@ -209,10 +209,9 @@ def _draw(
         )
         for at, token in zip(narrow, found, strict=True):
             tokens[at] = token
-    if len(narrow) < len(rows):
-        tops = groups.amax(1).tolist()
-        for at in sorted({*range(len(rows))} - {*narrow}):
-            row, draw = rows[at], draws[at]
+    tops = groups.amax(1).tolist() if len(narrow) < len(rows) else []
+    for at, (row, draw) in enumerate(zip(rows, draws, strict=True)):
+        if tokens[at] < 0:
             one = race.Row(values[row], groups[row], tops[row], temperatures[at], draw.sampling.seed, draw.position)
             tokens[at] = race.pick(one, draw.sampling, field)
     return tokens
