@@ -340,11 +340,11 @@ def test_an_engine_that_cannot_be_started_again_is_tried_without(made: wire.Kern
 
 def test_every_family_of_kernels_can_be_asked_for() -> None:
     """Else an engine would compile it at every start, and nobody would notice."""
-    from node.runtime.engine.kernels import attention, named, norms, products
+    from node.runtime.engine.kernels import attention, named, norms, products, race
 
     there = {
         name
-        for module in (attention, norms, products)
+        for module in (attention, norms, products, race)
         for name, made in vars(module).items()
         if hasattr(made, "cache_info") and made.__module__ == module.__name__
     }

@@ -251,7 +251,7 @@ def test_a_kernel_that_disagrees_is_not_used(
     which: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("numba")
-    from node.runtime.engine.kernels import race as compiled
+    from node.runtime.engine.kernels import field as compiled
 
     right = getattr(compiled.CompiledField, which)
 
@@ -279,7 +279,7 @@ def test_a_kernel_that_disagrees_is_not_used(
 
 def test_a_kernel_refuses_what_it_would_read_past() -> None:
     pytest.importorskip("numba")
-    from node.runtime.engine.kernels.race import CompiledField
+    from node.runtime.engine.kernels.field import CompiledField
 
     field = race.field_for(4096, CPU)
     assert isinstance(field, CompiledField)  # its trial has found nothing

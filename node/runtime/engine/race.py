@@ -34,7 +34,7 @@ _BELOW: Final = 2.0
 """How far under the winner's expected value the bound is at first: the winner lies lower once in 1,600 draws."""
 _LOWER: Final = 4.0
 ROOM: Final = 1.001
-"""Bounds on noise are that much wider than follows from the scores; float32 is off by less than a hundredth of it, for scores that
+"""Bounds on noise are that much wider than follows from the scores; float32 is off by less than a hundredth of it. Scores that
 differ by more than 30 do not matter."""
 _DOUBT: Final = 1e-4
 """Where float32 sums come that close to top_p's threshold, as a part of all, they decide nothing. They are off by about 1e-5."""
@@ -88,10 +88,10 @@ def field_for(vocab: int, device: torch.device) -> Field:
     from node.runtime.engine.kernels import importable
 
     if device.type == "cpu" and importable():
-        from node.runtime.engine.kernels import race
+        from node.runtime.engine.kernels import field
 
-        if race.tried():
-            return race.CompiledField()
+        if field.tried():
+            return field.CompiledField()
     return TorchField(vocab, device)
 
 

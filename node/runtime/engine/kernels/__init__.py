@@ -6,17 +6,18 @@ float32 and float16 stay with torch.
 
 Rules:
 - `kernels_for` gives None where they cannot be used (another device, no Numba, a trial that disagrees with torch): the
-  engine then computes the same in torch operators. Nothing but speed, and the last bits of a number, depends on it.
+  engine then computes the same in torch operators. Nothing but speed, and the last bits of a number, depends on it; of a draw
+  not even these (`field`, which is tried by itself).
 - A row of a result depends on that row of the input alone, and is computed by one thread: it has the same bits in any
   company and with any number of threads.
-- Kernels are given addresses. Who calls them (`calls`, `layers`) has checked dtype, shape and contiguity, and `PagedCache` once
-  a step that its plan names blocks of the cache; a kernel checks nothing.
+- Kernels are given addresses. Who calls them (`calls`, `layers`, `field`) has checked dtype, shape and contiguity, and
+  `PagedCache` once a step that its plan names blocks of the cache; a kernel checks nothing.
 - Where the machine lacks the library of threads they use one (`compiled.shared`).
 - NaN in, NaN out: a model that computes nonsense must be noticed.
 
-`simd` is sixteen floats at a time, `heads` a head's; `norms`, `attention`, `activations`, `products` are the kernels; `calls`
-and `layers` are tensors to addresses; `arena` is where weights lie; `compiled`, `objects`, `book` and `named` are how kernels are
-compiled, kept and given to another process.
+`simd` is sixteen floats at a time, `heads` a head's; `norms`, `attention`, `activations`, `products`, `race` are the kernels;
+`calls`, `layers` and `field` are tensors to addresses; `arena` is where weights lie; `compiled`, `objects`, `book` and `named`
+are how kernels are compiled, kept and given to another process.
 """
 
 from __future__ import annotations
