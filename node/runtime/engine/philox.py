@@ -21,8 +21,8 @@ DOMAIN: Final = 0x474D5331
 LANES: Final = 4
 ROUNDS: Final = 10
 MASK: Final = 0xFFFFFFFF
-M0, M1 = 0xD2511F53, 0xCD9E8D57
-W0, W1 = 0x9E3779B9, 0xBB67AE85
+FACTOR_0, FACTOR_1 = 0xD2511F53, 0xCD9E8D57
+STEP_0, STEP_1 = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(block: Tensor, position: Tensor, seed_low: Tensor, seed_high: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def philox(block: Tensor, position: Tensor, seed_low: Tensor, seed_high: Tensor)
     by side, and so are 1 and 3: half the operators.
     """
     ones = (1,) * block.dim()
-    factors, steps = torch.tensor([[M0, M1], [W0, W1]], device=block.device).view(2, 2, *ones)
+    factors, steps = torch.tensor([[FACTOR_0, FACTOR_1], [STEP_0, STEP_1]], device=block.device).view(2, 2, *ones)
     rounds = torch.arange(ROUNDS, device=block.device).view(-1, 1, *ones)
     keys = (torch.stack((seed_low, seed_high)) + rounds * steps) & MASK
     even = torch.stack((block, ((position >> 32) & MASK).expand_as(block)))
@@ -64,7 +64,7 @@ class Complements:
 
     def __init__(self, blocks: int, device: torch.device) -> None:
         """Room for 4 * `blocks` tokens."""
-        product = torch.arange(blocks, device=device) * M0
+        product = torch.arange(blocks, device=device) * FACTOR_0
         self._high, self._low = product >> 32, product & MASK
         """Of the first round, where every other word is the same in all blocks."""
         self._free = torch.empty((6, blocks), dtype=torch.int64, device=device)
@@ -75,19 +75,19 @@ class Complements:
         """Of all tokens: float32 [4 * blocks], by token id; rounded to 24 bits, exact below 2^24."""
         a, b, c, d, left, right = self._free
         # Rounds 1 and 2, where one product each is of scalars.
-        keys = [(((seed & MASK) + n * W0) & MASK, ((seed >> 32) + n * W1) & MASK) for n in range(ROUNDS)]
-        product = (position >> 32) * M1
+        keys = [(((seed & MASK) + n * STEP_0) & MASK, ((seed >> 32) + n * STEP_1) & MASK) for n in range(ROUNDS)]
+        product = (position >> 32) * FACTOR_1
         first, second = (product >> 32) ^ (position & MASK) ^ keys[0][0], product & MASK
         torch.bitwise_xor(self._high, DOMAIN ^ keys[0][1], out=c)
-        torch.mul(c, M1, out=b)
+        torch.mul(c, FACTOR_1, out=b)
         torch.bitwise_right_shift(b, 32, out=a)
         a.bitwise_xor_(second ^ keys[1][0]).bitwise_and_(MASK)
-        product = first * M0
+        product = first * FACTOR_0
         torch.bitwise_xor(self._low, (product >> 32) ^ keys[1][1], out=c)
         d.fill_(product & MASK)
         for count, (k0, k1) in enumerate(keys[2:], start=3):
-            torch.mul(a, M0, out=left)
-            torch.mul(c, M1, out=right)
+            torch.mul(a, FACTOR_0, out=left)
+            torch.mul(c, FACTOR_1, out=right)
             # In the last round the keys are flipped, which flips the two lanes that they enter.
             last = MASK if count == ROUNDS else 0
             torch.bitwise_right_shift(right, 32, out=a)

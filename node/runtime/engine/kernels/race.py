@@ -16,11 +16,12 @@ from numba import carray, types
 from node.runtime.engine.kernels.compiled import ADDRESS, COUNT, FLOAT, Kernel, family, kernel
 from node.runtime.engine.kernels.simd import exp, pointer
 from node.runtime.engine.maxima import GROUP
-from node.runtime.engine.philox import DOMAIN, LANES, M0, M1, MASK, ROUNDS, W0, W1
+from node.runtime.engine.philox import DOMAIN, FACTOR_0, FACTOR_1, LANES, MASK, ROUNDS, STEP_0, STEP_1
 from node.runtime.engine.race import ROOM
 
 _DOUBLE: Final = types.float64
-_M0, _M1, _W0, _W1 = np.uint64(M0), np.uint64(M1), np.uint64(W0), np.uint64(W1)
+_FACTOR_0, _FACTOR_1 = np.uint64(FACTOR_0), np.uint64(FACTOR_1)
+_STEP_0, _STEP_1 = np.uint64(STEP_0), np.uint64(STEP_1)
 _LOW, _HALF, _DOMAIN = np.uint64(MASK), np.uint64(32), np.uint64(DOMAIN)
 
 
@@ -59,10 +60,10 @@ def contenders() -> Kernel:
                 a, b, c, d = first + np.uint64(n), near, far, _DOMAIN
                 k0, k1 = np.uint64(low), np.uint64(high)
                 for _ in range(ROUNDS):
-                    left, right = a * _M0, c * _M1
+                    left, right = a * _FACTOR_0, c * _FACTOR_1
                     a, b = (right >> _HALF) ^ b ^ k0, right & _LOW
                     c, d = (left >> _HALF) ^ d ^ k1, left & _LOW
-                    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+                    k0, k1 = (k0 + _STEP_0) & _LOW, (k1 + _STEP_1) & _LOW
                 a, b, c, d = a ^ _LOW, b ^ _LOW, c ^ _LOW, d ^ _LOW
                 words[4 * n], words[4 * n + 1], words[4 * n + 2], words[4 * n + 3] = a, b, c, d
                 least = min(least, min(min(a, b), min(c, d)))
