@@ -234,7 +234,7 @@ def test_rows_of_log_probabilities() -> None:
     for case in WIRE["logprobs"]["lies"]:
         with pytest.raises(InvalidValue, match=case["fault"]):
             check((case["tokenId"],), bytes.fromhex(case["row"]), case["count"])
-    assert len({case["fault"] for case in WIRE["logprobs"]["lies"]}) == 6
+    assert len({case["fault"] for case in WIRE["logprobs"]["lies"]}) == 7
 
 
 def test_every_task_has_a_request_and_its_hash() -> None:
