@@ -1,7 +1,7 @@
 """How long a model is away when its engine dies in the middle of a batch, and whether its streams notice.
 
 SmolLM2-135M-Instruct in an engine process of its own, with streams under way, greedy and sampled. The engine is killed (SIGKILL),
-stopped (SIGSTOP: it hangs), or runs out of memory (its limit is lowered under it, then a longer prompt comes). Beside it the same
+stopped (SIGSTOP: it hangs), or runs out of memory (its limit is lowered under it, then longer prompts come). Beside it the same
 model's load without a death, its self-test included.
 
 Figures, medians of `--runs` (default 3), in seconds: `load_s` and `load_and_test_s` without a death. By way of death, from the
@@ -31,6 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NAME = "smollm2-135m-instruct"
 STREAMS = 4
+LONGS = 8
+"""Long prompts that come when memory is short: so many that a step takes more of them than it ever had memory for."""
 TOKENS = 48
 LONG = "The sea is salty because rivers carry minerals from the land into it. " * 34
 
@@ -49,7 +51,7 @@ async def _run(runs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         store = ModelStore(Path(os.environ.get("GRISTMILL_TEST_MODELS") or scratch))
         manifest = next((one for one in store.list() if one.name == NAME), None) or add_known(store, NAME)
-        settings = EngineSettings(cache_bytes=256 << 20, max_streams=2 * STREAMS)
+        settings = EngineSettings(cache_bytes=256 << 20, max_streams=STREAMS + LONGS)
         async with open_backend(store, [manifest], settings) as backend:
             return await _Bench(backend, manifest, settings.limits.hang_s).measure(runs)
 
@@ -68,7 +70,7 @@ class _Bench:
     async def measure(self, runs: int) -> dict[str, Any]:
         from node.runtime.walls import words
 
-        wanted = [[token async for token in self._answer(n)] for n in range(STREAMS + 1)]
+        wanted = [[token async for token in self._answer(n)] for n in range(STREAMS + LONGS)]
         loads, tests = [], []
         for _ in range(runs):
             await self.backend.fleet.unload(self.manifest.id)
@@ -80,7 +82,7 @@ class _Bench:
             "load_s": round(median(loads), 2),
             "load_and_test_s": round(median(tests), 2),
         }
-        for way, harm, long in (("killed", _kill, False), ("hung", _stop, False), ("out_of_memory", _starve, True)):
+        for way, harm, long in (("killed", _kill, 0), ("hung", _stop, 0), ("out_of_memory", _starve, LONGS)):
             found = [await self._death(harm, wanted[: STREAMS + long]) for _ in range(runs)]
             if way == "hung":
                 figures["hung_noticed_each_s"] = [round(one["noticed"], 2) for one in found]
@@ -120,10 +122,13 @@ class _Bench:
                 await trio.sleep(0.005)
             harm(_innermost(self.one.engine().pid))
             began = time.perf_counter()
-            if len(wanted) > STREAMS:
-                nursery.start_soon(read, STREAMS)  # a long prompt needs what it cannot get
-            while self.one.ready:
-                await self.one.changed.wait()
+            for n in range(STREAMS, len(wanted)):
+                nursery.start_soon(read, n)
+            with trio.move_on_after(120):
+                while self.one.ready:
+                    await self.one.changed.wait()
+            if self.one.ready:
+                raise RuntimeError("the engine lives on")
             noticed = time.perf_counter() - began
             while not self.one.engine().ready:
                 await self.one.changed.wait()
@@ -133,6 +138,8 @@ class _Bench:
             sold = time.perf_counter() - began
         if self.one.engine().deaths != deaths + 1:
             raise RuntimeError(f"the engine died another time: {self.one.engine().last_death}")
+        if not all(n in resumed for n in range(STREAMS)):
+            raise RuntimeError("a stream was over before the engine died")
         self.streams += len(wanted)
         self.identical += sum(mine == theirs for mine, theirs in zip(got, wanted, strict=True))
         return {
@@ -144,10 +151,10 @@ class _Bench:
         }
 
     async def _answer(self, n: int) -> Any:
-        """Tokens of the n-th stream: the last one has a long prompt, every second one is sampled."""
+        """Tokens of the n-th stream: the last ones have long prompts, every second one is sampled."""
         from protocol.messages import ChatMessage, Params
 
-        text = LONG if n == STREAMS else f"Tell me {n + 2} things about the number {n}."
+        text = f"{n}. {LONG}" if n >= STREAMS else f"Tell me {n + 2} things about the number {n}."
         params = Params(max_tokens=TOKENS, temperature=float(n % 2), seed=n)
         prompt = self.backend.prepare(self.manifest.id, [ChatMessage("user", text)])
         async with aclosing(self.backend.generate(prompt, params)) as steps:
