@@ -40,7 +40,7 @@ class _FixedGroup(Group):
         self.begin, self.end, self.tokens = 0, rows, width * BLOCK_TOKENS
         self.blocks = torch.full((rows * width,), spare, device=device)
         self.ends = torch.ones(rows, 1, dtype=torch.int64, device=device)
-        self.even = False
+        self.even = self.exact = False
         self._masks = {}
 
     def forget_masks(self) -> None:
