@@ -117,44 +117,29 @@ def _product(
     return run
 
 
-@register_jitable
-def _begun(sums, row, begin):  # type: ignore[no-untyped-def]
-    """A row's sums so far: none at the first input."""
-    at = row * WIDTH
-    if begin == 0:
-        return zero(), zero(), zero(), zero()
-    return load(sums, at), load(sums, at + LANES), load(sums, at + 2 * LANES), load(sums, at + 3 * LANES)
+def _sums_of(none: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]) -> tuple[Any, Any]:
+    """What takes up a row's four vectors of sums, none at the first input, and what keeps them."""
+
+    @register_jitable
+    def begun(sums, row, begin):  # type: ignore[no-untyped-def]
+        at = row * WIDTH
+        if begin == 0:
+            return none(), none(), none(), none()
+        return read(sums, at), read(sums, at + LANES), read(sums, at + 2 * LANES), read(sums, at + 3 * LANES)
+
+    @register_jitable
+    def keep(sums, row, four):  # type: ignore[no-untyped-def]
+        at = row * WIDTH
+        write(sums, at, four[0])
+        write(sums, at + LANES, four[1])
+        write(sums, at + 2 * LANES, four[2])
+        write(sums, at + 3 * LANES, four[3])
+
+    return begun, keep
 
 
-@register_jitable
-def _begun_ints(sums, row, begin):  # type: ignore[no-untyped-def]
-    at = row * WIDTH
-    if begin == 0:
-        return no_ints(), no_ints(), no_ints(), no_ints()
-    return (
-        load_lanes(sums, at),
-        load_lanes(sums, at + LANES),
-        load_lanes(sums, at + 2 * LANES),
-        load_lanes(sums, at + 3 * LANES),
-    )
-
-
-@register_jitable
-def _keep(sums, row, four):  # type: ignore[no-untyped-def]
-    at = row * WIDTH
-    store(sums, at, four[0])
-    store(sums, at + LANES, four[1])
-    store(sums, at + 2 * LANES, four[2])
-    store(sums, at + 3 * LANES, four[3])
-
-
-@register_jitable
-def _keep_ints(sums, row, four):  # type: ignore[no-untyped-def]
-    at = row * WIDTH
-    store_ints(sums, at, four[0])
-    store_ints(sums, at + LANES, four[1])
-    store_ints(sums, at + 2 * LANES, four[2])
-    store_ints(sums, at + 3 * LANES, four[3])
+_begun, _keep = _sums_of(zero, load, store)
+_begun_ints, _keep_ints = _sums_of(no_ints, load_lanes, store_ints)
 
 
 @register_jitable
